@@ -1,0 +1,64 @@
+"""Every error that a person can cause, and the exit code each one becomes.
+
+    DSparkError                 1   internal
+    ├── UsageError              2   a flag, a job file, a recipe
+    ├── InputError              3   the prompts: schema, column, file
+    ├── RowErrorsExceeded       4   finished, but too many rows failed
+    ├── EngineError             5   engine missing, incompatible, cannot be built or loaded
+    ├── StorageError            6   cannot read or write, disk full
+    ├── OutputLocked            7   another run holds the output
+    └── StoppedEarly           75   deadline or signal; run the same command again to continue
+
+A message says what happened, where, and the next command to type. `cli` is the only place that
+turns one into an exit code; 130 is Ctrl-C.
+"""
+
+from __future__ import annotations
+
+
+class DSparkError(Exception):
+    """Base of the tree; raised as such only for a broken invariant."""
+
+    exit_code = 1
+
+
+class UsageError(DSparkError):
+    """A flag, a job file or a recipe is wrong."""
+
+    exit_code = 2
+
+
+class InputError(DSparkError):
+    """The prompt file cannot be used: missing, not Parquet, wrong columns."""
+
+    exit_code = 3
+
+
+class RowErrorsExceeded(DSparkError):
+    """The run finished, but more rows failed than the job allows."""
+
+    exit_code = 4
+
+
+class EngineError(DSparkError):
+    """An engine is missing, does not fit, or cannot be built."""
+
+    exit_code = 5
+
+
+class StorageError(DSparkError):
+    """A file cannot be read or written."""
+
+    exit_code = 6
+
+
+class OutputLocked(DSparkError):
+    """Another run holds the output folder."""
+
+    exit_code = 7
+
+
+class StoppedEarly(DSparkError):
+    """Stopped by a deadline or a signal; what is finished is kept."""
+
+    exit_code = 75

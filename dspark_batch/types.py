@@ -1,0 +1,181 @@
+"""The values that cross borders between modules; every one but `Sequence` is frozen.
+
+Shapes: R running rows of a round, γ block size (draft tokens per block).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+
+
+class FinishReason(StrEnum):
+    """Why a row ended; OpenAI's words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ERROR = "error"
+
+
+class ErrorCode(StrEnum):
+    """The closed list of reasons in an error row (`docs/jobs.md`)."""
+
+    INVALID_ROW = "invalid_row"
+    TEMPLATE_ERROR = "template_error"
+    TOKENIZE_ERROR = "tokenize_error"
+    PROMPT_TOO_LONG = "prompt_too_long"
+    INVALID_PARAMS = "invalid_params"
+    NUMERICAL = "numerical"
+    INTERNAL = "internal"
+
+
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """What went wrong with one row, and in which stage (`read`, `render`, `tokenize`, `decode`)."""
+
+    code: ErrorCode
+    stage: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one row is generated. `temperature=0` is greedy; `top_k=0` and `top_p=1` filter nothing.
+
+    `stop` are strings: the text ends before the first one that appears. `seed` makes a row's
+    draws its own: the uniforms of a row depend on `seed` and the position of a token only.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A tokenized input row, ready to be admitted. `row` is its index in the shard."""
+
+    row: int
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SpecCounts:
+    """Speculation counted over one row or one run.
+
+    `accepted_histogram[a]` is the number of rounds that accepted exactly `a` draft tokens
+    (γ + 1 bins), counting every round that verified, also those that drafted nothing.
+    """
+
+    num_rounds: int
+    num_draft_tokens: int
+    num_verified_tokens: int
+    num_accepted_tokens: int
+    accepted_histogram: tuple[int, ...]
+
+    @property
+    def accepted_length(self) -> float:
+        """τ: mean tokens committed per round, the bonus counted."""
+        return 1.0 + self.num_accepted_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted / verified draft tokens, the bonus not counted."""
+        verified = self.num_verified_tokens
+        return self.num_accepted_tokens / verified if verified else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What became of one prompt: exactly one per `Prompt`, `error` set when it failed.
+
+    `token_ids` includes the stop token that ended the row, if one did; `text` is None where the
+    engine has no tokenizer.
+    """
+
+    row: int
+    num_prompt_tokens: int
+    token_ids: tuple[int, ...]
+    text: str | None
+    finish_reason: FinishReason
+    spec: SpecCounts
+    error: RowError | None = None
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One running row: the only mutable value of the loop.
+
+    Invariant between rounds: the target's cache holds positions `0 .. anchor_position - 1`, and
+    `tokens[-1]` is the anchor, which is in no cache yet.
+    """
+
+    prompt: Prompt
+    slot: int
+    tokens: list[int]
+    """Prompt and committed tokens."""
+    num_prompt_tokens: int
+    num_rounds: int = 0
+    num_draft_tokens: int = 0
+    num_verified_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_histogram: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    text: str | None = None
+
+    @property
+    def anchor_position(self) -> int:
+        """Absolute index of the anchor token (not of the row whose logits produced it)."""
+        return len(self.tokens) - 1
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that `max_new_tokens` still allows."""
+        return self.prompt.params.max_new_tokens - self.num_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class DraftBlock:
+    """Proposed tokens of a round; the draft's distributions stay on the device."""
+
+    tokens: NDArray[np.int64]
+    """[R, γ] in the target's vocabulary."""
+    confidence: NDArray[np.float32]
+    """[R, γ] calibrated c_k: probability that draft k is accepted given all before it were."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyPlan:
+    """How many draft tokens of each row are verified this round."""
+
+    lengths: NDArray[np.int64]
+    """[R] ℓ in 0..γ."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Σ(1 + ℓ): tokens in the target's pass (B in the paper)."""
+        return int(self.lengths.sum()) + len(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """Outcome of a round per row."""
+
+    num_accepted: NDArray[np.int64]
+    """[R] accepted draft tokens, 0..ℓ; the bonus not counted."""
+    bonus: NDArray[np.int64]
+    """[R] the target's own token after them; -1 where the logits were not finite."""
