@@ -1,0 +1,149 @@
+"""Recipes: what an engine is built from (`export/*.toml`).
+
+Unknown keys are errors with a suggestion, so a typing error cannot silently mean a default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dspark_batch.errors import UsageError
+from dspark_batch.weights.source import PACKAGE_PREFIX, suggestion
+
+RECIPE_FOLDER = "export"
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TargetSection(_Section):
+    """`[target]`: the model whose distribution the output must have."""
+
+    weights: Text
+    """A GGUF file, a Hugging Face folder or `package:DISTRIBUTION/path`; see `weights`."""
+    license: str | None = None
+    """SPDX expression of the weights; goes into the manifest."""
+
+
+class DraftSection(_Section):
+    """`[draft]`: the network that proposes, and the method it was trained for."""
+
+    weights: Text
+    """As for the target."""
+    drafter: Text = "dspark"
+
+
+class EngineSection(_Section):
+    """`[engine]`: what is built and measured."""
+
+    runtime: Text = "onnxruntime"
+    precision: Literal["fp32", "int8"] = "fp32"
+    max_rows: Annotated[int, Field(ge=1)] = 32
+    """Concurrent rows that the cost table is measured for."""
+    max_tokens: Annotated[int, Field(ge=2)] = 2048
+    """Prompt and new tokens of one row."""
+
+
+class Recipe(_Section):
+    """One recipe file. Without `draft` the engine decodes plainly."""
+
+    target: TargetSection
+    draft: DraftSection | None = None
+    engine: EngineSection = EngineSection()
+    path: Path = Field(exclude=True)
+    """The file it was read from; no key of it."""
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, which is also its engine's: `model` for `export/model.toml`."""
+        return self.path.stem
+
+    @property
+    def target_source(self) -> str:
+        """What to give to `open_weights`; `UsageError` where nothing is there."""
+        return self._source(self.target.weights, "target")
+
+    @property
+    def draft_source(self) -> str | None:
+        """What to give to `open_weights`, None without a draft; `UsageError` as above."""
+        return None if self.draft is None else self._source(self.draft.weights, "draft")
+
+    def _source(self, weights: str, section: str) -> str:
+        """A package source as it is, a path looked up from the workspace, then from the recipe."""
+        if weights.startswith(PACKAGE_PREFIX):
+            return weights
+        folder = self.path.resolve().parent
+        bases = [folder.parent, folder] if folder.name == RECIPE_FOLDER else [folder]
+        candidates = list(dict.fromkeys(base / Path(weights).expanduser() for base in bases))
+        for candidate in candidates:
+            if candidate.exists():
+                return str(candidate)
+        raise UsageError(
+            f"{self.path}: [{section}] weights are not there; looked for "
+            + " and ".join(str(candidate) for candidate in candidates)
+        )
+
+
+def load_recipe(path_or_name: str) -> Recipe:
+    """Read a recipe by path, or by name from `export/` in the current folder.
+
+    `UsageError` names the file and every wrong key, or the recipes there are.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.suffix != ".toml" and len(path.parts) == 1:
+        path = Path(RECIPE_FOLDER, f"{path_or_name}.toml")
+    if not path.is_file():
+        raise UsageError(_no_recipe(path))
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    problems = []
+    if "path" in table:
+        problems.append(_unknown_key(("path",)))
+        del table["path"]
+    try:
+        recipe = Recipe.model_validate({**table, "path": path})
+    except ValidationError as error:
+        problems += [_problem(detail) for detail in error.errors()]
+    if problems:
+        raise UsageError(f"{path}: " + "; ".join(problems))
+    return recipe
+
+
+def _no_recipe(path: Path) -> str:
+    there = sorted(file.stem for file in path.parent.glob("*.toml"))
+    if not there:
+        return f"no recipe {path}, and no other in {path.parent}/; run from the workspace folder"
+    listed = ", ".join(there)
+    return f"no recipe {path}{suggestion(path.stem, there)}; recipes in {path.parent}/: {listed}"
+
+
+def _problem(detail: Any) -> str:
+    location = tuple(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(location)
+    where = f"[{location[0]}] " if len(location) > 1 else ""
+    if detail["type"] == "missing":
+        is_table = len(location) == 1
+        return f"[{location[0]}] is missing" if is_table else f"{where}{location[1]} is missing"
+    return f"{where}{location[-1]} = {detail['input']!r}: {detail['msg']}"
+
+
+def _unknown_key(location: tuple[str, ...]) -> str:
+    sections: dict[str, type[BaseModel]] = {
+        "target": TargetSection,
+        "draft": DraftSection,
+        "engine": EngineSection,
+    }
+    if len(location) == 1:
+        return f"unknown key {location[0]}{suggestion(location[0], sections)}"
+    section, key = location[0], location[-1]
+    return f"[{section}] unknown key {key}{suggestion(key, sections[section].model_fields)}"

@@ -1,0 +1,223 @@
+"""One layout for model configurations: that of transformers 5, whatever version wrote the file.
+
+Sources differ in three ways that would otherwise reach every model family: rotary parameters
+(flat `rope_theta` and `rope_scaling` before, nested `rope_parameters` now), keys left out where
+they had the configuration class's default, and text models inside a multimodal configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from dspark_batch.errors import EngineError
+
+# A sliding layer stands in every position but each sixth.
+_GEMMA_PATTERN = 6
+
+# What the configuration classes of transformers supply, by `model_type`: a file may leave any of
+# these out. Keys without which there is no model (sizes) are not guessed, but for Gemma 3, whose
+# published files really lack them.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "qwen3": {
+        "hidden_act": "silu",
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    },
+    "gemma4_text": {
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "sliding_window": 512,
+        "final_logit_softcapping": None,
+    },
+}
+
+_DEFAULT_THETA = 10_000.0
+
+_DEFAULT_ROPE: dict[str, dict[str, dict[str, Any]]] = {
+    "gemma3_text": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    },
+    "gemma4_text": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {
+            "rope_type": "proportional",
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1_000_000.0,
+        },
+    },
+}
+
+# A scaled rotary embedding is defined relative to the length that the model was pretrained with.
+_NEEDS_ORIGINAL_LENGTH = frozenset({"llama3", "yarn", "longrope"})
+
+# Keys of a multimodal configuration that hold for the text model inside it.
+_OUTER_KEYS = (
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "transformers_version",
+)
+
+
+def normalized_config(raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
+    """`raw` in the layout of transformers 5; unknown keys are kept, `raw` is left as it is.
+
+    `rope_parameters` is always there (one dict, or one per layer type for Gemma), and so is
+    `head_dim`; `layer_types` and `num_key_value_heads` for the known families. A text model inside
+    a multimodal configuration is unwrapped, the outer `model_type` staying as `outer_model_type`.
+    `EngineError`, naming `origin`, without a `model_type`.
+    """
+    config = _text_config(copy.deepcopy(dict(raw)))
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise EngineError(f"{origin} has no model_type, so it is no model configuration")
+    if "torch_dtype" in config:
+        config.setdefault("dtype", config.pop("torch_dtype"))
+    for key, value in _DEFAULTS.get(model_type, {}).items():
+        config.setdefault(key, value)
+    _fill_attention(config)
+    _fill_layer_types(config, model_type)
+    config["rope_parameters"] = _rope_parameters(config, model_type)
+    return config
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    outer = {key: config[key] for key in _OUTER_KEYS if config.get(key) is not None}
+    inner = {key: value for key, value in text.items() if value is not None or key not in outer}
+    return {**outer, **inner, "outer_model_type": config.get("model_type")}
+
+
+def _fill_attention(config: dict[str, Any]) -> None:
+    num_heads = config.get("num_attention_heads")
+    if num_heads is None:
+        return
+    if config.get("head_dim") is None and "hidden_size" in config:
+        config["head_dim"] = config["hidden_size"] // num_heads
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = num_heads
+
+
+def _fill_layer_types(config: dict[str, Any], model_type: str) -> None:
+    num_layers = config.get("num_hidden_layers")
+    if model_type == "qwen3" and not config["use_sliding_window"]:
+        config["sliding_window"] = None
+    if config.get("layer_types") is not None or num_layers is None:
+        return
+    if model_type == "qwen3":
+        first = num_layers if config["sliding_window"] is None else config["max_window_layers"]
+        config["layer_types"] = [
+            "sliding_attention" if layer >= first else "full_attention"
+            for layer in range(num_layers)
+        ]
+    elif model_type in _DEFAULT_ROPE:
+        pattern = config.get("sliding_window_pattern") or _GEMMA_PATTERN
+        config["layer_types"] = [
+            "sliding_attention" if (layer + 1) % pattern else "full_attention"
+            for layer in range(num_layers)
+        ]
+        if model_type == "gemma4_text":
+            config["layer_types"][-1] = "full_attention"
+
+
+def _rope_parameters(config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    """The rotary parameters of the config, whose older keys it removes."""
+    found = config.pop("rope_parameters", None) or {}
+    scaling = config.pop("rope_scaling", None)
+    theta = config.pop("rope_theta", None)
+    local_theta = config.pop("rope_local_base_freq", None)
+    partial = config.pop("partial_rotary_factor", None)
+    max_length = config.get("max_position_embeddings")
+
+    if model_type in _DEFAULT_ROPE:
+        by_type = copy.deepcopy(_DEFAULT_ROPE[model_type])
+        if theta is not None:
+            by_type["full_attention"]["rope_theta"] = theta
+        if local_theta is not None:
+            by_type["sliding_attention"]["rope_theta"] = local_theta
+        for layer_type, given in (
+            found if _is_nested(found) else {"full_attention": found}
+        ).items():
+            if given:
+                # Given parameters inherit the base only, never a factor of the default type.
+                theta = by_type.get(layer_type, {}).get("rope_theta", _DEFAULT_THETA)
+                by_type[layer_type] = {"rope_theta": theta} | given
+        by_type["full_attention"] |= scaling or {}
+        return {key: _rope_dict(value, max_length) for key, value in by_type.items()}
+
+    shared: dict[str, Any] = {"rope_theta": _DEFAULT_THETA if theta is None else theta}
+    if partial is not None:
+        shared["partial_rotary_factor"] = partial
+    if _is_nested(found):
+        return {
+            key: None if value is None else _rope_dict(shared | value, max_length)
+            for key, value in found.items()
+        }
+    return _rope_dict(shared | (scaling or found), max_length)
+
+
+def _is_nested(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Mapping) for value in parameters.values())
+
+
+def _rope_dict(parameters: dict[str, Any], max_length: int | None) -> dict[str, Any]:
+    older_name = parameters.pop("type", "default")
+    parameters.setdefault("rope_type", older_name)
+    if parameters["rope_type"] in _NEEDS_ORIGINAL_LENGTH and max_length is not None:
+        parameters.setdefault("original_max_position_embeddings", max_length)
+    return parameters
