@@ -1,0 +1,239 @@
+"""The commands: parse, call one function, print.
+
+Summaries go to stdout, everything else to stderr. `_Commands` is the one place that turns an
+error into a line and an exit code. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+
+import click
+
+from dspark_batch import __version__
+from dspark_batch.errors import DSparkError, InputError
+from dspark_batch.job import Job, load_job
+
+_Command = TypeVar("_Command", bound=Callable[..., object])
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+_ARGV = "dspark_batch.argv"
+_SHORT_FLAGS = {"output": "-o"}
+_EXPORT_FOLDER, _ENGINES_FOLDER = Path("export"), Path("engines")
+
+
+class _Commands(click.Group):
+    """Every error of ours becomes one line on stderr and its exit code; Ctrl-C becomes 130."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments as they were typed."""
+        ctx.meta[_ARGV] = list(args)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except DSparkError as exc:
+            click.echo(f"error: {' '.join(str(exc).split())}", err=True)
+            ctx.exit(exc.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished parts are kept", err=True)
+            ctx.exit(130)
+
+
+def _job_options(command: _Command) -> _Command:
+    """One option for every field of `Job` but the input; absent means the job file's value."""
+    for name, field in reversed(Job.model_fields.items()):
+        if name != "input":
+            command = _option(name, field.annotation, field.description or "", field.default)(
+                command
+            )
+    return command
+
+
+def _option(
+    name: str, annotation: Any, text: str, default: object
+) -> Callable[[_Command], _Command]:
+    flag = f"--{name.replace('_', '-')}"
+    flags = [flag, name] + ([_SHORT_FLAGS[name]] if name in _SHORT_FLAGS else [])
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    optional = get_origin(annotation) in (Union, types.UnionType)
+    kind = kinds[0] if optional else annotation
+    if default not in (None, "", ()):
+        text = f"{text}  [default: {_shown(default)}]"
+    if kind is bool:
+        flags[0] = f"{flag}/--no-{flag[2:]}"
+        return click.option(*flags, default=None, help=text)
+    if get_origin(kind) is Literal:
+        return click.option(*flags, type=click.Choice(get_args(kind)), help=text)
+    if get_origin(kind) is tuple:
+        return click.option(*flags, multiple=True, help=f"{text} May be given again.")
+    if kind is Path:
+        return click.option(*flags, type=click.Path(path_type=Path), help=text)
+    return click.option(*flags, type=kind, help=text)
+
+
+def _shown(default: object) -> str:
+    return ("no", "yes")[default] if isinstance(default, bool) else str(default)
+
+
+def _given(flags: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in flags.items() if value not in (None, ())}
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_progress_option = click.option(
+    "--progress",
+    "progress_mode",
+    type=click.Choice(["auto", "bar", "plain", "none"]),
+    default="auto",
+    show_default=True,
+    help="How to show progress on stderr.",
+)
+
+
+class _Report(Protocol):
+    def lines(self) -> list[str]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def _print(report: _Report, *, as_json: bool) -> None:
+    click.echo(json.dumps(report.to_json()) if as_json else "\n".join(report.lines()))
+
+
+@click.group(cls=_Commands, context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="dspark-batch")
+def main() -> None:
+    """Offline batch processing of Parquet prompts with DSpark speculative decoding.
+
+    \b
+    Exit codes: 0 done, 1 internal, 2 usage, 3 input, 4 too many row errors, 5 engine,
+    6 storage, 7 output locked, 75 stopped early (run again to continue), 130 Ctrl-C.
+
+    \b
+    Example:
+      dspark-batch run jobs/prompts.parquet
+    """
+
+
+@main.command()
+@click.argument("recipe", default="model")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine folder to write.")
+@click.option("--force", is_flag=True, help="Replace an engine that is there.")
+@_progress_option
+def export(recipe: str, output: Path | None, force: bool, progress_mode: str) -> None:
+    """Build an engine from a RECIPE: a TOML file, or the name of one in export/.
+
+    The engine goes to engines/NAME unless -o says otherwise.
+
+    \b
+    Example:
+      dspark-batch export model
+    """
+    from dspark_batch.export.pipeline import export as build
+    from dspark_batch.progress import open_progress
+
+    path = Path(recipe) if recipe.endswith(".toml") else _EXPORT_FOLDER / f"{recipe}.toml"
+    progress = open_progress(progress_mode)
+    try:
+        folder = build(
+            path,
+            output=output or _ENGINES_FOLDER / path.stem,
+            force=force,
+            progress=progress.phase,
+        )
+    finally:
+        progress.close()
+    click.echo(folder)
+
+
+@main.command()
+@click.argument("input")
+@_job_options
+@click.option("--overwrite", is_flag=True, help="Start over, and replace what the output holds.")
+@_progress_option
+@_json_option
+@click.pass_context
+def run(
+    ctx: click.Context,
+    /,
+    input: str,
+    overwrite: bool,
+    progress_mode: str,
+    as_json: bool,
+    **flags: object,
+) -> None:
+    """Complete the prompts of INPUT: a Parquet file, a folder of them, a glob, or a job file.
+
+    The same command again continues where a run was stopped. Flags win over the job file.
+
+    \b
+    Example:
+      dspark-batch run jobs/prompts.parquet --max-new-tokens 64 --temperature 0.7
+    """
+    job = load_job(input, _given(flags))
+
+    from dspark_batch.decode import DecodeStats, decode
+    from dspark_batch.engine import open_engine
+    from dspark_batch.progress import open_progress
+    from dspark_batch.runner import run as run_job
+
+    summary = run_job(
+        job,
+        open_engine=open_engine,
+        decode=decode,
+        stats=DecodeStats(),
+        progress=open_progress(progress_mode),
+        argv=ctx.meta[_ARGV],
+        overwrite=overwrite,
+    )
+    _print(summary, as_json=as_json)
+    if summary.failure:
+        raise summary.failure
+
+
+@main.command()
+@click.argument("input")
+@_job_options
+@_json_option
+def check(input: str, as_json: bool, **flags: object) -> None:
+    """Read, render and tokenize every row of INPUT as run would, and decode none.
+
+    Exits with 3 if a row is invalid.
+
+    \b
+    Example:
+      dspark-batch check jobs/prompts.parquet --max-new-tokens 64
+    """
+    job = load_job(input, _given(flags))
+
+    from dspark_batch.check import check as check_job
+    from dspark_batch.engine import open_engine
+
+    report = check_job(job, open_engine(job.engine))
+    _print(report, as_json=as_json)
+    if report.num_errors:
+        raise InputError(
+            f"{report.num_errors} of {report.num_rows} rows are invalid; {report.first_error}"
+        )
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@_json_option
+def status(output: Path, as_json: bool) -> None:
+    """Show how far OUTPUT is, from its files alone.
+
+    \b
+    Example:
+      dspark-batch status jobs/prompts.completions
+    """
+    from dspark_batch.status import read_status
+
+    _print(read_status(output), as_json=as_json)

@@ -1,0 +1,123 @@
+"""Progress on stderr: a bar on a terminal, a line every 30 s elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from dspark_batch.summary import duration
+
+_LINE_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class RunState:
+    """How far a run is; the runner counts, a progress display reads."""
+
+    num_rows: int = 0
+    """Rows of the whole job."""
+    num_done: int = 0
+    """Rows that are finished, those of earlier runs included."""
+    num_done_before: int = 0
+    num_errors: int = 0
+    num_new_tokens: int = 0
+    num_rounds: int = 0
+    num_accepted_tokens: int = 0
+    seconds: float = 0.0
+    """Since the first row was admitted."""
+
+    def text(self) -> str:
+        """Speed, accepted length, errors and time left."""
+        speed = self.num_new_tokens / self.seconds if self.seconds else 0.0
+        parts = [f"{speed:,.1f} tok/s"]
+        if self.num_rounds:
+            accepted_length = 1 + self.num_accepted_tokens / self.num_rounds
+            parts.append(f"accepted length {accepted_length:.2f}")
+        parts.append(f"{self.num_errors:,} errors")
+        num_done_now = self.num_done - self.num_done_before
+        if num_done_now:
+            left = self.seconds / num_done_now * (self.num_rows - self.num_done)
+            parts.append(f"{duration(left)} left")
+        return ", ".join(parts)
+
+
+class Progress:
+    """Says nothing; the base of the displays that do."""
+
+    def phase(self, text: str) -> None:
+        """A phase begins, such as "loading engine"."""
+
+    def update(self, state: RunState) -> None:
+        """A row is finished."""
+
+    def close(self) -> None:
+        """Nothing more will come; may be called twice."""
+
+
+class PlainProgress(Progress):
+    """Lines: every phase, and rows at most every 30 s."""
+
+    def __init__(
+        self, stream: TextIO | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = stream or sys.stderr
+        self._clock = clock
+        self._next_line = clock() + _LINE_SECONDS
+
+    def phase(self, text: str) -> None:
+        """Print the phase."""
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+    def update(self, state: RunState) -> None:
+        """Print a line if the last one is old enough."""
+        now = self._clock()
+        if now >= self._next_line:
+            self._next_line = now + _LINE_SECONDS
+            self.phase(f"{state.num_done:,}/{state.num_rows:,} rows, {state.text()}")
+
+
+class BarProgress(Progress):
+    """A bar with the phase before it. `NO_COLOR` and `TERM=dumb` are honoured."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, text="")
+        self._bar.start()
+
+    def phase(self, text: str) -> None:
+        """Put the phase before the bar."""
+        self._bar.update(self._task, description=text)
+
+    def update(self, state: RunState) -> None:
+        """Move the bar."""
+        self._bar.update(
+            self._task, total=state.num_rows, completed=state.num_done, text=state.text()
+        )
+
+    def close(self) -> None:
+        """Take the bar away; the summary follows."""
+        self._bar.stop()
+
+
+def open_progress(mode: str) -> Progress:
+    """`bar`, `plain` or `none`; `auto` is a bar where stderr is a terminal."""
+    if mode == "none":
+        return Progress()
+    if mode == "bar" or (mode == "auto" and sys.stderr.isatty()):
+        return BarProgress()
+    return PlainProgress()

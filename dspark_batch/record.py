@@ -1,0 +1,94 @@
+"""The run record: what was run, with what, on what, and what came of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from dspark_batch import __version__
+from dspark_batch.errors import StoppedEarly, StorageError
+from dspark_batch.output import OutputFolder, now
+from dspark_batch.plan import JobPlan
+from dspark_batch.summary import Summary
+
+if TYPE_CHECKING:
+    from dspark_batch.engine import Engine
+
+_PACKAGES = ("numpy", "onnxruntime", "pyarrow", "tokenizers")
+
+
+class RunRecord:
+    """`run/record.json`: written when the run begins and when it ends, however it ends."""
+
+    def __init__(
+        self, output: OutputFolder, plan: JobPlan, engine: Engine, *, argv: Sequence[str]
+    ) -> None:
+        self.summary: Summary | None = None
+        """Set it before the end of a run that came to its end."""
+        self._output = output
+        self._values: dict[str, Any] = {
+            "state": "running",
+            "argv": list(argv),
+            "started_at": now(),
+            "finished_at": None,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "versions": _versions(),
+            "engine": {
+                "folder": str(plan.job.engine),
+                "name": engine.name,
+                "block_size": engine.block_size,
+                "fingerprint": dict(engine.fingerprint),
+            },
+            "input": [
+                {
+                    "path": str(file.path),
+                    "size": file.size,
+                    "sha256": file.sha256,
+                    "num_rows": sum(file.row_groups),
+                }
+                for file in plan.files.files
+            ],
+            "job": plan.job.model_dump(mode="json"),
+            "num_input_rows": plan.num_rows,
+            "num_planned_parts": len(plan.shards),
+            "error": None,
+            "summary": None,
+        }
+
+    def __enter__(self) -> Self:
+        self._output.write_record(self._values)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._values["finished_at"] = now()
+        if self.summary is not None:
+            stopped = isinstance(self.summary.failure, StoppedEarly)
+            self._values["state"] = "stopped" if stopped else "finished"
+            self._values["error"] = str(self.summary.failure) if self.summary.failure else None
+            self._values["summary"] = self.summary.to_json()
+            self._output.write_record(self._values)
+            return
+        self._values["state"] = "interrupted" if kind is KeyboardInterrupt else "failed"
+        self._values["error"] = f"{kind.__name__}: {error}" if kind else None
+        with suppress(StorageError):  # the error on its way says more than a full disk here
+            self._output.write_record(self._values)
+
+
+def _versions() -> dict[str, str]:
+    """Read from the installed packages' metadata: nothing is imported for it."""
+    versions = {"dspark_batch": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
