@@ -1,0 +1,1 @@
+"""Train a draft against a frozen target; the only package that may import torch."""

@@ -1,0 +1,76 @@
+"""Anchors of training sequences and what their blocks should predict.
+
+Position p is a valid anchor where the loss mask holds at p and p + 1. Slot k of its block predicts
+the token at p + 1 + k, from previous tokens that are the recorded ones (teacher forcing); it counts
+while every label up to it lies in the response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dspark_batch.training.draft import DSparkDraft
+from dspark_batch.training.features import FeatureBatch
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorBatch:
+    """A blocks per sequence, γ slots each."""
+
+    anchors: Tensor
+    """[b, A] positions; dummies are 0."""
+    previous: Tensor
+    """[b, A, γ] target ids: the anchor, then the recorded tokens after it."""
+    labels: Tensor
+    """[b, A, γ] target ids."""
+    mask: Tensor
+    """[b, A, γ] bool: slots that count; all false for a dummy."""
+
+
+def valid_anchors(loss_mask: Tensor) -> Tensor:
+    """`[b, S]` bool: both this and the next position are response tokens."""
+    return loss_mask & functional.pad(loss_mask[:, 1:], (0, 1))
+
+
+def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generator) -> Tensor:
+    """Up to `num_anchors` valid positions per row of `[b, S]`, drawn without replacement.
+
+    Returns `[b, A]`, sorted, with -1 in place of missing ones.
+    """
+    valid = valid_anchors(loss_mask)
+    keys = torch.rand(valid.shape, generator=generator).masked_fill(~valid, -1.0)
+    values, positions = keys.topk(min(num_anchors, valid.shape[1]), dim=-1)
+    return positions.masked_fill(values < 0, -1).sort(dim=-1).values
+
+
+def anchor_batch(batch: FeatureBatch, anchors: Tensor, block_size: int) -> AnchorBatch:
+    """Previous tokens, labels and mask of the blocks at `anchors [b, A]` (-1: a dummy)."""
+    rows = torch.arange(len(anchors))[:, None, None]
+    kept, anchors = anchors >= 0, anchors.clamp(min=0)
+    slots = anchors[..., None] + torch.arange(block_size)
+    last = batch.token_ids.shape[1] - 1
+    inside = batch.loss_mask[rows, (slots + 1).clamp(max=last)] & (slots + 1 <= last)
+    return AnchorBatch(
+        anchors,
+        batch.token_ids[rows, slots.clamp(max=last)],
+        batch.token_ids[rows, (slots + 1).clamp(max=last)],
+        inside.long().cumprod(-1).bool() & kept[..., None],
+    )
+
+
+def aligned_target_probs(draft: DSparkDraft, batch: FeatureBatch, anchors: Tensor) -> Tensor:
+    """The target's probabilities of the draft's ids for every slot, `[b, A, γ, V']` fp32.
+
+    Normalised over the full vocabulary, so a row sums to the mass that the draft can cover.
+    """
+    rows = torch.arange(len(anchors))[:, None, None]
+    slots = anchors[..., None] + torch.arange(draft.config.block_size)
+    slots = slots.clamp(max=batch.token_ids.shape[1] - 1)
+    logits = functional.linear(
+        batch.last_hidden[rows, slots], draft.head_weight.to(batch.last_hidden.dtype)
+    )
+    return (logits.float() - batch.log_normalizer[rows, slots].unsqueeze(-1)).exp_()

@@ -1,0 +1,268 @@
+"""The training loop: AdamW, warm-up and cosine, clipping, EMA, checkpoints that resume exactly.
+
+Everything random is derived from the seed and the step, so a run that was killed and resumed ends
+with the weights of one that was not. The folder holds `state.pt` (resume), `log.jsonl` (one JSON
+object per line) and `export/` (the best draft so far by greedy τ, deployable at any time).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dspark_batch.training.anchors import aligned_target_probs, anchor_batch, sample_anchors
+from dspark_batch.training.checkpoint import save_draft
+from dspark_batch.training.draft import DSparkDraft
+from dspark_batch.training.evaluation import Evaluation, evaluate
+from dspark_batch.training.features import FeatureBatch, FeatureSource
+from dspark_batch.training.losses import LossTerms, LossWeights, dspark_loss
+
+logger = logging.getLogger(__name__)
+
+POOL_BATCHES = 16
+"""Batches are cut from pools of this many, sorted by length inside a pool: little padding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOptions:
+    """How to train. One step sees `batch_size` sequences with up to `num_anchors` blocks each."""
+
+    num_steps: int
+    batch_size: int = 8
+    num_anchors: int = 32
+    learning_rate: float = 6e-4
+    warmup_share: float = 0.04
+    max_grad_norm: float = 1.0
+    loss: LossWeights = field(default_factory=LossWeights)
+    bf16: bool = False
+    """Autocast matrix products to bf16; weights and optimiser stay fp32."""
+    compile: bool = False
+    """Compile the backbone and the loss: a quarter less CPU per step, minutes at the start."""
+    ema_decay: float | None = None
+    """Evaluate and export a moving average of the weights."""
+    seed: int = 42
+    log_every: int = 20
+    """Steps between training lines in the log."""
+    checkpoint_seconds: float = 180.0
+    evaluate_seconds: float = 300.0
+
+
+def learning_rate_at(step: int, options: TrainingOptions) -> float:
+    """Linear warm-up, then cosine to zero at `num_steps`."""
+    warmup = max(1, round(options.warmup_share * options.num_steps))
+    if step < warmup:
+        return options.learning_rate * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, options.num_steps - warmup))
+    return options.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Trainer:
+    """Trains `draft` in place; `run` continues from the folder's checkpoint if there is one.
+
+    Invariant between steps: `epoch` and `place` name the next batch, `step` counts those taken.
+    """
+
+    def __init__(
+        self,
+        draft: DSparkDraft,
+        source: FeatureSource,
+        *,
+        options: TrainingOptions,
+        folder: Path,
+        held_out: FeatureSource | None = None,
+    ) -> None:
+        self.draft, self.source, self.held_out = draft, source, held_out
+        self.options, self.folder = options, folder
+        self.parameters = dict(draft.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=options.learning_rate, weight_decay=0.0, fused=True
+        )
+        self._hidden_packed: Callable[[Tensor, Tensor, Tensor], Tensor] = draft.hidden_packed
+        self._loss: Callable[..., LossTerms] = dspark_loss
+        if options.compile:
+            self._hidden_packed = torch.compile(draft.hidden_packed, dynamic=True)
+            self._loss = torch.compile(dspark_loss)
+        self.step = self.epoch = self.place = 0
+        self.best_tau = 0.0
+        self._last_checkpoint = self._last_evaluation = self._started = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, *, stop_at: int | None = None) -> None:
+        """Train to `num_steps` (or `stop_at`, to be resumed), evaluating and saving on the way."""
+        self.resume()
+        end = min(self.options.num_steps, stop_at or self.options.num_steps)
+        while self.step < end:
+            for batch in self._epoch(end):
+                terms, norm = self.train_step(batch)
+                if self.step % self.options.log_every == 0:
+                    self._log_step(terms, norm)
+                self._when_due()
+        self.save_state()
+        if self.step == self.options.num_steps:
+            self.evaluate_and_export()
+
+    def train_step(self, batch: FeatureBatch) -> tuple[LossTerms, Tensor]:
+        """One optimiser step on one batch; the loss terms and the gradient norm before clipping."""
+        options, draft = self.options, self.draft
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
+        anchors = sample_anchors(batch.loss_mask, options.num_anchors, generator)
+        blocks = anchor_batch(batch, anchors, draft.config.block_size)
+        with torch.no_grad():
+            target_probs = aligned_target_probs(draft, batch, blocks.anchors)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16):
+            hidden = self._hidden_packed(batch.features, blocks.previous[..., 0], blocks.anchors)
+            scores = draft.score(hidden, blocks.previous)
+        terms = self._loss(
+            scores.logits,
+            confidence_logits=scores.confidence_logits,
+            target_probs=target_probs,
+            labels=draft.draft_ids[blocks.labels],
+            mask=blocks.mask,
+            weights=options.loss,
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(self.step, options)
+        self.optimizer.step()
+        self.step += 1
+        self._update_average()
+        return terms, norm
+
+    def _update_average(self) -> None:
+        decay = self.options.ema_decay
+        if decay is None:
+            return
+        # Shorter memory at the start, so that the initial weights do not linger.
+        decay = min(decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.values()), list(self.parameters.values()), 1 - decay
+            )
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """Sequence indices of every batch of an epoch, a function of seed and epoch alone."""
+        generator = torch.Generator().manual_seed(self.options.seed + epoch)
+        order = torch.randperm(len(self.source), generator=generator).tolist()
+        size, sequences = self.options.batch_size, self.source.sequences
+        batches = []
+        for start in range(0, len(order), size * POOL_BATCHES):
+            pool = order[start : start + size * POOL_BATCHES]
+            pool.sort(key=lambda index: len(sequences[index].token_ids))
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return [batches[i] for i in shuffled]
+
+    def _epoch(self, end: int) -> Iterator[FeatureBatch]:
+        batches = self.batches(self.epoch)
+        while self.place < len(batches) and self.step < end:
+            self.place += 1
+            yield self.source.batch(batches[self.place - 1])
+        if self.place >= len(batches):
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def _when_due(self) -> None:
+        now = time.monotonic()
+        if now - self._last_evaluation >= self.options.evaluate_seconds:
+            self.evaluate_and_export()
+            self._last_evaluation = time.monotonic()
+        if now - self._last_checkpoint >= self.options.checkpoint_seconds:
+            self.save_state()
+            self._last_checkpoint = time.monotonic()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The draft with its averaged weights, where an average is kept."""
+        if self.options.ema_decay is None:
+            yield
+            return
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._load(self.average)
+        try:
+            yield
+        finally:
+            self._load(kept)
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+
+    def evaluate_and_export(self) -> Evaluation | None:
+        """Measure on the held-out set; export if it is the best greedy τ so far (or unmeasured)."""
+        with self.averaged():
+            if self.held_out is None:
+                save_draft(self.draft, self.folder / "export")
+                return None
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
+                result = evaluate(self.draft, self.held_out, seed=self.options.seed)
+            if result.tau_greedy > self.best_tau:
+                self.best_tau = result.tau_greedy
+                save_draft(self.draft, self.folder / "export")
+        self._log({"event": "evaluation", **asdict(result), "best_tau_greedy": self.best_tau})
+        return result
+
+    def save_state(self) -> None:
+        """Write `state.pt`; it appears whole or not at all."""
+        state = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "place": self.place,
+            "num_sequences": len(self.source),
+            "best_tau": self.best_tau,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "average": self.average if self.options.ema_decay is not None else {},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.folder / "state.pt.new")
+        os.replace(self.folder / "state.pt.new", self.folder / "state.pt")
+
+    def resume(self) -> None:
+        """Take up `state.pt` if it exists. More sequences than then: a new epoch begins."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        self.step, self.epoch, self.place = state["step"], state["epoch"], state["place"]
+        self.best_tau = state["best_tau"]
+        if state["num_sequences"] != len(self.source):
+            self.epoch, self.place = self.epoch + 1, 0
+        self._load(state["parameters"])
+        self.average = state["average"] or self.average
+        self.optimizer.load_state_dict(state["optimizer"])
+        logger.info("resumed %s at step %d", path, self.step)
+
+    def _log_step(self, terms: LossTerms, norm: Tensor) -> None:
+        self._log(
+            {
+                "event": "step",
+                "epoch": self.epoch,
+                "loss": float(terms.total.detach()),
+                "cross_entropy": float(terms.cross_entropy.detach()),
+                "l1": float(terms.l1.detach()),
+                "confidence": float(terms.confidence.detach()),
+                "grad_norm": float(norm),
+                "learning_rate": learning_rate_at(self.step - 1, self.options),
+                "cached_bytes": self.source.num_cached_bytes,
+            }
+        )
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        seconds = round(time.monotonic() - self._started, 1)
+        line = json.dumps({"step": self.step, "seconds": seconds, **entry})
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(line + "\n")
+        logger.info("%s", line)

@@ -1,0 +1,573 @@
+"""Properties of the torch draft, its files, its loss and its training loop."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from dspark_batch.errors import EngineError, InputError  # noqa: E402
+from dspark_batch.training.anchors import (  # noqa: E402
+    aligned_target_probs,
+    anchor_batch,
+    sample_anchors,
+    valid_anchors,
+)
+from dspark_batch.training.checkpoint import load_draft, save_draft  # noqa: E402
+from dspark_batch.training.draft import DraftCache, DSparkDraft, rope_frequencies  # noqa: E402
+from dspark_batch.training.draft_config import DraftConfig, config_from_json  # noqa: E402
+from dspark_batch.training.evaluation import evaluate, replay_greedy  # noqa: E402
+from dspark_batch.training.features import (  # noqa: E402
+    FeatureBatch,
+    FeatureSource,
+    TargetTaps,
+    TrainingSequence,
+)
+from dspark_batch.training.initialise import frequent_ids, initialise_from_target  # noqa: E402
+from dspark_batch.training.losses import LossWeights, dspark_loss  # noqa: E402
+from dspark_batch.training.trainer import (  # noqa: E402
+    Trainer,
+    TrainingOptions,
+    learning_rate_at,
+)
+
+VOCAB, HIDDEN, LAYERS, STOP, MASK = 40, 32, 3, 1, 0
+BASE = DraftConfig(
+    hidden_size=HIDDEN,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=VOCAB,
+    block_size=4,
+    mask_token_id=MASK,
+    target_layer_ids=(-1, 1),
+    num_target_layers=LAYERS,
+    markov_rank=6,
+)
+HEADS = {
+    "vanilla": BASE,
+    "gated": replace(BASE, markov_head_type="gated"),
+    "rnn": replace(BASE, markov_head_type="rnn"),
+    "none": replace(BASE, markov_rank=0, confidence_head_with_markov=False),
+    "no confidence": replace(BASE, enable_confidence_head=False),
+    "reduced": replace(BASE, draft_vocab_size=11),
+    "no q/k norm": replace(BASE, qk_norm=False),
+}
+each_head = pytest.mark.parametrize("config", HEADS.values(), ids=HEADS.keys())
+
+
+def random_draft(config: DraftConfig, seed: int = 0) -> DSparkDraft:
+    generator = torch.Generator().manual_seed(seed)
+    embed = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
+    vocab = None
+    if config.draft_vocab_size is not None:
+        ids = torch.randperm(config.vocab_size, generator=generator)[: config.num_draft_ids]
+        vocab = ids.sort().values
+    head = embed if vocab is None else embed[vocab]
+    draft = DSparkDraft(config, embed_tokens=embed, lm_head=head, draft_vocab=vocab)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return draft.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def target() -> Any:
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=STOP,
+        pad_token_id=None,
+    )
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def greedy_sequence(target: Any, prompt: list[int], num_tokens: int) -> TrainingSequence:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        tokens.append(int(target(torch.tensor([tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == STOP:
+            break
+    return TrainingSequence(tuple(tokens), len(prompt))
+
+
+@pytest.fixture(scope="module")
+def sequences(target: Any) -> list[TrainingSequence]:
+    generator = torch.Generator().manual_seed(5)
+    prompts = [
+        torch.randint(2, VOCAB, (3 + i % 5,), generator=generator).tolist() for i in range(20)
+    ]
+    return [greedy_sequence(target, prompt, 24) for prompt in prompts]
+
+
+def fitted_draft(target: Any, config: DraftConfig = BASE) -> DSparkDraft:
+    embed = target.get_input_embeddings().weight
+    torch.manual_seed(0)
+    draft = DSparkDraft(config, embed_tokens=embed, lm_head=embed)
+    initialise_from_target(draft, target.get_decoder())
+    return draft
+
+
+@each_head
+def test_packed_scores_equal_one_decode_step_per_anchor(config: DraftConfig) -> None:
+    draft, generator = random_draft(config), torch.Generator().manual_seed(1)
+    features = torch.randn(2, 15, config.feature_size, generator=generator)
+    tokens = torch.randint(VOCAB, (2, 15), generator=generator)
+    anchors = torch.tensor([[1, 4, 5, 12], [3, 7, 14, 2]])
+    for row in range(2):
+        for column, anchor in enumerate(anchors[row].tolist()):
+            block = draft.forward_block(
+                tokens[row, anchor : anchor + 1], features[row : row + 1, :anchor], DraftCache()
+            )
+            assert block.tokens is not None
+            previous = torch.zeros(2, 4, config.block_size, dtype=torch.long)
+            previous[..., 0] = tokens.gather(1, anchors)
+            previous[row, column, 1:] = block.tokens[0, :-1]
+            packed = draft.forward_packed(features, anchors=anchors, previous=previous)
+            torch.testing.assert_close(
+                packed.logits[row, column], block.logits[0], atol=2e-5, rtol=1e-5
+            )
+            if config.enable_confidence_head:
+                assert packed.confidence_logits is not None
+                assert block.confidence_logits is not None
+                torch.testing.assert_close(
+                    packed.confidence_logits[row, column],
+                    block.confidence_logits[0],
+                    atol=2e-5,
+                    rtol=1e-5,
+                )
+            else:
+                assert packed.confidence_logits is None
+
+
+@each_head
+def test_a_cache_fed_in_pieces_drafts_as_one_fed_at_once(config: DraftConfig) -> None:
+    draft, generator = random_draft(config), torch.Generator().manual_seed(2)
+    features = torch.randn(1, 9, config.feature_size, generator=generator)
+    anchor, cache = torch.tensor([7]), DraftCache()
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        pieces = draft.forward_block(anchor, features[:, start:end], cache)
+    whole = draft.forward_block(anchor, features, DraftCache())
+    assert cache.length == 9
+    torch.testing.assert_close(pieces.logits, whole.logits, atol=2e-5, rtol=1e-5)
+
+
+def test_drafted_tokens_are_target_ids_of_the_draft_vocabulary() -> None:
+    draft = random_draft(HEADS["reduced"])
+    features = torch.randn(1, 5, BASE.feature_size, generator=torch.Generator().manual_seed(0))
+    scores = draft.forward_block(torch.tensor([2]), features, DraftCache())
+    assert scores.tokens is not None
+    assert torch.equal(scores.tokens, draft.draft_vocab[scores.logits.argmax(-1)])
+    assert scores.logits.shape == (1, BASE.block_size, 11)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5000.0},
+        {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 5000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: str(rope["rope_type"]),
+)
+def test_rope_frequencies_equal_those_of_transformers(rope: dict[str, Any]) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=rope
+    )
+    module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    ours = rope_frequencies(replace(BASE, head_dim=64, rope_parameters=rope))
+    torch.testing.assert_close(ours, module.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_an_unknown_rope_type_is_refused() -> None:
+    with pytest.raises(EngineError, match="yarn"):
+        rope_frequencies(replace(BASE, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+
+
+@each_head
+def test_a_saved_draft_scores_as_before(config: DraftConfig, tmp_path: Path) -> None:
+    draft = random_draft(config)
+    full_head = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(4))
+    draft.head_weight = full_head[draft.draft_vocab]
+    save_draft(draft, tmp_path, dtype=torch.float32)
+    loaded = load_draft(tmp_path, embed_tokens=draft.embed_weight, lm_head=full_head)
+    features = torch.randn(1, 6, config.feature_size, generator=torch.Generator().manual_seed(1))
+    scores = [d.forward_block(torch.tensor([5]), features, DraftCache()) for d in (draft, loaded)]
+    assert loaded.config == config
+    assert torch.equal(scores[0].logits, scores[1].logits)
+    assert torch.equal(loaded.draft_vocab, draft.draft_vocab)
+
+
+def test_the_file_has_the_published_names_and_offsets_for_d2t(tmp_path: Path) -> None:
+    draft = random_draft(HEADS["reduced"])
+    save_draft(draft, tmp_path)
+    tensors = safetensors_torch.load_file(tmp_path / "model.safetensors")
+    d2t = tensors.pop("d2t")
+    assert d2t.dtype == torch.int64
+    assert [i + int(offset) for i, offset in enumerate(d2t)] == draft.draft_vocab.tolist()
+    attention = [f"self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    attention += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    mlp = [f"mlp.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")]
+    norms = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    layers = [f"layers.{i}.{name}" for i in range(2) for name in attention + mlp + norms]
+    heads = ["markov_head.markov_w1.weight", "markov_head.markov_w2.weight"]
+    heads += ["confidence_head.proj.weight", "confidence_head.proj.bias"]
+    trunk = ["fc.weight", "hidden_norm.weight", "norm.weight"]
+    assert sorted(tensors) == sorted(layers + heads + trunk)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert tensors["markov_head.markov_w1.weight"].shape == (VOCAB, BASE.markov_rank)
+    assert tensors["markov_head.markov_w2.weight"].shape == (11, BASE.markov_rank)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3DSparkModel"]
+    assert config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["draft_vocab_size"] == 11
+    assert config["target_layer_ids"] == [-1, 1]
+
+
+def test_a_checkpoint_that_does_not_fit_says_why(tmp_path: Path) -> None:
+    draft = random_draft(BASE)
+    save_draft(draft, tmp_path)
+    embed = draft.embed_weight
+    with pytest.raises(EngineError, match="give the target's"):
+        load_draft(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, words in (
+        ({"draft_vocab_size": 11}, "d2t and draft_vocab_size"),
+        ({"intermediate_size": 50}, "does not fit its config"),
+        ({"hidden_size": 16}, "do not fit the draft config"),
+        ({"target_layer_ids": [1, 1]}, "target_layer_ids"),
+        ({"markov_rank": 0}, "markov_rank > 0"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(EngineError, match=words):
+            load_draft(tmp_path, embed_tokens=embed, lm_head=embed)
+    del config["mask_token_id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(EngineError, match="mask_token_id"):
+        config_from_json(tmp_path / "config.json")
+
+
+def test_weights_beyond_fp16_are_not_written(tmp_path: Path) -> None:
+    draft = random_draft(BASE)
+    draft.fc.weight[0, 0] = 1e6
+    with pytest.raises(EngineError, match="not finite"):
+        save_draft(draft, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def loss_inputs(seed: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 3, 4)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    return {
+        "logits": torch.randn(*shape, 9, generator=generator),
+        "confidence_logits": torch.randn(shape, generator=generator),
+        "target_probs": torch.randn(*shape, 9, generator=generator).softmax(-1),
+        "labels": torch.randint(9, shape, generator=generator),
+        "mask": mask,
+    }
+
+
+def total_loss(inputs: dict[str, Any], weights: LossWeights) -> Any:
+    rest = {name: value for name, value in inputs.items() if name != "logits"}
+    return dspark_loss(inputs["logits"], weights=weights, **rest)
+
+
+def test_the_loss_equals_its_formula_slot_by_slot() -> None:
+    inputs = loss_inputs(0)
+    inputs["target_probs"] = inputs["target_probs"] * 0.75  # a quarter is outside
+    inputs["labels"][0, 0, 1] = inputs["labels"][1, 2, 0] = -1
+    inputs["mask"][0, 0, 1] = inputs["mask"][1, 2, 0] = True
+    ce, l1, bce = [[0.0, 0.0] for _ in range(3)]
+    for b in range(2):
+        for a in range(3):
+            for k in range(4):
+                if not inputs["mask"][b, a, k]:
+                    continue
+                weight = float(torch.exp(torch.tensor(-k / 4.0)))
+                probs = inputs["logits"][b, a, k].softmax(-1)
+                distance = float((probs - inputs["target_probs"][b, a, k]).abs().sum()) + 0.25
+                label = int(inputs["labels"][b, a, k])
+                if label >= 0:
+                    ce[0] += weight * -float(probs[label].log())
+                    ce[1] += weight
+                l1[0] += weight * distance
+                l1[1] += weight
+                chance = torch.sigmoid(inputs["confidence_logits"][b, a, k])
+                star = 1 - distance / 2
+                bce[0] -= weight * float(star * chance.log() + (1 - star) * (1 - chance).log())
+                bce[1] += weight
+    terms = total_loss(inputs, LossWeights())
+    parts = [numerator / (denominator + 1e-6) for numerator, denominator in (ce, l1, bce)]
+    assert float(terms.cross_entropy) == pytest.approx(parts[0], rel=1e-5)
+    assert float(terms.l1) == pytest.approx(parts[1], rel=1e-5)
+    assert float(terms.confidence) == pytest.approx(parts[2], rel=1e-5)
+    expected = 0.1 * parts[0] + 0.9 * parts[1] + 1.0 * parts[2]
+    assert float(terms.total) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reduced_vocabulary_has_the_l1_of_a_draft_that_never_leaves_it() -> None:
+    inputs = loss_inputs(1)
+    inputs["logits"][..., 6:] = float("-inf")
+    inputs["labels"] %= 6
+    whole = total_loss(inputs, LossWeights())
+    reduced = dict(inputs)
+    reduced["logits"] = inputs["logits"][..., :6]
+    reduced["target_probs"] = inputs["target_probs"][..., :6]
+    torch.testing.assert_close(total_loss(reduced, LossWeights()).total, whole.total)
+
+
+def test_the_confidence_target_carries_no_gradient() -> None:
+    inputs = loss_inputs(2)
+    inputs["logits"].requires_grad_()
+    total_loss(inputs, LossWeights(cross_entropy=0.0, l1=0.0)).total.backward()
+    assert not inputs["logits"].grad.any()
+
+
+def test_slots_that_do_not_count_change_nothing() -> None:
+    inputs = loss_inputs(3)
+    before = total_loss(inputs, LossWeights()).total
+    inputs["logits"][~inputs["mask"]] += 3.0 * torch.arange(9)
+    assert torch.equal(total_loss(inputs, LossWeights()).total, before)
+
+
+def test_anchors_are_valid_distinct_and_sorted() -> None:
+    mask = torch.zeros(3, 30, dtype=torch.bool)
+    mask[0, 10:25], mask[1, 28:], mask[2, 5] = True, True, True
+    generator = torch.Generator().manual_seed(0)
+    anchors = sample_anchors(mask, 8, generator)
+    valid = valid_anchors(mask)
+    for row, wanted in enumerate((8, 1, 0)):
+        kept = anchors[row][anchors[row] >= 0].tolist()
+        assert len(kept) == wanted
+        assert kept == sorted(set(kept))
+        assert all(valid[row, position] for position in kept)
+    everywhere = sample_anchors(mask, 30, generator)[0]
+    assert everywhere[everywhere >= 0].tolist() == list(range(10, 24))
+
+
+def test_blocks_see_the_tokens_after_their_anchor_and_stop_at_the_end() -> None:
+    tokens = torch.arange(100, 112)[None]
+    mask = (torch.arange(12) >= 4)[None]
+    empty = torch.zeros(1, 12, 1)
+    batch = FeatureBatch(tokens, mask, empty, empty, empty[..., 0])
+    blocks = anchor_batch(batch, torch.tensor([[-1, 4, 9]]), 4)
+    assert blocks.previous[0, 1].tolist() == [104, 105, 106, 107]
+    assert blocks.labels[0, 1].tolist() == [105, 106, 107, 108]
+    assert blocks.mask[0].tolist() == [[False] * 4, [True] * 4, [True, True, False, False]]
+    assert blocks.labels[0, 2, :2].tolist() == [110, 111]
+
+
+def test_features_are_the_raw_layer_outputs_of_every_row(
+    target: Any, sequences: list[TrainingSequence]
+) -> None:
+    source = FeatureSource(TargetTaps(target, (-1, 1)), sequences, max_cache_bytes=1 << 20)
+    batch = source.batch([3, 0, 7])
+    for row, index in enumerate((3, 0, 7)):
+        sequence = sequences[index]
+        length, prompt = len(sequence.token_ids), sequence.num_prompt_tokens
+        out = target(torch.tensor([sequence.token_ids]), output_hidden_states=True)
+        expected = torch.cat([out.hidden_states[0], out.hidden_states[2]], dim=-1)[0]
+        torch.testing.assert_close(batch.features[row, :length], expected, atol=1e-5, rtol=1e-5)
+        logits = batch.last_hidden[row, prompt:length] @ target.lm_head.weight.T
+        torch.testing.assert_close(logits, out.logits[0, prompt:], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            batch.log_normalizer[row, prompt:length],
+            out.logits[0, prompt:].logsumexp(-1),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+        assert batch.loss_mask[row].nonzero().squeeze(-1).tolist() == list(range(prompt, length))
+
+
+def test_a_full_cache_changes_no_feature(target: Any, sequences: list[TrainingSequence]) -> None:
+    taps = TargetTaps(target, (0, 1))
+    wide = FeatureSource(taps, sequences, max_cache_bytes=1 << 24)
+    narrow = FeatureSource(taps, sequences, max_cache_bytes=20_000)
+    for indices in ([0, 1, 2], [2, 1, 0], [4, 5, 2], [0, 5, 2]):
+        first, second = wide.batch(indices), narrow.batch(indices)
+        torch.testing.assert_close(first.features, second.features, atol=1e-5, rtol=1e-5)
+    assert 0 < narrow.num_cached_bytes <= 20_000 < wide.num_cached_bytes
+
+
+def test_target_probs_of_a_reduced_vocabulary_keep_the_full_normaliser(
+    target: Any, sequences: list[TrainingSequence]
+) -> None:
+    vocab = torch.tensor([1, 5, 8, 30])
+    embed = target.get_input_embeddings().weight
+    config = replace(BASE, draft_vocab_size=4)
+    draft = DSparkDraft(config, embed_tokens=embed, lm_head=embed[vocab], draft_vocab=vocab)
+    source = FeatureSource(TargetTaps(target, (0,)), sequences, max_cache_bytes=0)
+    batch = source.batch([2])
+    anchor = sequences[2].num_prompt_tokens
+    got = aligned_target_probs(draft, batch, torch.tensor([[anchor]]))[0, 0, :2]
+    probs = target(torch.tensor([sequences[2].token_ids])).logits[0].softmax(-1)
+    torch.testing.assert_close(got, probs[anchor : anchor + 2][:, vocab], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sequence_without_a_response_is_refused() -> None:
+    with pytest.raises(InputError):
+        TrainingSequence((1, 2, 3), 3)
+
+
+def test_the_first_context_of_a_new_draft_is_the_targets_own(
+    target: Any, sequences: list[TrainingSequence]
+) -> None:
+    config = replace(
+        BASE,
+        num_hidden_layers=1,
+        target_layer_ids=(0, LAYERS - 2),
+        qk_norm=False,
+        rms_norm_eps=target.config.rms_norm_eps,
+    )
+    draft = fitted_draft(target, config)
+    ids = torch.tensor([sequences[0].token_ids])
+    features, _ = TargetTaps(target, config.target_layer_ids)(ids)
+    positions = torch.arange(ids.shape[1])[None]
+    keys, values = draft.layers[0].self_attn.keys_values(
+        draft.context(features), draft.rotation(positions)
+    )
+    cache = target(ids, use_cache=True).past_key_values.layers[LAYERS - 1]
+    torch.testing.assert_close(keys.transpose(1, 2), cache.keys, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(values.transpose(1, 2), cache.values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_draft_vocabulary_holds_stop_ids_then_the_most_frequent() -> None:
+    counts = torch.tensor([0, 0, 9, 1, 1, 0, 7, 0])
+    prompts = torch.tensor([0, 0, 0, 0, 5, 3, 0, 0])
+    assert frequent_ids(counts, 4, always=(7,)).tolist() == [2, 3, 6, 7]
+    assert frequent_ids(counts, 4, always=(7,), fallback=prompts).tolist() == [2, 4, 6, 7]
+    assert frequent_ids(counts, 6, fallback=prompts).tolist() == [0, 2, 3, 4, 5, 6]
+    with pytest.raises(EngineError):
+        frequent_ids(counts, 9)
+
+
+@torch.no_grad()
+def decode_rounds(target: Any, draft: DSparkDraft, sequence: TrainingSequence) -> list[int]:
+    """Committed tokens per round of a real speculative greedy decode to the same length."""
+    tokens = list(sequence.token_ids[: sequence.num_prompt_tokens + 1])
+    end, cache, committed = len(sequence.token_ids), DraftCache(), []
+    while len(tokens) < end:
+        anchor = len(tokens) - 1
+        out = target(torch.tensor([tokens]), output_hidden_states=True)
+        hidden = [out.hidden_states[i + 1] for i in draft.config.target_layer_ids]
+        features = torch.cat(hidden, dim=-1)[:, cache.length : anchor]
+        block = draft.forward_block(torch.tensor([tokens[-1]]), features, cache)
+        assert block.tokens is not None
+        drafted = block.tokens[0].tolist()
+        choices = target(torch.tensor([tokens + drafted])).logits[0, anchor:].argmax(-1).tolist()
+        accepted = 0
+        while accepted < len(drafted) and drafted[accepted] == choices[accepted]:
+            accepted += 1
+        new = choices[: accepted + 1][: end - len(tokens)]
+        committed.append(len(new))
+        tokens += new
+    assert tuple(tokens) == sequence.token_ids
+    return committed
+
+
+def test_replay_counts_the_rounds_of_a_real_greedy_decode(
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path
+) -> None:
+    draft = fitted_draft(target)
+    source = FeatureSource(TargetTaps(target, (-1, 1)), sequences, max_cache_bytes=1 << 24)
+    options = TrainingOptions(num_steps=25, batch_size=8, num_anchors=8, learning_rate=3e-3)
+    Trainer(draft, source, options=options, folder=tmp_path).run()
+    seen = set()
+    for index in range(6):
+        committed = decode_rounds(target, draft, sequences[index])
+        replay = replay_greedy(draft, source.batch([index]))
+        assert replay.num_rounds == len(committed) == sum(replay.accepted_histogram)
+        assert replay.num_committed == sum(committed)
+        seen |= {count for count, n in enumerate(replay.accepted_histogram) if n}
+    assert len(seen) > 2  # the draft is neither useless nor perfect
+
+
+def test_training_lowers_the_loss_and_raises_accepted_length(
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path
+) -> None:
+    draft = fitted_draft(target)
+    taps = TargetTaps(target, (-1, 1))
+    source = FeatureSource(taps, sequences[:16], max_cache_bytes=1 << 24)
+    held_out = FeatureSource(taps, sequences[16:], max_cache_bytes=1 << 24)
+    before, held_before = evaluate(draft, source), evaluate(draft, held_out)
+    options = TrainingOptions(
+        num_steps=60, batch_size=8, num_anchors=12, learning_rate=3e-3, ema_decay=0.9
+    )
+    Trainer(draft, source, options=options, folder=tmp_path, held_out=held_out).run()
+    after = evaluate(draft, source)
+    assert after.loss < 0.7 * before.loss
+    assert after.tau_greedy > before.tau_greedy + 0.6
+    assert after.tau_probabilistic > before.tau_probabilistic
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["event"] for entry in log] == ["step"] * 3 + ["evaluation"]
+    assert log[-1]["tau_greedy"] > held_before.tau_greedy
+    embed = draft.embed_weight
+    exported = load_draft(tmp_path / "export", embed_tokens=embed, lm_head=embed)
+    assert evaluate(exported, held_out).tau_greedy == pytest.approx(log[-1]["tau_greedy"], rel=0.05)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path, bf16: bool
+) -> None:
+    taps = TargetTaps(target, (-1, 1))
+    options = TrainingOptions(num_steps=9, batch_size=4, num_anchors=4, ema_decay=0.9, bf16=bf16)
+    ends = []
+    for folder, stops in ((tmp_path / "whole", [None]), (tmp_path / "parts", [2, 7, None])):
+        for stop in stops:
+            source = FeatureSource(taps, sequences, max_cache_bytes=1 << 24)
+            trainer = Trainer(fitted_draft(target), source, options=options, folder=folder)
+            trainer.run(stop_at=stop)
+        assert trainer.step == 9
+        ends.append((trainer.draft.state_dict(), trainer.average))
+    for whole, parts in zip(*ends, strict=True):
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, parts[name]), name
+
+
+def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path
+) -> None:
+    source = FeatureSource(TargetTaps(target, (0,)), sequences, max_cache_bytes=0)
+    options = TrainingOptions(num_steps=1, batch_size=3)
+    trainer = Trainer(fitted_draft(target), source, options=options, folder=tmp_path)
+    epochs = [trainer.batches(epoch) for epoch in (0, 1, 0)]
+    for batches in epochs:
+        assert sorted(i for batch in batches for i in batch) == list(range(len(sequences)))
+    assert epochs[0] == epochs[2] != epochs[1]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    options = TrainingOptions(num_steps=1000, learning_rate=2.0)
+    rates = [learning_rate_at(step, options) for step in range(1001)]
+    assert rates[0] == pytest.approx(2.0 / 40)
+    assert max(rates) == rates[39] == rates[40] == 2.0
+    assert rates[520] == pytest.approx(1.0)
+    assert rates[1000] == pytest.approx(0.0, abs=1e-12)
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[40:]))
