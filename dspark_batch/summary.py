@@ -200,7 +200,8 @@ class Summary:
 
 def rows_line(counts: Counts) -> str:
     """Good and bad rows, the bad ones by error code."""
-    text = f"{counts.num_rows - counts.num_errors:,} ok, {counts.num_errors:,} errors"
+    plural = "" if counts.num_errors == 1 else "s"
+    text = f"{counts.num_rows - counts.num_errors:,} ok, {counts.num_errors:,} error{plural}"
     if counts.errors:
         text += f" ({', '.join(f'{code} {number:,}' for code, number in counts.errors.items())})"
     return text

@@ -186,8 +186,8 @@ def test_wrong_commands_end_with_code_and_message(fakes, command, code, message)
 def test_too_many_row_errors_print_the_summary_and_exit_4(fakes):
     result = invoke("run", write(["one", None]))
     assert result.exit_code == 4
-    assert "1 ok, 1 errors (invalid_row 1)" in result.stdout
-    assert result.stderr.splitlines()[-1].startswith("error: 1 ok, 1 errors (invalid_row 1): more")
+    assert "1 ok, 1 error (invalid_row 1)" in result.stdout
+    assert result.stderr.splitlines()[-1].startswith("error: 1 ok, 1 error (invalid_row 1): more")
 
 
 def test_a_stop_prints_the_summary_and_exits_75(fakes):
