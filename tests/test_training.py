@@ -170,6 +170,30 @@ def test_a_cache_fed_in_pieces_drafts_as_one_fed_at_once(config: DraftConfig) ->
     torch.testing.assert_close(pieces.logits, whole.logits, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_a_markov_head_computes_its_formula(kind: str) -> None:
+    draft, rank = random_draft(HEADS[kind]), BASE.markov_rank
+    head, generator = draft.markov_head, torch.Generator().manual_seed(6)
+    assert head is not None
+    hidden = torch.randn(BASE.block_size, HIDDEN, generator=generator)
+    previous = torch.randint(VOCAB, (BASE.block_size,), generator=generator)
+    weights, state, expected = head.state_dict(), torch.zeros(rank), []
+    for h, token in zip(hidden, previous, strict=True):
+        row = e = weights["markov_w1.weight"][token]
+        if kind == "gated":
+            mixed = weights["gate_proj.weight"] @ torch.cat([h, e]) + weights["gate_proj.bias"]
+            row = torch.sigmoid(mixed) * e
+        if kind == "rnn":
+            joint = torch.cat([state, e, h])
+            joint = weights["joint_proj.weight"] @ joint + weights["joint_proj.bias"]
+            gate = torch.sigmoid(joint[:rank])
+            state = gate * state + (1 - gate) * torch.tanh(joint[rank : 2 * rank])
+            row = torch.tanh(joint[2 * rank :])
+        expected.append(weights["markov_w2.weight"] @ row)
+    got = head(head.embed(previous), hidden)
+    torch.testing.assert_close(got, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
 def test_drafted_tokens_are_target_ids_of_the_draft_vocabulary() -> None:
     draft = random_draft(HEADS["reduced"])
     features = torch.randn(1, 5, BASE.feature_size, generator=torch.Generator().manual_seed(0))
@@ -381,6 +405,9 @@ def test_blocks_see_the_tokens_after_their_anchor_and_stop_at_the_end() -> None:
     assert blocks.labels[0, 1].tolist() == [105, 106, 107, 108]
     assert blocks.mask[0].tolist() == [[False] * 4, [True] * 4, [True, True, False, False]]
     assert blocks.labels[0, 2, :2].tolist() == [110, 111]
+    mask[0, 8] = False
+    holed = anchor_batch(batch, torch.tensor([[4, 6]]), 4)
+    assert holed.mask[0].tolist() == [[True, True, True, False], [True, False, False, False]]
 
 
 def test_features_are_the_raw_layer_outputs_of_every_row(

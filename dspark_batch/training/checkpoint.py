@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dspark_batch.errors import EngineError
@@ -47,7 +47,8 @@ def save_draft(draft: DSparkDraft, folder: Path, *, dtype: torch.dtype = torch.f
     if draft.config.draft_vocab_size is not None:
         tensors["d2t"] = offsets_from_draft_vocab(draft.draft_vocab.cpu())
     config = draft.config.as_json(dtype=str(dtype).removeprefix("torch."))
-    save_file(tensors, folder / (WEIGHTS + ".new"), metadata={"format": "pt"})
+    # `save_file` would leave a file that only its owner can read.
+    (folder / (WEIGHTS + ".new")).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / (CONFIG + ".new")).write_text(json.dumps(config, indent=2) + "\n")
     for name in (WEIGHTS, CONFIG):
         os.replace(folder / (name + ".new"), folder / name)
