@@ -67,8 +67,9 @@ def verify(
         np.repeat(np.asarray(top_p), block_size + 1),
     ).reshape(num_rows, block_size + 1, vocab_size)
 
-    # A position that proposes nothing has zeros here, which makes its residual the target itself:
-    # the bonus after a fully accepted block needs no case of its own.
+    # Zeros wherever nothing was drawn. They make the residual the target itself, so the bonus
+    # after a fully accepted block needs no case of its own, and let a greedy row accept whatever
+    # its one-hot target allows.
     draft_probs = np.zeros_like(target_probs)
     proposing = np.nonzero(planned & ~greedy)
     position_probs = softmax(draft_logits[proposing], temperatures[proposing[0]])
@@ -78,7 +79,7 @@ def verify(
     target_prob = np.take_along_axis(target_probs[:, :-1], tokens, axis=2)[..., 0]
     draft_prob = np.take_along_axis(draft_probs[:, :-1], tokens, axis=2)[..., 0]
     draws = np.where(planned, uniforms[:, :-1], np.float32(0))
-    matched = np.where(greedy, target_prob == 1, draws * draft_prob < target_prob)
+    matched = draws * draft_prob < target_prob
     num_accepted = np.cumprod(matched & planned & finite[:, None], axis=1).sum(axis=1)
 
     residual = residual_probs(target_probs[row, num_accepted], draft_probs[row, num_accepted])

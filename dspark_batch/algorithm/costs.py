@@ -73,14 +73,14 @@ class CostTable:
     def verify_curve(self, num_rows: int) -> Callable[[int], float]:
         """Seconds of a target pass by its number of tokens, for `num_rows` rows: `step_seconds`.
 
-        Bilinear between the measured points, linear beyond them. More tokens or rows never cost
-        less: a dip in the measurements is noise, and is levelled by a running maximum.
+        Bilinear between the measured points, linear beyond them. More tokens never cost less, nor
+        do more rows of as many tokens each: a dip in the measurements is noise, and is levelled
+        by a running maximum.
         """
-        level = np.maximum.accumulate(np.asarray(self.verify_seconds), axis=0)
-        level = np.maximum.accumulate(level, axis=1)
-        profile = [_interpolate(self.rows, times, num_rows) for times in level.T.tolist()]
-        # Extrapolating over rows can cross two columns, hence once more.
-        profile = list(accumulate(profile, max))
+        by_rows = np.maximum.accumulate(np.asarray(self.verify_seconds), axis=0)
+        measured = [_interpolate(self.rows, times, num_rows) for times in by_rows.T.tolist()]
+        # Last, because extrapolating over rows can make two columns cross.
+        profile = list(accumulate(measured, max))
         tokens = [num_rows * per_row for per_row in self.tokens_per_row]
         return lambda num_tokens: _interpolate(tokens, profile, num_tokens)
 

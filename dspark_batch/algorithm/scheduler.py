@@ -103,9 +103,7 @@ def worth_drafting(survival_by_position: Reals, max_lengths: Lengths, costs: Cos
         return False
     verify_seconds = costs.verify_curve(num_rows)
     draft_seconds = costs.draft(num_rows)
-    # Cumulative minimum: an estimate per position may rise by rounding, a survival cannot.
-    falling = np.minimum.accumulate(survival_by_position, axis=1)
-    _, survival = _ranked_survival(falling, max_lengths)
+    _, survival = _ranked_survival(survival_by_position, max_lengths)
     speculative = _objectives(survival, num_rows, lambda b: draft_seconds + verify_seconds(b))
     return bool(speculative.max() > num_rows / verify_seconds(num_rows))
 

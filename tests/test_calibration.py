@@ -1,0 +1,103 @@
+"""Sequential temperature scaling recovers known temperatures and lowers the calibration error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dspark_batch.algorithm.calibration import (
+    TEMPERATURE_GRID,
+    apply,
+    expected_calibration_error,
+    fit,
+)
+
+Array = NDArray[Any]
+
+
+def rounds(seed: int, temperatures: Array, *, num_rounds: int = 12_000) -> tuple[Array, Array]:
+    """Logits [n, γ] and accepted counts [n] of a head that is right at `temperatures`."""
+    rng = np.random.default_rng(seed)
+    logits = (1.0 + 2.0 * rng.normal(size=(num_rounds, len(temperatures)))) * temperatures
+    passed = rng.random(logits.shape) < 1 / (1 + np.exp(-logits / temperatures))
+    return logits.astype(np.float32), np.cumprod(passed, axis=1).sum(axis=1)
+
+
+def errors(logits: Array, accepted: Array, temperatures: Array) -> Array:
+    """[γ] calibration error of survival."""
+    survival = np.cumprod(apply(logits, temperatures), axis=1)
+    return np.array(
+        [expected_calibration_error(survival[:, k], accepted > k) for k in range(logits.shape[1])]
+    )
+
+
+def test_known_temperatures_are_recovered() -> None:
+    true = np.array([1.0, 2.5, 0.4, 5.0])
+    fitted = fit(*rounds(0, true))
+    # One grid step is 1/8 of an octave; later positions have fewer survivors to learn from.
+    assert np.abs(np.log2(fitted / true)).max() < 0.4
+    assert set(fitted) <= set(TEMPERATURE_GRID)
+
+
+def test_fitting_lowers_the_error_of_every_position_on_unseen_rounds() -> None:
+    true = np.array([2.0, 2.5, 0.3, 4.0])
+    fitted = fit(*rounds(1, true))
+    unseen = rounds(2, true)
+    before, after = errors(*unseen, np.ones(4)), errors(*unseen, fitted)
+    assert (before > 0.03).all()
+    assert (after < 0.015).all()
+
+
+def test_each_position_is_fitted_on_the_survival_of_those_before_it() -> None:
+    logits, accepted = rounds(3, np.array([3.0, 1.5, 0.5]))
+    fitted = fit(logits, accepted)
+    np.testing.assert_array_equal(fit(logits[:, :2], np.minimum(accepted, 2)), fitted[:2])
+    for position in range(3):
+        tried = np.tile(fitted, (49, 1))
+        tried[:, position] = TEMPERATURE_GRID
+        by_temperature = [errors(logits, accepted, t)[position] for t in tried]
+        # Same up to float32: this test multiplies the confidences in another precision.
+        best = errors(logits, accepted, fitted)[position]
+        assert best == pytest.approx(min(by_temperature), abs=2e-4)
+
+
+def test_logits_that_no_temperature_can_change_keep_temperature_one() -> None:
+    fitted = fit(np.zeros((40, 3), dtype=np.float32), np.arange(40) % 4)
+    assert fitted.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_grid_has_49_log_spaced_values_around_one() -> None:
+    ascending = np.sort(TEMPERATURE_GRID)
+    np.testing.assert_allclose(ascending, np.geomspace(0.125, 8, 49))
+
+
+def test_apply_is_the_sigmoid_by_position_without_overflow() -> None:
+    logits = np.array([[0.0, 3.0], [1e4, -1e4]], dtype=np.float32)
+    confidence = apply(logits, np.array([2.0, 1.5]))
+    assert confidence.dtype == np.float32
+    np.testing.assert_allclose(confidence, [[0.5, 1 / (1 + np.exp(-2))], [1, 0]], rtol=1e-6)
+
+
+def test_the_error_equals_its_definition_bin_by_bin() -> None:
+    rng = np.random.default_rng(4)
+    predicted = np.concatenate([rng.random(500), [0.0, 0.05, 0.999999, 1.0]])
+    observed = rng.random(504) < predicted**2
+    expected = 0.0
+    for low in range(20):
+        inside = np.floor(np.minimum(predicted, 0.9999999) * 20) == low
+        if inside.any():
+            gap = abs(predicted[inside].mean() - observed[inside].mean())
+            expected += inside.mean() * gap
+    assert expected_calibration_error(predicted, observed) == pytest.approx(expected)
+    assert expected_calibration_error(np.array([1.0, 0.0]), [1, 0]) == 0
+    # 1 belongs to the last bin.
+    assert expected_calibration_error(np.array([1.0, 0.96]), [0, 1]) == pytest.approx(0.48)
+    assert expected_calibration_error(np.array([0.2, 0.8]), [1, 1], num_bins=1) == 0.5
+
+
+def test_fitting_without_rounds_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one round"):
+        fit(np.zeros((0, 3)), np.zeros(0))
