@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dspark_batch.job import Job
 from dspark_batch.plan import JobPlan
 from dspark_batch.prompts import EngineText, PromptPreparer
 from dspark_batch.summary import Counts, rows_line
+
+if TYPE_CHECKING:
+    from dspark_batch.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,25 @@ def _quantile(ordered: Sequence[tuple[int, int]], rank: float) -> int:
         if seen >= rank:
             return length
     return ordered[-1][0]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What preparing prompts needs of an engine, without its graphs."""
+
+    tokenizer: Tokenizer | None
+    max_tokens: int
+    vocab_size: int
+
+
+def read_engine(folder: Path) -> EngineFacts:
+    """Read manifest and tokenizer of an engine folder. Raises `EngineError`."""
+    from dspark_batch.manifest import read_manifest
+    from dspark_batch.tokenizer import Tokenizer
+
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.open(folder) if manifest.has_tokenizer else None
+    return EngineFacts(tokenizer, manifest.limits.max_tokens, manifest.target.vocab_size)
 
 
 def check(job: Job, engine: EngineText) -> CheckReport:

@@ -140,16 +140,9 @@ def export(recipe: str, output: Path | None, force: bool, progress_mode: str) ->
     from dspark_batch.progress import open_progress
 
     path = Path(recipe) if recipe.endswith(".toml") else _EXPORT_FOLDER / f"{recipe}.toml"
-    progress = open_progress(progress_mode)
-    try:
-        folder = build(
-            path,
-            output=output or _ENGINES_FOLDER / path.stem,
-            force=force,
-            progress=progress.phase,
-        )
-    finally:
-        progress.close()
+    output = output or _ENGINES_FOLDER / path.stem
+    with open_progress(progress_mode) as progress:
+        folder = build(path, output=output, force=force, progress=progress.phase)
     click.echo(folder)
 
 
@@ -184,15 +177,16 @@ def run(
     from dspark_batch.progress import open_progress
     from dspark_batch.runner import run as run_job
 
-    summary = run_job(
-        job,
-        open_engine=open_engine,
-        decode=decode,
-        stats=DecodeStats(),
-        progress=open_progress(progress_mode),
-        argv=ctx.meta[_ARGV],
-        overwrite=overwrite,
-    )
+    with open_progress(progress_mode) as progress:
+        summary = run_job(
+            job,
+            open_engine=open_engine,
+            decode=decode,
+            stats=DecodeStats(),
+            progress=progress,
+            argv=ctx.meta[_ARGV],
+            overwrite=overwrite,
+        )
     _print(summary, as_json=as_json)
     if summary.failure:
         raise summary.failure
@@ -214,9 +208,9 @@ def check(input: str, as_json: bool, **flags: object) -> None:
     job = load_job(input, _given(flags))
 
     from dspark_batch.check import check as check_job
-    from dspark_batch.engine import open_engine
+    from dspark_batch.check import read_engine
 
-    report = check_job(job, open_engine(job.engine))
+    report = check_job(job, read_engine(job.engine))
     _print(report, as_json=as_json)
     if report.num_errors:
         raise InputError(

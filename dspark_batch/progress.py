@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -49,7 +49,13 @@ class RunState:
 
 
 class Progress:
-    """Says nothing; the base of the displays that do."""
+    """Says nothing; the base of the displays that do. Closed where a `with` block ends."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def phase(self, text: str) -> None:
         """A phase begins, such as "loading engine"."""

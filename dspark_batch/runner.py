@@ -225,24 +225,22 @@ def run(
         if file.path.resolve().is_relative_to(output.folder.resolve()):
             raise InputError(f"the input {file.path} lies in the output {output.folder}")
     with stop.on_sigterm(), output.lock():
-        try:
-            progress.phase(f"loading engine {job.engine}")
-            started = clock()
-            with closing(open_engine(job.engine, max_rows=job.max_rows)) as engine:
-                work = _Run(plan, output, engine, stop=stop, progress=progress, clock=clock)
-                work.load_seconds = clock() - started
-                if overwrite:
-                    output.set_aside()
-                pending = work.resume()
-                summary = work.summary(stats, argv=argv) if not pending else None
-                if summary is None:
-                    with RunRecord(output, plan, engine, argv=argv) as record:
-                        num_rows = sum(shard.num_rows for shard in pending)
-                        progress.phase(f"decoding {num_rows:,} rows")
-                        work.decode(pending, decode, stats)
-                        summary = record.summary = work.summary(stats, argv=argv)
-            if summary.num_parts == summary.num_planned_parts:
-                output.drop_replaced()
-            return summary
-        finally:
-            progress.close()
+        progress.phase(f"loading engine {job.engine}")
+        started = clock()
+        with closing(open_engine(job.engine, max_rows=job.max_rows)) as engine:
+            work = _Run(plan, output, engine, stop=stop, progress=progress, clock=clock)
+            work.load_seconds = clock() - started
+            if overwrite:
+                output.set_aside()
+            pending = work.resume()
+            if pending:
+                with RunRecord(output, plan, engine, argv=argv) as record:
+                    num_rows = sum(shard.num_rows for shard in pending)
+                    progress.phase(f"decoding {num_rows:,} rows")
+                    work.decode(pending, decode, stats)
+                    summary = record.summary = work.summary(stats, argv=argv)
+            else:
+                summary = work.summary(stats, argv=argv)
+        if summary.num_parts == summary.num_planned_parts:
+            output.drop_replaced()
+        return summary

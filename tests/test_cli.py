@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from fake_engine import FakeDecode, FakeEngine, FakeStats
+from fake_engine import FakeDecode, FakeEngine, FakeStats, FakeTokenizer
 
 from dspark_batch import __version__
 from dspark_batch import errors as error_tree
@@ -36,6 +36,17 @@ class Fakes:
             raise EngineError("no engine missing;\n  build it with: dspark-batch export missing")
         return self.engine
 
+    def read_manifest(self, folder: Path) -> object:
+        if folder.name == "missing":
+            raise EngineError("no engine missing")
+        limits = types.SimpleNamespace(max_tokens=self.engine.max_tokens)
+        target = types.SimpleNamespace(vocab_size=self.engine.vocab_size)
+        return types.SimpleNamespace(has_tokenizer=True, limits=limits, target=target)
+
+    def open_tokenizer(self, folder: Path) -> FakeTokenizer:
+        assert folder == Path("engines/model")
+        return FakeTokenizer()
+
     def export(self, recipe_path: Path, **options: object) -> Path:
         options["progress"]("building target")
         self.exported.append({"recipe": recipe_path, **options})
@@ -48,6 +59,8 @@ def fakes(monkeypatch, tmp_path) -> Fakes:
     for name, members in {
         "engine": {"open_engine": fakes.open_engine},
         "decode": {"decode": lambda *a, **kw: fakes.decode(*a, **kw), "DecodeStats": FakeStats},
+        "manifest": {"read_manifest": fakes.read_manifest},
+        "tokenizer": {"Tokenizer": types.SimpleNamespace(open=fakes.open_tokenizer)},
         "export.pipeline": {"export": fakes.export},
     }.items():
         module = types.ModuleType(f"dspark_batch.{name}")
@@ -173,6 +186,8 @@ def test_every_error_of_ours_is_one_line_and_its_exit_code(fakes, kind):
         ("run in.parquet --tempature 1", 2, "No such option '--tempature'. (Did you mean"),
         ("run", 2, "Missing argument 'INPUT'"),
         ("status nowhere", 2, "error: nowhere is not the output of a run"),
+        ("check in.parquet --engine missing", 5, "error: no engine missing"),
+        ("check none.parquet --engine missing", 5, "error: no engine missing"),
         ("check none.parquet", 3, "error: no file or folder none.parquet"),
     ],
 )
@@ -181,6 +196,17 @@ def test_wrong_commands_end_with_code_and_message(fakes, command, code, message)
     result = invoke(*shlex.split(command))
     assert result.exit_code == code
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("source", ["in.parquet", "none.parquet"])
+def test_the_progress_display_is_closed_whatever_happens(fakes, monkeypatch, source):
+    from dspark_batch import progress
+
+    closed = []
+    monkeypatch.setattr(progress.PlainProgress, "close", lambda self: closed.append(True))
+    write(["one"])
+    invoke("run", source)
+    assert closed == [True]
 
 
 def test_too_many_row_errors_print_the_summary_and_exit_4(fakes):
@@ -229,7 +255,7 @@ def test_check_counts_and_exits_3_for_invalid_rows(fakes):
     assert result.exit_code == InputError.exit_code
     assert json.loads(result.stdout)["errors"] == {"invalid_row": 2}
     assert result.stderr == "error: 2 of 3 rows are invalid; row 1: prompt is null\n"
-    assert fakes.decode.admitted == []
+    assert fakes.opened == []  # the graphs are not loaded for it
 
 
 def test_status_shows_what_is_there(fakes):

@@ -83,6 +83,12 @@ def test_the_default_output_of_a_folder_lies_beside_the_folder(tmp_path):
     assert output == tmp_path / "night.parquet.completions"
 
 
+def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
+    path = tmp_path / "night[1].parquet"
+    path.write_text("")
+    assert Job(input=str(path)).output_folder == tmp_path / "night[1].completions"
+
+
 def test_a_pattern_has_no_default_output():
     with pytest.raises(UsageError, match=r"no default output for the pattern in/\*\.parquet: add"):
         _ = Job(input="in/*.parquet").output_folder

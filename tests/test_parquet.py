@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -164,10 +166,10 @@ def test_the_identity_of_a_large_file_reads_samples_and_the_footer(tmp_path, mon
     path.write_bytes(content)
 
     def digest() -> str:
-        return parquet._digest(path, size=len(content), footer_bytes=6)
+        return parquet._digest(path, size=len(content), footer_bytes=40)
 
     first = digest()
-    for position, seen in ((0, True), (70, True), (30, False), (204, True)):
+    for position, seen in ((0, True), (70, True), (30, False), (170, True), (204, True)):
         content[position] ^= 1
         path.write_bytes(content)
         assert (digest() != first) is seen
@@ -388,6 +390,26 @@ def test_a_part_is_large_groups_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "_ROW_GROUP_ROWS", 2)
     path = commit(tmp_path, rich_table(3), [OK, BAD, OK])
     assert pq.read_metadata(path).num_row_groups == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_part_is_on_disk_before_it_has_its_name_and_its_name_after(tmp_path, monkeypatch):
+    steps = []
+    sync, rename = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        steps.append(f"sync {path.name}")
+        sync(descriptor)
+
+    def replace(self: Path, target: Path) -> Path:
+        steps.append(f"rename {self.name} {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    commit(tmp_path, rich_table(1), [OK])
+    assert steps == ["sync part.tmp", "rename part.tmp part.parquet", f"sync {tmp_path.name}"]
 
 
 def test_a_commit_that_fails_leaves_no_part(tmp_path, monkeypatch):

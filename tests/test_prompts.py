@@ -61,6 +61,11 @@ def test_parameter_columns_are_found_by_name():
     assert columns == PromptColumns("prompt", "question", ("top_p", "seed"))
 
 
+def test_the_prompt_column_overrides_no_setting():
+    columns = choose({"stop": "string", "seed": "integer"}, prompt_column="stop")
+    assert columns == PromptColumns("prompt", "stop", ("seed",))
+
+
 @pytest.mark.parametrize(
     ("kinds", "settings", "error", "message"),
     [

@@ -30,7 +30,7 @@ from dspark_batch.errors import (
 )
 from dspark_batch.job import Job
 from dspark_batch.output import OutputFolder
-from dspark_batch.progress import Progress
+from dspark_batch.progress import Progress, RunState
 from dspark_batch.prompts import row_seed
 from dspark_batch.status import read_status
 from dspark_batch.summary import Summary
@@ -311,6 +311,7 @@ def test_a_kill_inside_a_commit_leaves_only_whole_parts(tmp_path, monkeypatch, m
             run(job)
     assert len(names(job)) == 2
     assert list((job.output_folder / "run").glob("part-*.tmp"))
+    (job.output_folder / "run/part-00099-r0000000099.parquet.tmp").write_text("of an older plan")
     run(job)
     assert not list((job.output_folder / "run").glob("*.tmp"))
     assert result(job)["id"].to_pylist() == [f"id-{i}" for i in range(20)]
@@ -322,7 +323,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from fake_engine import FakeDecode, FakeEngine, FakeStats, open_fake
 from dspark_batch.job import Job
-from dspark_batch.progress import Progress
+from dspark_batch.progress import Progress, RunState
 from dspark_batch.runner import run
 
 def slow(num_done):
@@ -449,11 +450,56 @@ def test_overwrite_keeps_the_old_parts_until_all_new_ones_are_there(tmp_path):
     ]
 
 
+class Watch(Progress):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.phases: list[str] = []
+        self.states: list[RunState] = []
+
+    def phase(self, text: str) -> None:
+        self.phases.append(text)
+
+    def update(self, state: RunState) -> None:
+        self.states.append(replace(state))
+
+
+def test_progress_counts_rows_of_earlier_runs_but_only_this_runs_tokens(tmp_path):
+    job = job_of(tmp_path, pa.table({"prompt": [None, *prompts(20)]}))
+    with pytest.raises(Killed):
+        run(job, decode=FakeDecode(before_yield=killing(12)))
+    kept = result(job).num_rows
+    watch = Watch()
+    summary = run(job, progress=watch)
+    assert watch.phases == ["loading engine engines/model", f"decoding {21 - kept} rows"]
+    assert [state.num_done for state in watch.states] == list(range(kept + 1, 22))
+    last = watch.states[-1]
+    assert (last.num_rows, last.num_done_before, last.num_errors) == (21, kept, 1)
+    assert last.num_new_tokens == summary.num_run_new_tokens
+    assert (last.num_rounds, last.num_accepted_tokens) == (4 * (21 - kept), 6 * (21 - kept))
+    assert last.seconds > 0
+
+
+def test_parts_are_listed_in_input_order_though_they_end_in_another(tmp_path):
+    class Backwards(FakeDecode):
+        def __call__(self, prompts, engine, *, spec, stats):
+            for prompt in reversed(list(prompts)):
+                yield self.answer(prompt, engine)
+
+    job = job_of(tmp_path, table(60))
+    run(job, decode=Backwards())
+    parts = [part.path.name for part in OutputFolder(job.output_folder).parts()]
+    assert parts == sorted(parts)
+    assert result(job)["id"].to_pylist() == [f"id-{i}" for i in range(60)]
+
+
 def test_sigterm_lets_running_rows_end_and_says_how_to_continue(tmp_path):
     job = job_of(tmp_path, table(40))
     handler = signal.getsignal(signal.SIGTERM)
     decode = FakeDecode(before_yield=at(18, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    summary = run(job, decode=decode)
+    watch = Watch()
+    summary = run(job, decode=decode, progress=watch)
+    assert watch.phases[2:] == ["stopping for SIGTERM: ending the running rows"]
     assert isinstance(summary.failure, StoppedEarly)
     assert str(summary.failure) == (
         f"stopped early for SIGTERM: {summary.num_parts} of 10 parts are there; "
