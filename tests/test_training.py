@@ -285,6 +285,7 @@ def test_a_checkpoint_that_does_not_fit_says_why(tmp_path: Path) -> None:
         ({"intermediate_size": 50}, "does not fit its config"),
         ({"hidden_size": 16}, "do not fit the draft config"),
         ({"target_layer_ids": [1, 1]}, "target_layer_ids"),
+        ({"target_layer_ids": [1, 3]}, "beyond 3 layers"),
         ({"markov_rank": 0}, "markov_rank > 0"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
