@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 from dspark_batch.errors import DSparkError, InputError, RowErrorsExceeded, StoppedEarly
 from dspark_batch.job import Job
 from dspark_batch.output import OutputFolder
-from dspark_batch.parts import Part, commit_part
+from dspark_batch.parts import commit_part
 from dspark_batch.plan import JobPlan
 from dspark_batch.progress import Progress, RunState
 from dspark_batch.prompts import PromptPreparer
@@ -63,9 +63,8 @@ class _Run:
     ) -> None:
         self.load_seconds = 0.0
         self._wall_seconds = 0.0
-        self._parts: list[Part] = []
-        self._before = Counts()
-        self._num_parts_before = 0
+        self._counts = self._counts_before = Counts()
+        self._num_parts = self._num_parts_before = 0
         self._plan = plan
         self._output = output
         self._engine = engine
@@ -78,16 +77,14 @@ class _Run:
 
     def resume(self) -> list[Shard]:
         """Find the parts of earlier runs, and return the shards that have none."""
-        self._parts = self._output.parts()
-        pending = self._plan.pending(self._parts, engine=self._engine.fingerprint)
-        self._num_parts_before = len(self._parts)
-        self._before = self._counts()
-        self._state.num_done = self._state.num_done_before = self._before.num_rows
-        self._state.num_errors = self._before.num_errors
+        parts = self._output.parts()
+        pending = self._plan.pending(parts, engine=self._engine.fingerprint)
+        self._num_parts = self._num_parts_before = len(parts)
+        counts = sum((part.counts for part in parts), start=Counts())
+        self._counts = self._counts_before = counts
+        self._state.num_done = self._state.num_done_before = counts.num_rows
+        self._state.num_errors = counts.num_errors
         return pending
-
-    def _counts(self) -> Counts:
-        return sum((part.counts for part in self._parts), start=Counts())
 
     def decode(self, pending: Sequence[Shard], decode: Decode, stats: DecodeStats) -> None:
         """Decode the pending shards and commit those that become complete."""
@@ -153,19 +150,19 @@ class _Run:
             fingerprint=self._plan.fingerprint(shard, engine=self._engine.fingerprint),
             temporary=self._output.temporary(shard.part_name),
         )
-        self._parts.append(part)
+        self._num_parts += 1
+        self._counts += part.counts
 
     def summary(self, stats: DecodeStats, *, argv: Sequence[str]) -> Summary:
         """What there is now; raises `DSparkError` if a row got lost."""
-        counts = self._counts()
         return Summary(
             self._output.folder,
-            counts,
+            self._counts,
             num_input_rows=self._plan.num_rows,
-            num_parts=len(self._parts),
+            num_parts=self._num_parts,
             num_planned_parts=len(self._plan.shards),
-            num_run_parts=len(self._parts) - self._num_parts_before,
-            num_run_rows=counts.num_rows - self._before.num_rows,
+            num_run_parts=self._num_parts - self._num_parts_before,
+            num_run_rows=self._counts.num_rows - self._counts_before.num_rows,
             num_run_new_tokens=self._state.num_new_tokens,
             load_seconds=self.load_seconds,
             wall_seconds=self._wall_seconds,
@@ -175,13 +172,11 @@ class _Run:
                 "prefill": stats.prefill_seconds,
                 "host": stats.host_seconds,
             },
-            failure=self._failure(counts, argv=argv),
+            failure=self._failure(argv),
         )
 
-    def _failure(
-        self, counts: Counts, *, argv: Sequence[str]
-    ) -> StoppedEarly | RowErrorsExceeded | None:
-        num_parts, num_planned = len(self._parts), len(self._plan.shards)
+    def _failure(self, argv: Sequence[str]) -> StoppedEarly | RowErrorsExceeded | None:
+        counts, num_parts, num_planned = self._counts, self._num_parts, len(self._plan.shards)
         if num_parts < num_planned:
             if self._stop.reason is None:
                 raise DSparkError(f"decode ended with {num_parts} of {num_planned} parts")

@@ -61,7 +61,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A tokenized input row, ready to be admitted. `row` is its index in the shard."""
+    """A tokenized input row, ready to be admitted. `row` is its index in the input."""
 
     row: int
     token_ids: tuple[int, ...]
