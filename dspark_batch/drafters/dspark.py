@@ -1,0 +1,466 @@
+"""The DSpark draft graph: parallel backbone, Markov walk unrolled γ times, confidence head.
+
+Layout and names of the checkpoint are DeepSpec's (`Qwen3DSparkModel`); rank 0 is DFlash with
+anchor sampling. Inputs for R rows, with M tokens in the target's last passes, N of them committed
+and new to the draft, P the most new tokens of one row, C the draft cache's capacity:
+
+    context           float [M, taps * hidden]  the target's `context` output(s)
+    context_tokens    int64 [N]      rows of `context` to take in
+    context_index     int64 [R, P]   which of the N fills each cell; padding: any
+    context_positions int64 [N]      absolute position of each
+    context_starts    int64 [R]      positions that the draft cache already holds
+    anchors           int64 [R]      anchor token
+    anchor_positions  int64 [R]      = context_starts + new tokens of the row
+    temperature       float [R]      0: argmax
+    uniforms          float [R, γ]   one per drafted token
+    past_key_i, past_value_i  float [R, kv, C, d]
+
+C >= max(context_starts) + P must hold. Only committed positions enter the cache, so it never
+needs to roll back. Outputs:
+
+    draft_tokens      int64 [R, γ]     in the target's vocabulary
+    draft_logits      float [R, γ, D]  corrected by the Markov head: what the tokens were drawn from
+    confidence        float [R, γ]     logits, to be calibrated
+    present_key_i, present_value_i
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx.parser
+from numpy.typing import NDArray
+
+from dspark_batch.errors import EngineError
+from dspark_batch.models.blocks import (
+    MASKED,
+    Layout,
+    Linears,
+    activate,
+    embedding,
+    fold_queries,
+    folded_scores,
+    rms_norm,
+    rotate,
+    rows_from_tokens,
+    unfold_queries,
+)
+from dspark_batch.models.graph import FLOAT, FLOAT16, INT64, Dim, GraphBuilder, StoredWeight
+from dspark_batch.models.spec import RopeSpec, rope_from_parameters
+
+Tensor = Callable[[str], NDArray[Any]]
+CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
+MARKOV_HEADS = ("vanilla", "gated", "rnn")
+
+_DRAW = """
+<domain: "dspark", opset_import: ["" : 24]>
+Draw (logits, temperature, uniforms) => (ids)
+{
+    zero = Constant <value_float = 0.0> ()
+    warmest = ReduceMax <keepdims = 0> (temperature)
+    sampling = Greater (warmest, zero)
+    ids = If (sampling) <
+        then_branch = sampled () => (ids_then) {
+            one = Constant <value_float = 1.0> ()
+            last_axis = Constant <value_int = 1> ()
+            axis1 = Constant <value_ints = [1]> ()
+            minus_ones = Constant <value_ints = [-1]> ()
+            to_end = Constant <value_ints = [9223372036854775807]> ()
+            hot = Greater (temperature, zero)
+            divisor = Where (hot, temperature, one)
+            divisor1 = Unsqueeze (divisor, axis1)
+            cooled = Div (logits, divisor1)
+            probs = Softmax <axis = 1> (cooled)
+            cumulative = CumSum (probs, last_axis)
+            total = Slice (cumulative, minus_ones, to_end, axis1)
+            uniforms1 = Unsqueeze (uniforms, axis1)
+            threshold = Mul (uniforms1, total)
+            below = LessOrEqual (cumulative, threshold)
+            below_int = Cast <to = 7> (below)
+            drawn0 = ReduceSum <keepdims = 0> (below_int, axis1)
+            size = Shape <start = 1, end = 2> (logits)
+            one_int = Constant <value_int = 1> ()
+            last = Sub (size, one_int)
+            drawn = Min (drawn0, last)
+            best_then = ArgMax <axis = 1, keepdims = 0> (logits)
+            ids_then = Where (hot, drawn, best_then)
+        },
+        else_branch = greedy () => (ids_else) {
+            ids_else = ArgMax <axis = 1, keepdims = 0> (logits)
+        }
+    >
+}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpec:
+    """A draft's shape, read from its checkpoint's `config.json`."""
+
+    block_size: int
+    mask_token_id: int
+    taps: tuple[int, ...]
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    epsilon: float
+    markov_rank: int
+    markov_head: str | None
+    confidence_head: bool
+    confidence_with_markov: bool
+    rope: RopeSpec
+
+
+def draft_spec(config: Mapping[str, Any]) -> DraftSpec:
+    """Read a DeepSpec `config.json`.
+
+    Raises:
+        EngineError: a required key is missing, or a value that no graph exists for.
+    """
+    try:
+        rank = int(config["markov_rank"])
+        head = str(config["markov_head_type"]) if rank else None
+        if head is not None and head not in MARKOV_HEADS:
+            known = ", ".join(MARKOV_HEADS)
+            raise EngineError(f"draft config: markov_head_type {head!r}; known: {known}")
+        confidence = bool(config["enable_confidence_head"])
+        with_markov = confidence and bool(config["confidence_head_with_markov"])
+        if with_markov and not rank:
+            raise EngineError("draft config: confidence_head_with_markov needs markov_rank > 0")
+        return DraftSpec(
+            block_size=int(config["block_size"]),
+            mask_token_id=int(config["mask_token_id"]),
+            taps=tuple(int(i) for i in config["target_layer_ids"]),
+            hidden_size=int(config["hidden_size"]),
+            num_layers=int(config["num_hidden_layers"]),
+            num_heads=int(config["num_attention_heads"]),
+            num_kv_heads=int(config["num_key_value_heads"]),
+            head_dim=int(config["head_dim"]),
+            epsilon=float(config["rms_norm_eps"]),
+            markov_rank=rank,
+            markov_head=head,
+            confidence_head=confidence,
+            confidence_with_markov=with_markov,
+            rope=rope_from_parameters(
+                config["rope_parameters"],
+                head_dim=int(config["head_dim"]),
+                max_positions=int(config["max_position_embeddings"]),
+            ),
+        )
+    except KeyError as missing:
+        raise EngineError(f"draft config.json lacks {missing}") from missing
+    except ValueError as problem:
+        raise EngineError(f"draft config.json: {problem}") from problem
+
+
+def check_taps(spec: DraftSpec, *, num_target_layers: int) -> None:
+    """Refuse taps that the target cannot serve.
+
+    Raises:
+        EngineError: not strictly increasing, or outside -1 .. layers - 1.
+    """
+    taps = list(spec.taps)
+    in_range = all(-1 <= i < num_target_layers for i in taps)
+    if not taps or sorted(set(taps)) != taps or not in_range:
+        raise EngineError(
+            f"draft config.json: target_layer_ids {taps} must be strictly increasing in "
+            f"-1..{num_target_layers - 1} (the target has {num_target_layers} layers)"
+        )
+
+
+class DSparkGraph:
+    """Builds one draft graph.
+
+    `tensor(name)` gives a checkpoint weight; `embed` is the `[V, hidden]` table that the target's
+    graph already wrote (or the draft's own), `head` the `[D, hidden]` rows of the output head.
+    """
+
+    def __init__(
+        self, builder: GraphBuilder, spec: DraftSpec, tensor: Tensor, *, precision: str
+    ) -> None:
+        self.b = builder
+        self.spec = spec
+        self._tensor = tensor
+        self._linears = Linears(builder, precision)
+
+    def build(
+        self,
+        *,
+        embed: StoredWeight,
+        embedding_scale: float,
+        head: NDArray[Any],
+        draft_vocab: NDArray[np.int64],
+        has_qk_norm: bool,
+        max_tokens: int,
+    ) -> None:
+        """Emit every node."""
+        b, spec = self.b, self.spec
+        self._qk_norm = has_qk_norm
+        context = b.input("context", FLOAT, ["M", len(spec.taps) * self._target_hidden])
+        context_tokens = b.input("context_tokens", INT64, ["N"])
+        self._context_index = b.input("context_index", INT64, ["R", "P"])
+        self._context_positions = b.input("context_positions", INT64, ["N"])
+        self._context_starts = b.input("context_starts", INT64, ["R"])
+        anchors = b.input("anchors", INT64, ["R"])
+        self._anchor_positions = b.input("anchor_positions", INT64, ["R"])
+        self._temperature = b.input("temperature", FLOAT, ["R"])
+        self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
+        cos, sin = spec.rope.tables(max_tokens + spec.block_size)
+        self._tables = (b.weight("rope.cos", cos), b.weight("rope.sin", sin))
+        self._draft_vocab = b.weight("draft_vocab", draft_vocab.astype(np.int64))
+        self._caches = [
+            tuple(
+                b.input(f"past_{kind}_{i}", FLOAT, ["R", spec.num_kv_heads, "C", spec.head_dim])
+                for kind in ("key", "value")
+            )
+            for i in range(spec.num_layers)
+        ]
+        b.function(onnx.parser.parse_function(_DRAW))
+        table = b.share("embed_tokens", embed)
+        new = b.op("Gather", context, context_tokens)
+        projected = self._linear("fc", new)
+        self._context = self._linears.activation(self._norm(projected, "hidden_norm"))
+        self._index_block()
+        x = self._embed_block(table, embed.data_type, anchors, embedding_scale)
+        for i in range(spec.num_layers):
+            x = self._layer(i, x)
+        hidden = self._norm(x, "norm")
+        self._head(hidden, head, anchors)
+
+    @property
+    def _target_hidden(self) -> int:
+        width = self._tensor("fc.weight").shape[1]
+        return int(width // len(self.spec.taps))
+
+    def _norm(self, x: str, name: str) -> str:
+        return rms_norm(self.b, x, name, self._tensor(f"{name}.weight"), self.spec.epsilon)
+
+    def _linear(self, name: str, x: str) -> str:
+        matrix = self._tensor(f"{name}.weight").T
+        return self._linears.linear(name, self._linears.activation(x), matrix)
+
+    def _index_block(self) -> None:
+        """Positions of the block's cells, its layout (no padding), and the mask over the cache."""
+        b, gamma = self.b, self.spec.block_size
+        slots = b.constant(np.arange(gamma)[None, :])
+        column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
+        cells = b.op("Add", column, slots)  # [R, γ]
+        self._block_positions = b.op("Reshape", cells, b.constant([-1]))
+        num_rows = b.op("Squeeze", b.op("Shape", self._anchor_positions))
+        num_cells = b.op("Mul", num_rows, b.constant(gamma))
+        every = b.op("Range", b.constant(0), num_cells, b.constant(1))
+        self._block = Layout(b.op("Reshape", every, b.constant([-1, gamma])), every)
+        capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
+        keys = b.op("Range", b.constant(0), capacity, b.constant(1))
+        seen = b.op("Less", b.op("Unsqueeze", keys, b.constant([0])), column)
+        added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
+        self._mask = b.op("Unsqueeze", added, b.constant([1, 2]))  # [R, 1, 1, C]
+
+    def _embed_block(self, table: str, data_type: int, anchors: str, scale: float) -> str:
+        b, spec = self.b, self.spec
+        column = b.op("Unsqueeze", anchors, b.constant([1]))
+        num_rows = b.op("Shape", anchors)
+        shape = b.op("Concat", num_rows, b.constant([spec.block_size - 1]), axis=0)
+        masks = b.op("Expand", b.constant(spec.mask_token_id), shape)
+        ids = b.op("Concat", column, masks, axis=1)
+        x = embedding(b, table, b.op("Reshape", ids, b.constant([-1])), data_type)
+        return b.op("Mul", x, b.constant(scale, np.float32)) if scale != 1.0 else x
+
+    def _layer(self, i: int, x: str) -> str:
+        b, linears, name = self.b, self._linears, f"layers.{i}"
+        x = b.op("Add", x, self._attention(i, self._norm(x, f"{name}.input_layernorm")))
+        y = linears.activation(self._norm(x, f"{name}.post_attention_layernorm"))
+        matrices = [self._tensor(f"{name}.mlp.{p}_proj.weight").T for p in ("gate", "up")]
+        merged = linears.linear(f"{name}.mlp.gate_up_proj", y, np.concatenate(matrices, axis=1))
+        gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
+        product = b.op("Mul", activate(b, gate, "silu"), up)
+        return b.op("Add", x, self._linear(f"{name}.mlp.down_proj", product))
+
+    def _keys_values(self, i: int, kv: str, positions: str, token_index: str) -> list[str]:
+        """Projected `[n, 2 * kv * d]` -> rotated keys and values, each `[R, kv, S, d]`."""
+        b, spec = self.b, self.spec
+        width = spec.num_kv_heads * spec.head_dim
+        k, v = b.ops("Split", kv, outputs=2, axis=1, num_outputs=2)
+        k = self._head_norm(k, f"layers.{i}.self_attn.k_norm", width)
+        k = rotate(b, k, self._tables, positions, num_heads=spec.num_kv_heads, width=width)
+        layout = Layout(token_index, "")
+        return [
+            rows_from_tokens(b, x, layout, num_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+            for x in (k, v)
+        ]
+
+    def _attention(self, i: int, x: str) -> str:
+        b, spec, linears = self.b, self.spec, self._linears
+        name = f"layers.{i}.self_attn"
+        width = spec.num_heads * spec.head_dim
+        wq, wk, wv = (self._tensor(f"{name}.{p}_proj.weight").T for p in "qkv")
+        wkv = np.concatenate([wk, wv], axis=1)
+        normed = linears.activation(x)
+        q = linears.linear(f"{name}.q_proj", normed, wq)
+        block = self._keys_values(
+            i,
+            linears.linear(f"{name}.kv_proj", normed, wkv),
+            self._block_positions,
+            self._block.token_index,
+        )
+        new = self._keys_values(
+            i,
+            linears.linear(f"{name}.kv_proj", self._context, wkv),
+            self._context_positions,
+            self._context_index,
+        )
+        shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
+        cache = [
+            b.output(
+                b.op("TensorScatter", past, rows, self._context_starts, axis=2),
+                f"present_{kind}_{i}",
+                FLOAT,
+                shape,
+            )
+            for kind, past, rows in zip(("key", "value"), self._caches[i], new, strict=True)
+        ]
+        q = self._head_norm(q, f"{name}.q_norm", width)
+        q = rotate(b, q, self._tables, self._block_positions, num_heads=spec.num_heads, width=width)
+        q = rows_from_tokens(b, q, self._block, num_heads=spec.num_heads, head_dim=spec.head_dim)
+        q = b.op("Mul", q, b.constant(spec.head_dim**-0.5, np.float32))
+        q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+        # Two products and one softmax over both instead of one over joined keys: no cache copy.
+        from_cache = b.op("Add", folded_scores(b, q, cache[0]), self._mask)
+        from_block = folded_scores(b, q, block[0])
+        probs = b.op("Softmax", b.op("Concat", from_cache, from_block, axis=3), axis=-1)
+        gamma = b.constant([spec.block_size])
+        capacity = b.op("Shape", cache[0], start=2, end=3)
+        sizes = b.op("Concat", capacity, gamma, axis=0)
+        cache_probs, block_probs = b.ops("Split", probs, sizes, outputs=2, axis=3)
+        mixed = b.op(
+            "Add", b.op("MatMul", cache_probs, cache[1]), b.op("MatMul", block_probs, block[1])
+        )
+        mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
+        flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
+        return self._linear(f"{name}.o_proj", flat)
+
+    def _head_norm(self, x: str, name: str, width: int) -> str:
+        if not self._qk_norm:
+            return x
+        heads = self.b.op("Reshape", x, self.b.constant([0, -1, self.spec.head_dim]))
+        return self.b.op("Reshape", self._norm(heads, name), self.b.constant([0, width]))
+
+    def _head(self, hidden: str, head: NDArray[Any], anchors: str) -> None:
+        """Base logits of every slot, then the walk: slot k's bias depends on slot k-1's token."""
+        b, spec, linears = self.b, self.spec, self._linears
+        size = head.shape[0]
+        base = linears.linear("lm_head", linears.activation(hidden), head.T)
+        shape = b.constant([-1, spec.block_size, size])
+        slots = self._split_slots(b.op("Reshape", base, shape))
+        states = self._split_slots(
+            b.op("Reshape", hidden, b.constant([-1, spec.block_size, spec.hidden_size]))
+        )
+        walk = _MarkovWalk(self) if spec.markov_rank else None
+        confidence_head = self._confidence_head(anchors)
+        previous = anchors
+        tokens, rows, confidences = [], [], []
+        for k in range(spec.block_size):
+            row = slots[k]
+            feature = None
+            if walk is not None:
+                feature = walk.embed(previous)
+                row = b.op("Add", row, walk.bias(states[k], feature))
+            uniform = b.op("Gather", self._uniforms, b.constant(k), axis=1)
+            drawn = b.op("Draw", row, self._temperature, uniform, domain="dspark")
+            previous = b.op("Gather", self._draft_vocab, drawn)
+            confidences.append(confidence_head(states[k], feature))
+            tokens.append(b.op("Unsqueeze", previous, b.constant([1])))
+            rows.append(b.op("Unsqueeze", row, b.constant([1])))
+        gamma = spec.block_size
+        joined = [b.op("Concat", *part, axis=1) for part in (tokens, rows, confidences)]
+        b.output(joined[0], "draft_tokens", INT64, ["R", gamma])
+        b.output(joined[1], "draft_logits", FLOAT, ["R", gamma, size])
+        b.output(joined[2], "confidence", FLOAT, ["R", gamma])
+
+    def _split_slots(self, x: str) -> list[str]:
+        """`[R, γ, n]` -> γ values `[R, n]`."""
+        b, gamma = self.b, self.spec.block_size
+        parts = b.ops("Split", x, outputs=gamma, axis=1, num_outputs=gamma) if gamma > 1 else [x]
+        return [b.op("Squeeze", part, b.constant([1])) for part in parts]
+
+    def _confidence_head(self, anchors: str) -> Callable[[str, str | None], str]:
+        """Logit of one slot `[R, 1]`; without a head every slot gets a logit that means 1."""
+        b, spec = self.b, self.spec
+        if not spec.confidence_head:
+
+            def certain(state: str, feature: str | None) -> str:
+                shape = b.op("Concat", b.op("Shape", anchors, end=1), b.constant([1]), axis=0)
+                return b.op("Expand", b.constant(CERTAIN, np.float32), shape)
+
+            return certain
+        matrix = self._tensor("confidence_head.proj.weight").astype(np.float32).T
+        weight = b.weight("confidence_head.proj", matrix)
+        bias = b.constant(self._tensor("confidence_head.proj.bias").astype(np.float32), np.float32)
+
+        def logit(state: str, feature: str | None) -> str:
+            x = state
+            if spec.confidence_with_markov:
+                assert feature is not None
+                x = b.op("Concat", state, feature, axis=1)
+            return b.op("Add", b.op("MatMul", x, weight), bias)
+
+        return logit
+
+
+class _MarkovWalk:
+    """The sequential head: the bias that the previous token puts on a slot's logits.
+
+    vanilla, gated and rnn as in DeepSpec; the rnn carries its state from slot to slot.
+    """
+
+    def __init__(self, graph: DSparkGraph) -> None:
+        self._graph = graph
+        b, tensor = graph.b, graph._tensor
+        table = tensor("markov_head.markov_w1.weight")
+        self._type = FLOAT if graph._linears.precision == "fp32" else FLOAT16
+        dtype = np.float32 if self._type == FLOAT else np.float16
+        self._table = b.weight("markov_head.markov_w1", table.astype(dtype))
+        self._state: str | None = None
+
+    def embed(self, previous: str) -> str:
+        """`E[prev]`, fp32 `[R, r]`."""
+        return embedding(self._graph.b, self._table, previous, self._type)
+
+    def bias(self, state: str, feature: str) -> str:
+        """Bias `[R, D]` from the slot's hidden state `[R, d]` and `E[prev]` `[R, r]`."""
+        b, head = self._graph.b, self._graph.spec.markov_head
+        if head == "gated":
+            gate = b.op("Sigmoid", self._joint("gate_proj", [state, feature]))
+            feature = b.op("Mul", gate, feature)
+        elif head == "rnn":
+            feature = b.op("Tanh", self._step(state, feature))
+        return self._project("markov_w2", feature)
+
+    def _step(self, state: str, feature: str) -> str:
+        b = self._graph.b
+        if self._state is None:
+            self._state = b.op("Mul", feature, b.constant(0.0, np.float32))
+        joint = self._joint("joint_proj", [self._state, feature, state])
+        gate, candidate, out = b.ops("Split", joint, outputs=3, axis=1, num_outputs=3)
+        gate = b.op("Sigmoid", gate)
+        kept = b.op("Mul", gate, self._state)
+        one = b.constant(1.0, np.float32)
+        taken = b.op("Mul", b.op("Sub", one, gate), b.op("Tanh", candidate))
+        self._state = b.op("Add", kept, taken)
+        return out
+
+    def _joint(self, name: str, parts: Sequence[str]) -> str:
+        b = self._graph.b
+        product = self._project(name, b.op("Concat", *parts, axis=1))
+        bias = self._graph._tensor(f"markov_head.{name}.bias").astype(np.float32)
+        return b.op("Add", product, b.weight(f"markov_head.{name}.bias", bias))
+
+    def _project(self, name: str, x: str) -> str:
+        linears = self._graph._linears
+        matrix = self._graph._tensor(f"markov_head.{name}.weight").T
+        return linears.linear(f"markov_head.{name}", linears.activation(x), matrix)

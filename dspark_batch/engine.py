@@ -1,0 +1,225 @@
+"""An opened engine folder: prefill, draft and verify on domain types.
+
+The engine packs sequences into spans for the runtime and draws the round's uniforms. It never
+sees a cache tensor, logits or a runtime's name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence as SequenceOf
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.algorithm import calibration, sampling
+from dspark_batch.algorithm.costs import CostTable
+from dspark_batch.manifest import EngineManifest, read_manifest
+from dspark_batch.runtimes.session import Draws, Runtime, Span
+from dspark_batch.types import DraftBlock, Sequence, VerifyPlan, VerifyResult
+
+if TYPE_CHECKING:
+    from dspark_batch.tokenizer import Tokenizer
+
+COSTS_FILE = "costs.json"
+_PREFILL_TOKENS = 512  # of all rows in one prefill pass
+_PREFILL_CHUNK = 256  # of one row
+
+
+class Engine:
+    """A target and its draft, ready to run up to `max_rows` rows at once.
+
+    Invariant: a sequence's slot is admitted exactly between `admit` and `release`.
+    """
+
+    def __init__(
+        self,
+        manifest: EngineManifest,
+        runtime: Runtime,
+        *,
+        folder: Path,
+        max_rows: int,
+        hardware_key: str,
+    ) -> None:
+        self.manifest = manifest
+        self.folder = folder
+        self.max_rows = max_rows
+        self.costs: CostTable | None = None
+        self.hardware_key = hardware_key
+        self._runtime = runtime
+        self._tokenizer: Tokenizer | None = None
+
+    @property
+    def name(self) -> str:
+        """The engine's name: that of its recipe."""
+        return self.manifest.name
+
+    @property
+    def max_tokens(self) -> int:
+        """Prompt and new tokens of one row."""
+        return self.manifest.limits.max_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """The target's vocabulary."""
+        return self.manifest.target.vocab_size
+
+    @property
+    def block_size(self) -> int:
+        """γ; 0 for an engine without a draft."""
+        return self.manifest.draft.block_size if self.manifest.draft else 0
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end a row."""
+        return frozenset(self.manifest.target.stop_token_ids)
+
+    @property
+    def acceptance(self) -> NDArray[np.float64]:
+        """[γ] conditional acceptance by position to expect before a run has seen any."""
+        draft = self.manifest.draft
+        return np.array(draft.acceptance if draft else (), np.float64)
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Facts that decide what text comes out."""
+        return self.manifest.fingerprint()
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The target's tokenizer; None where its source has none."""
+        if self._tokenizer is None and self.manifest.has_tokenizer:
+            from dspark_batch.tokenizer import Tokenizer
+
+            self._tokenizer = Tokenizer.open(self.folder)
+        return self._tokenizer
+
+    def admit(self, sequence: Sequence) -> None:
+        """Give the sequence's slot to it."""
+        self._runtime.admit(sequence.slot)
+
+    def release(self, sequence: Sequence) -> None:
+        """Free the sequence's slot."""
+        self._runtime.release(sequence.slot)
+
+    def prefill(self, sequences: SequenceOf[Sequence]) -> NDArray[np.int64]:
+        """Run the prompts, in chunks, and return the first token of each, [R]; -1 as in `bonus`.
+
+        Rows of a pass share it, so prompts of similar length cost the least.
+        """
+        first = np.zeros(len(sequences), np.int64)
+        done = [0] * len(sequences)
+        waiting = list(range(len(sequences)))
+        while waiting:
+            spans: list[Span] = []
+            rows, room = [], _PREFILL_TOKENS
+            for r in waiting:
+                tokens = sequences[r].tokens[done[r] : done[r] + _PREFILL_CHUNK]
+                if spans and len(tokens) > room:
+                    break
+                spans.append(Span(sequences[r].slot, done[r], np.array(tokens, np.int64)))
+                rows.append(r)
+                room -= len(tokens)
+            draws = self._draws([sequences[r] for r in rows])[1]
+            result = self._runtime.verify(spans, np.zeros(len(rows), np.int64), draws)
+            for r, span, token in zip(rows, spans, result.bonus, strict=True):
+                done[r] += len(span.tokens)
+                if done[r] == len(sequences[r].tokens):
+                    first[r] = token
+                    waiting.remove(r)
+        return first
+
+    def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
+        """Propose a block for every sequence; the confidence is calibrated."""
+        block = self.draft_raw(sequences)
+        assert self.manifest.draft is not None
+        temperatures = self.manifest.draft.confidence_temperatures
+        confidence = calibration.apply(block.confidence, temperatures)
+        return DraftBlock(block.tokens, confidence.astype(np.float32))
+
+    def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
+        """As `draft`, with the confidence head's logits: what calibration is fitted on."""
+        anchors = np.array([s.tokens[-1] for s in sequences], np.int64)
+        return self._runtime.draft([s.slot for s in sequences], anchors, self._draws(sequences)[0])
+
+    def verify(
+        self, sequences: SequenceOf[Sequence], block: DraftBlock | None, plan: VerifyPlan
+    ) -> VerifyResult:
+        """One pass of the target over each anchor and its planned drafts."""
+        spans = []
+        for r, (sequence, length) in enumerate(zip(sequences, plan.lengths.tolist(), strict=True)):
+            tokens = np.array([sequence.tokens[-1]], np.int64)
+            if length:
+                assert block is not None
+                tokens = np.concatenate([tokens, block.tokens[r, :length]])
+            spans.append(Span(sequence.slot, sequence.anchor_position, tokens))
+        return self._runtime.verify(spans, plan.lengths, self._draws(sequences)[1])
+
+    def _draws(self, sequences: SequenceOf[Sequence]) -> tuple[Draws, Draws]:
+        """Draws of a draft and of a verification: functions of seed and anchor position only."""
+        params = [s.prompt.params for s in sequences]
+        temperature = np.array([p.temperature for p in params], np.float32)
+        top_k = np.array([p.top_k for p in params], np.int64)
+        top_p = np.array([p.top_p for p in params], np.float32)
+        gamma = max(self.block_size, 1)
+        if temperature.any():
+            uniforms = sampling.uniforms(
+                np.array([p.seed for p in params]),
+                np.array([s.anchor_position for s in sequences]),
+                num=2 * gamma + 1,
+            )
+        else:
+            uniforms = np.zeros((len(params), 2 * gamma + 1), np.float32)
+        return (
+            Draws(temperature, top_k, top_p, np.ascontiguousarray(uniforms[:, :gamma])),
+            Draws(temperature, top_k, top_p, np.ascontiguousarray(uniforms[:, gamma:])),
+        )
+
+    def close(self) -> None:
+        """Free the runtime."""
+        self._runtime.close()
+
+
+def open_engine(folder: Path, *, max_rows: int | None = None) -> Engine:
+    """Open an engine folder for up to `max_rows` concurrent rows (default: the manifest's).
+
+    The cost table is the one measured on this machine, None where there is none.
+
+    Raises:
+        EngineError: the folder holds no engine, or one that cannot run here.
+    """
+    from dspark_batch.runtimes import RUNTIMES
+
+    manifest = read_manifest(folder)
+    rows = max_rows or manifest.limits.max_rows
+    module = import_module(RUNTIMES[manifest.runtime])
+    engine = Engine(
+        manifest,
+        module.open_pair(folder, manifest, rows),
+        folder=folder,
+        max_rows=rows,
+        hardware_key=module.hardware_key(),
+    )
+    if manifest.draft is not None:
+        engine.costs = read_costs(folder, engine.hardware_key)
+    return engine
+
+
+def read_costs(folder: Path, key: str) -> CostTable | None:
+    """The table measured on hardware `key`, or None."""
+    path = folder / COSTS_FILE
+    tables = json.loads(path.read_bytes()) if path.exists() else {}
+    return CostTable.from_json(tables[key]) if key in tables else None
+
+
+def write_costs(folder: Path, key: str, costs: CostTable) -> None:
+    """Add or replace the table of hardware `key`."""
+    path = folder / COSTS_FILE
+    tables = json.loads(path.read_bytes()) if path.exists() else {}
+    tables[key] = costs.to_json()
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(tables, indent=1) + "\n")
+    scratch.replace(path)

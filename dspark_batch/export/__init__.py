@@ -1,0 +1,1 @@
+"""From a recipe to an engine folder: weights, graphs, check, measure, manifest."""

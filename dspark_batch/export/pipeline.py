@@ -1,0 +1,298 @@
+"""From a recipe to an engine folder, step by step; a folder appears whole or not at all.
+
+open      weights of target and draft             ensures both are readable and fit each other
+build     target.onnx, draft.onnx, tokenizer      ensures every weight is in a file, once
+check     graph against an independent forward    ensures logits, taps and invariance
+measure   calibration, cost table                 ensures the scheduler knows this machine
+install   manifest, rename                        ensures `run` finds a complete engine
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch import __version__
+from dspark_batch.drafters import DRAFTERS
+from dspark_batch.drafters.dspark import DraftSpec, DSparkGraph, check_taps, draft_spec
+from dspark_batch.engine import open_engine, write_costs
+from dspark_batch.errors import EngineError
+from dspark_batch.export.check import check_target
+from dspark_batch.export.measure import calibrate, measure_costs
+from dspark_batch.export.texts import example_prompts
+from dspark_batch.manifest import (
+    FILE_NAME,
+    FORMAT,
+    CacheInfo,
+    DraftInfo,
+    EngineManifest,
+    Limits,
+    TargetInfo,
+    describe_file,
+    read_manifest,
+)
+from dspark_batch.models import decoder_spec
+from dspark_batch.models.decoder import DecoderGraph
+from dspark_batch.models.graph import GraphBuilder, StoredWeight
+from dspark_batch.models.spec import DecoderSpec
+from dspark_batch.recipe import Recipe, load_recipe
+from dspark_batch.runtimes import RUNTIMES
+from dspark_batch.tokenizer import Tokenizer, write_tokenizer
+from dspark_batch.weights import Weights, open_weights, sha256_of
+
+Progress = Callable[[str], None]
+_CHECK_PROMPTS = 4
+
+
+def export(
+    recipe_path: Path, *, output: Path, force: bool = False, progress: Progress = lambda _: None
+) -> Path:
+    """Build the engine of a recipe in `output` and return that folder.
+
+    An engine that is there and was built from the same recipe and sources is kept, unless `force`.
+
+    Raises:
+        UsageError: the recipe is wrong.
+        EngineError: the sources are missing, do not fit each other, or the check fails.
+    """
+    recipe = load_recipe(str(recipe_path))
+    if recipe.engine.runtime not in RUNTIMES:
+        raise EngineError(
+            f"{recipe.path}: engine.runtime {recipe.engine.runtime!r}; known: {', '.join(RUNTIMES)}"
+        )
+    progress("opening weights")
+    with open_weights(recipe.target_source) as target:
+        if recipe.draft_source is None:
+            return _Export(recipe, target, None, output, progress).run(force=force)
+        with open_weights(recipe.draft_source) as draft:
+            return _Export(recipe, target, draft, output, progress).run(force=force)
+
+
+class _Export:
+    """One export; the steps in their order."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Weights,
+        draft: Weights | None,
+        output: Path,
+        progress: Progress,
+    ) -> None:
+        self._recipe, self._target, self._draft = recipe, target, draft
+        self._output, self._progress = output, progress
+        self._spec = decoder_spec(target.config)
+        self._draft_spec: DraftSpec | None = None
+        self._draft_vocab: NDArray[np.int64] = np.zeros(1, np.int64)
+        if draft is not None:
+            assert recipe.draft is not None
+            if recipe.draft.drafter not in DRAFTERS:
+                known = ", ".join(DRAFTERS)
+                raise EngineError(
+                    f"{recipe.path}: draft.drafter {recipe.draft.drafter!r}; known: {known}"
+                )
+            self._draft_spec = draft_spec(draft.config)
+            check_taps(self._draft_spec, num_target_layers=self._spec.num_layers)
+            self._draft_vocab = _draft_vocab(draft, self._spec)
+
+    def run(self, *, force: bool) -> Path:
+        """Every step; the folder is renamed into place at the end."""
+        self._progress("hashing weights")
+        self._target_info = self._describe_target()
+        self._draft_info = self._describe_draft()
+        if not force and self._is_built():
+            self._progress(f"{self._output} is already built from this recipe")
+            return self._output
+        scratch = self._output.with_name(f".{self._output.name}.{os.getpid()}")
+        scratch.mkdir(parents=True)
+        try:
+            self._build(scratch)
+            self._progress("checking the graph against an independent forward pass")
+            parity = self._check(scratch)
+            self._write_manifest(scratch, parity)
+            if self._draft_info is not None:
+                self._measure(scratch, parity)
+            self._progress("installing")
+            if self._output.exists():
+                shutil.rmtree(self._output)
+            scratch.replace(self._output)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return self._output
+
+    def _is_built(self) -> bool:
+        try:
+            there = read_manifest(self._output)
+        except EngineError:
+            return False
+        same_draft = (there.draft is None) == (self._draft_info is None)
+        if there.draft is not None and self._draft_info is not None:
+            same_draft = there.draft.files == self._draft_info.files
+        return (
+            same_draft
+            and there.target == self._target_info
+            and there.precision == self._recipe.engine.precision
+            and there.limits == self._limits
+            and there.versions == _versions()
+        )
+
+    @property
+    def _limits(self) -> Limits:
+        engine = self._recipe.engine
+        return Limits(max_rows=engine.max_rows, max_tokens=engine.max_tokens)
+
+    def _describe_target(self) -> TargetInfo:
+        spec = self._spec
+        return TargetInfo(
+            family=spec.family,
+            source=self._recipe.target.weights,
+            license=self._recipe.target.license,
+            files={path.name: sha256_of(path) for path in self._target.files},
+            vocab_size=spec.vocab_size,
+            hidden_size=spec.hidden_size,
+            cache=_cache(spec.num_layers, spec.num_kv_heads, spec.head_dim),
+            stop_token_ids=self._target.stop_token_ids,
+        )
+
+    def _describe_draft(self) -> DraftInfo | None:
+        spec, weights = self._draft_spec, self._draft
+        if spec is None or weights is None or self._recipe.draft is None:
+            return None
+        return DraftInfo(
+            drafter=self._recipe.draft.drafter,
+            source=self._recipe.draft.weights,
+            files={path.name: sha256_of(path) for path in weights.files},
+            block_size=spec.block_size,
+            mask_token_id=spec.mask_token_id,
+            vocab_size=len(self._draft_vocab),
+            target_layer_ids=spec.taps,
+            markov_head=spec.markov_head,
+            markov_rank=spec.markov_rank,
+            cache=_cache(spec.num_layers, spec.num_kv_heads, spec.head_dim),
+            confidence_temperatures=(1.0,) * spec.block_size,
+            acceptance=(0.5,) * spec.block_size,
+        )
+
+    def _build(self, folder: Path) -> None:
+        engine = self._recipe.engine
+        self._progress(f"building target.onnx ({self._spec.family}, {engine.precision})")
+        builder = GraphBuilder("target", folder)
+        graph = DecoderGraph(builder, self._spec, self._target.tensor, precision=engine.precision)
+        taps = self._draft_spec.taps if self._draft_spec else (self._spec.num_layers - 1,)
+        reach = engine.max_tokens + (self._draft_spec.block_size if self._draft_spec else 0) + 1
+        graph.build(taps=taps, draft_vocab=self._draft_vocab, max_tokens=reach)
+        builder.save()
+        if self._draft_spec is not None:
+            self._build_draft(folder, builder.stored("model.embed_tokens"), reach)
+        write_tokenizer(self._target, folder)
+
+    def _build_draft(self, folder: Path, embed: StoredWeight, reach: int) -> None:
+        assert self._draft is not None
+        assert self._draft_spec is not None
+        self._progress("building draft.onnx")
+        builder = GraphBuilder("draft", folder)
+        weights = self._draft
+        if self._draft_spec.hidden_size != self._spec.hidden_size:
+            raise EngineError(
+                f"the draft's hidden_size {self._draft_spec.hidden_size} is not the target's "
+                f"{self._spec.hidden_size}: it cannot share the target's embedding"
+            )
+        DSparkGraph(
+            builder, self._draft_spec, weights.tensor, precision=self._recipe.engine.precision
+        ).build(
+            embed=embed,
+            embedding_scale=self._spec.embedding_scale,
+            head=self._head_rows(weights),
+            draft_vocab=self._draft_vocab,
+            has_qk_norm="layers.0.self_attn.q_norm.weight" in weights.names(),
+            max_tokens=reach,
+        )
+        builder.save()
+
+    def _head_rows(self, weights: Weights) -> NDArray[Any]:
+        """`[D, hidden]`: the draft's own head, or the target's rows of the draft vocabulary."""
+        if "lm_head.weight" in weights.names():
+            return weights.tensor("lm_head.weight")
+        name = "model.embed_tokens.weight" if self._spec.tied_head else "lm_head.weight"
+        return np.asarray(self._target.tensor(name)[self._draft_vocab])
+
+    def _check(self, folder: Path) -> dict[str, float]:
+        tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
+        prompts = example_prompts(tokenizer, vocab_size=self._spec.vocab_size)
+        return check_target(
+            folder / "target.onnx",
+            self._spec,
+            self._target.tensor,
+            taps=self._draft_spec.taps if self._draft_spec else (),
+            prompts=prompts[:_CHECK_PROMPTS],
+            precision=self._recipe.engine.precision,
+        )
+
+    def _measure(self, folder: Path, parity: dict[str, float]) -> None:
+        engine = open_engine(folder)
+        self._progress("calibrating the draft's confidence")
+        prompts = example_prompts(engine.tokenizer, vocab_size=self._spec.vocab_size)
+        assert self._draft_info is not None
+        temperatures, acceptance = calibrate(engine, prompts)
+        self._draft_info = self._draft_info.model_copy(
+            update={"confidence_temperatures": temperatures, "acceptance": acceptance}
+        )
+        self._write_manifest(folder, parity)
+        self._progress("measuring the cost table")
+        write_costs(folder, engine.hardware_key, measure_costs(engine))
+        engine.close()
+
+    def _write_manifest(self, folder: Path, parity: dict[str, float]) -> None:
+        names = sorted(path.name for path in folder.iterdir() if path.name != FILE_NAME)
+        manifest = EngineManifest(
+            format=FORMAT,
+            name=self._output.name,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            versions=_versions(),
+            runtime=self._recipe.engine.runtime,
+            precision=self._recipe.engine.precision,
+            target=self._target_info,
+            draft=self._draft_info,
+            limits=self._limits,
+            has_tokenizer=Tokenizer.present(folder),
+            files={name: describe_file(folder / name) for name in names},
+            parity=parity,
+        )
+        (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=1) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "dspark-batch": __version__,
+        **{name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
+    }
+
+
+def _cache(num_layers: int, num_kv_heads: int, head_dim: int) -> CacheInfo:
+    return CacheInfo(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+
+def _draft_vocab(draft: Weights, spec: DecoderSpec) -> NDArray[np.int64]:
+    """Draft id -> target id. `d2t` holds offsets, as in EAGLE-3 and speculators.
+
+    Raises:
+        EngineError: the map leaves the target's vocabulary.
+    """
+    if "d2t" not in draft.names():
+        return np.arange(spec.vocab_size)
+    offsets = draft.tensor("d2t").astype(np.int64)
+    vocab = offsets + np.arange(len(offsets))
+    if vocab.min() < 0 or vocab.max() >= spec.vocab_size or len(set(vocab.tolist())) != len(vocab):
+        raise EngineError(
+            f"the draft's d2t does not map its {len(vocab)} tokens into the target's "
+            f"vocabulary of {spec.vocab_size}"
+        )
+    return vocab

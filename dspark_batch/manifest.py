@@ -1,0 +1,143 @@
+"""`engines/<name>/manifest.json`: everything that `run` needs to know about an engine.
+
+What was compiled decides what runs: no flag of `run` repeats a field of this file. Costs are kept
+beside it, in `costs.json`, because they belong to a machine and not to the engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dspark_batch.errors import EngineError
+
+FORMAT = "dspark-batch-engine/1"
+FILE_NAME = "manifest.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CacheInfo(_Part):
+    """One model's KV cache: layers, key/value heads, head size."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class TargetInfo(_Part):
+    """The target model."""
+
+    family: str
+    source: str
+    license: str | None
+    files: dict[str, str]
+    """Name and SHA-256 of each weight file."""
+    vocab_size: int
+    hidden_size: int
+    cache: CacheInfo
+    stop_token_ids: tuple[int, ...]
+
+
+class DraftInfo(_Part):
+    """The draft model."""
+
+    drafter: str
+    source: str
+    files: dict[str, str]
+    block_size: int
+    mask_token_id: int
+    vocab_size: int
+    """Draft vocabulary; smaller than the target's where the checkpoint has a `d2t` map."""
+    target_layer_ids: tuple[int, ...]
+    markov_head: str | None
+    markov_rank: int
+    cache: CacheInfo
+    confidence_temperatures: tuple[float, ...]
+    """[γ] sequential temperature scaling of the confidence logits."""
+    acceptance: tuple[float, ...]
+    """[γ] conditional acceptance by position, measured greedily at export: the run's prior."""
+
+
+class Limits(_Part):
+    """What the engine was built and measured for."""
+
+    max_rows: int
+    max_tokens: int
+
+
+class FileInfo(_Part):
+    """One file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+class EngineManifest(_Part):
+    """The manifest as a value."""
+
+    format: str
+    name: str
+    created: str
+    versions: dict[str, str]
+    runtime: str
+    precision: str
+    target: TargetInfo
+    draft: DraftInfo | None
+    limits: Limits
+    has_tokenizer: bool
+    files: dict[str, FileInfo]
+    parity: dict[str, float]
+    """What the export's own check found, against an independent forward pass."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Facts that decide what text comes out; a resumed run must find them unchanged."""
+        return {
+            "target": _digest(self.target.files),
+            "precision": self.precision,
+            "graph": self.files["target.onnx"].sha256,
+            "tokenizer": self.files["tokenizer.json"].sha256 if self.has_tokenizer else "",
+        }
+
+
+def _digest(files: dict[str, str]) -> str:
+    return hashlib.sha256("\n".join(sorted(files.values())).encode()).hexdigest()
+
+
+def describe_file(path: Path) -> FileInfo:
+    """Size and SHA-256 of a file, streamed."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileInfo(bytes=path.stat().st_size, sha256=digest)
+
+
+def read_manifest(folder: Path) -> EngineManifest:
+    """Read and check an engine folder: its format, and every file by size and hash.
+
+    Raises:
+        EngineError: no engine here, another format, or a file is missing or was changed.
+    """
+    path = folder / FILE_NAME
+    again = "build it: dspark-batch export model"
+    if not path.exists():
+        raise EngineError(f"{folder}: no engine here ({FILE_NAME} is missing); {again}")
+    try:
+        manifest = EngineManifest.model_validate_json(path.read_bytes())
+    except ValidationError as problem:
+        first: Any = problem.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise EngineError(f"{path}: {where}: {first['msg']}; {again} --force") from problem
+    if manifest.format != FORMAT:
+        raise EngineError(f"{path}: format {manifest.format!r}, not {FORMAT!r}; {again} --force")
+    for name, expected in manifest.files.items():
+        file = folder / name
+        if not file.exists():
+            raise EngineError(f"{file} is missing; {again} --force")
+        if describe_file(file) != expected:
+            raise EngineError(f"{file} is not the file that the export wrote; {again} --force")
+    return manifest

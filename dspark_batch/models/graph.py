@@ -1,0 +1,164 @@
+"""A small ONNX graph writer: nodes by name, weights streamed to an external file.
+
+Weights go to `<graph>.onnx.data` the moment they are added, so that a build holds one tensor at a
+time, and a second graph may refer to a weight that the first one wrote (`share`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 24
+IR_VERSION = 11
+_ALIGNMENT = 4096  # bytes; a multiple of the page size lets the runtime map a weight in place
+FLOAT, FLOAT16, INT64, BOOL = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.INT64,
+    TensorProto.BOOL,
+)
+
+Dim = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """Where a weight lies: file name in the engine folder, byte range, ONNX type and shape."""
+
+    location: str
+    offset: int
+    length: int
+    data_type: int
+    shape: tuple[int, ...]
+
+
+class GraphBuilder:
+    """Collects one graph. Values are names; `op` appends a node and returns its output's name.
+
+    `folder` receives `<name>.onnx` and `<name>.onnx.data` on `save`.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self._folder = folder
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: list[TensorProto] = []
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._functions: list[onnx.FunctionProto] = []
+        self._domains: dict[str, int] = {"": OPSET}
+        self._stored: dict[str, StoredWeight] = {}
+        self._count = 0
+        self._data: BinaryIO | None = None
+
+    # values -------------------------------------------------------------------------------------
+
+    def input(self, name: str, data_type: int, shape: Sequence[Dim]) -> str:
+        """Declare a graph input; strings in `shape` are symbolic dimensions."""
+        self._inputs.append(helper.make_tensor_value_info(name, data_type, list(shape)))
+        return name
+
+    def output(self, value: str, name: str, data_type: int, shape: Sequence[Dim]) -> str:
+        """Declare `value` as the graph output `name`, renaming it in place; returns `name`."""
+        for node in self._nodes:
+            for values in (node.input, node.output):
+                for i, candidate in enumerate(values):
+                    if candidate == value:
+                        values[i] = name
+        self._outputs.append(helper.make_tensor_value_info(name, data_type, list(shape)))
+        return name
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> str:
+        """A small constant kept in the graph file; equal constants are stored once."""
+        array = np.asarray(value, dtype=dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"const_{len(self._constants)}"
+            self._initializers.append(numpy_helper.from_array(array, name))
+            self._constants[key] = name
+        return self._constants[key]
+
+    def weight(self, name: str, array: NDArray[Any]) -> str:
+        """Write `array` to the data file and declare it as initializer `name`, once per name."""
+        if name in self._stored:
+            return name
+        if self._data is None:
+            self._data = (self._folder / f"{self.name}.onnx.data").open("wb")
+        data = np.ascontiguousarray(array)
+        self._data.seek(-self._data.tell() % _ALIGNMENT, 1)
+        offset = self._data.tell()
+        self._data.write(data.view(np.uint8).data)
+        stored = StoredWeight(
+            location=f"{self.name}.onnx.data",
+            offset=offset,
+            length=data.nbytes,
+            data_type=helper.np_dtype_to_tensor_dtype(data.dtype),
+            shape=data.shape,
+        )
+        return self.share(name, stored)
+
+    def share(self, name: str, stored: StoredWeight) -> str:
+        """Declare an initializer whose bytes already lie in some data file of the folder."""
+        tensor = TensorProto(name=name, data_type=stored.data_type, dims=stored.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key in ("location", "offset", "length"):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(getattr(stored, key))
+        self._initializers.append(tensor)
+        self._stored[name] = stored
+        return name
+
+    def stored(self, name: str) -> StoredWeight:
+        """Where weight `name` lies, for `share` in another graph."""
+        return self._stored[name]
+
+    # nodes --------------------------------------------------------------------------------------
+
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
+        """Append a node with one output and return the output's name."""
+        return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self, op_type: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Append a node with `outputs` outputs and return their names."""
+        self._count += 1
+        stem = f"{op_type}_{self._count}"
+        names = [stem if outputs == 1 else f"{stem}_{i}" for i in range(outputs)]
+        self._domains.setdefault(domain, 1)
+        self._nodes.append(
+            helper.make_node(op_type, list(inputs), names, name=stem, domain=domain, **attributes)
+        )
+        return names
+
+    def function(self, function: onnx.FunctionProto) -> None:
+        """Carry a model-local function; call it with `ops(..., domain=function.domain)`."""
+        self._functions.append(function)
+        self._domains.setdefault(function.domain, 1)
+
+    def save(self) -> Path:
+        """Write `<name>.onnx`; close the data file."""
+        if self._data is not None:
+            self._data.close()
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, self._initializers
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid(d, v) for d, v in self._domains.items()],
+            functions=self._functions,
+            ir_version=IR_VERSION,
+            producer_name="dspark-batch",
+        )
+        path = self._folder / f"{self.name}.onnx"
+        path.write_bytes(model.SerializeToString())
+        return path

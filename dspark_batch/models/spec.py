@@ -1,0 +1,152 @@
+"""What a decoder is, as data: a target family is a function from a config to a `DecoderSpec`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary frequencies `[d/2]` (fp32) and the factor on cos and sin (YaRN; else 1)."""
+
+    inverse_frequencies: tuple[float, ...]
+    attention_factor: float = 1.0
+
+    def tables(self, length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """cos and sin, each `[length, d/2]` fp32."""
+        frequencies = np.asarray(self.inverse_frequencies, dtype=np.float32)
+        angles = np.arange(length, dtype=np.float32)[:, None] * frequencies[None, :]
+        factor = np.float32(self.attention_factor)
+        return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One layer's attention: which RoPE, and the window of a sliding layer (None: all keys)."""
+
+    rope: RopeSpec
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderSpec:
+    """A decoder-only transformer; the flags are the differences between families."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    epsilon: float
+    activation: str = "silu"
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key before RoPE (Qwen3, Gemma 3)."""
+    sandwich_norms: bool = False
+    """Norms after attention and after the MLP too (Gemma)."""
+    norm_offset: float = 0.0
+    """Added to every norm weight (Gemma stores w - 1)."""
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """None: head_dim ** -0.5."""
+    tied_head: bool = False
+    max_positions: int = 2048
+
+    @property
+    def scale(self) -> float:
+        """Factor on query times key."""
+        return self.attention_scale or self.head_dim**-0.5
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.layers)
+
+
+def rope_from_parameters(
+    parameters: Mapping[str, Any], *, head_dim: int, max_positions: int
+) -> RopeSpec:
+    """Frequencies of a nested `rope_parameters`: default, linear, llama3 and YaRN.
+
+    Raises ValueError for another `rope_type`, rather than fall back to the default silently.
+    """
+    theta = float(parameters["rope_theta"])
+    kind = parameters.get("rope_type", "default")
+    dim = int(head_dim * float(parameters.get("partial_rotary_factor", 1.0)))
+    if dim != head_dim:
+        raise ValueError("rope_parameters.partial_rotary_factor other than 1 is not supported")
+    powers = np.arange(0, dim, 2, dtype=np.float64) / dim
+    frequencies = 1.0 / theta**powers
+    factor = float(parameters.get("factor", 1.0) or 1.0)
+    if kind == "default":
+        return _rope(frequencies)
+    if kind == "linear":
+        return _rope(frequencies / factor)
+    original = float(parameters.get("original_max_position_embeddings") or max_positions)
+    if kind == "llama3":
+        return _rope(_llama3(frequencies, parameters, factor=factor, original=original))
+    if kind == "yarn":
+        return _yarn(frequencies, parameters, theta=theta, factor=factor, original=original)
+    raise ValueError(f"rope_parameters.rope_type {kind!r} is not supported")
+
+
+def _rope(frequencies: NDArray[np.float64], attention_factor: float = 1.0) -> RopeSpec:
+    return RopeSpec(tuple(float(f) for f in frequencies), attention_factor)
+
+
+def _llama3(
+    frequencies: NDArray[np.float64],
+    parameters: Mapping[str, Any],
+    *,
+    factor: float,
+    original: float,
+) -> NDArray[np.float64]:
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    wavelengths = 2 * math.pi / frequencies
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * frequencies / factor + smooth * frequencies
+
+
+def _yarn(
+    frequencies: NDArray[np.float64],
+    parameters: Mapping[str, Any],
+    *,
+    theta: float,
+    factor: float,
+    original: float,
+) -> RopeSpec:
+    """YaRN (Peng et al. 2023, section 3.2 and Eq. 22 for the attention factor)."""
+    dim = 2 * len(frequencies)
+
+    def correction(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = correction(float(parameters.get("beta_fast") or 32))
+    high = correction(float(parameters.get("beta_slow") or 1))
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    blended = frequencies / factor * ramp + frequencies * (1 - ramp)
+    attention_factor = parameters.get("attention_factor")
+    if attention_factor is None:
+        mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+
+        def amount(m: float) -> float:
+            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+        attention_factor = amount(mscale) / amount(all_dim) if mscale and all_dim else amount(1.0)
+    return _rope(blended, float(attention_factor))

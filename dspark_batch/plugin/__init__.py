@@ -1,0 +1,1 @@
+"""The verification op: one contract, a body per runtime."""

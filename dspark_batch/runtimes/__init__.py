@@ -1,0 +1,5 @@
+"""Runtimes: what executes the graphs of an engine. `runtime` in the manifest picks one."""
+
+from __future__ import annotations
+
+RUNTIMES = {"onnxruntime": "dspark_batch.runtimes.ort"}

@@ -1,0 +1,405 @@
+"""ONNX Runtime: both graphs of a pair with caches bound in place.
+
+Rows live in buckets. A bucket is one cache buffer `[rows, kv, capacity, d]` per layer, of the
+smallest capacity that its longest row needs, because CPU attention costs by capacity, not by
+length. Rows of similar length share a bucket (512, 2048, 8192, ... tokens at the most); a row
+that outgrows its bucket moves on, and buffers grow by copying. Live rows are the first ones of
+their bucket, so a step over any run of them is a view: no gathering.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dspark_batch.errors import EngineError
+from dspark_batch.manifest import CacheInfo, EngineManifest
+from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
+from dspark_batch.types import DraftBlock, VerifyResult
+
+_GRAIN = 64  # tokens by which a buffer's capacity is rounded up
+_FIRST_BUCKET = 512
+_BUCKET_RATIO = 4
+_MAX_PENDING = 4096  # context tokens kept before the draft takes them in
+
+
+def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> OrtRuntime:
+    """Open the graphs of an engine folder for `max_rows` concurrent rows."""
+    return OrtRuntime(folder, manifest, max_rows)
+
+
+def hardware_key() -> str:
+    """What a measured cost holds for: processor, cores, and the version of ONNX Runtime."""
+    return f"{_processor()}, {os.cpu_count()} cores, onnxruntime {ort.__version__}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    values = {key.strip(): value.strip() for key, value in fields.items()}
+    return " ".join(values[key] for key in wanted if key in values) or platform.machine()
+
+
+def open_session(path: Path, *, threads: int) -> ort.InferenceSession:
+    """Open one graph on the CPU.
+
+    Raises:
+        EngineError: the file is missing or ONNX Runtime refuses it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as problem:  # ORT's exceptions have no common public base
+        raise EngineError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; "
+            "build the engine again: dspark-batch export model --force"
+        ) from problem
+
+
+class _Cache:
+    """Keys and values of one model for the rows of one bucket."""
+
+    def __init__(self, shape: CacheInfo, num_rows: int) -> None:
+        self._shape = shape
+        self._num_rows = num_rows
+        self.capacity = 0
+        self.buffers: list[NDArray[np.float32]] = []
+        self.bindings: dict[tuple[int, int, tuple[str, ...]], ort.IOBinding] = {}
+
+    def reserve(self, needed: int, num_live: int) -> None:
+        """Hold at least `needed` tokens a row; shrink when half would do. Copies live rows."""
+        capacity = -(-needed // _GRAIN) * _GRAIN
+        if self.capacity >= capacity > self.capacity // 2:
+            return
+        kept = min(self.capacity, capacity)
+        shape = (self._num_rows, self._shape.num_kv_heads, capacity, self._shape.head_dim)
+        grown = []
+        for i in range(2 * self._shape.num_layers):
+            # Zeroed: a masked key must be finite, since 0 * NaN would reach the output.
+            buffer = np.zeros(shape, np.float32)
+            if num_live and kept:
+                buffer[:num_live, :, :kept] = self.buffers[i][:num_live, :, :kept]
+                self.buffers[i] = buffer
+            grown.append(buffer)
+        self.buffers = grown
+        self.capacity = capacity
+        self.bindings.clear()
+
+    def copy_row(self, row: int, source: _Cache, source_row: int) -> None:
+        kept = min(self.capacity, source.capacity)
+        for mine, theirs in zip(self.buffers, source.buffers, strict=True):
+            mine[row, :, :kept] = theirs[source_row, :, :kept]
+
+    def wipe_if_broken(self, row: int) -> None:
+        """Zero a row that holds values which are not finite."""
+        if self.buffers and not np.isfinite(self.buffers[-1][row].sum()):
+            for buffer in self.buffers:
+                buffer[row] = 0.0
+
+
+@dataclass(slots=True)
+class _Row:
+    """What the caches hold of one slot, and the context that the draft has not taken in yet."""
+
+    bucket: _Bucket
+    num_cached: int = 0
+    num_taken: int = 0
+    pending: list[NDArray[np.float32]] = field(default_factory=list)
+    draft_logits: NDArray[np.float32] | None = None
+
+    @property
+    def num_pending(self) -> int:
+        return sum(len(part) for part in self.pending)
+
+
+class _Bucket:
+    """Rows that share buffers; `slots[i]` owns row i."""
+
+    def __init__(self, limit: int, target: _Cache, draft: _Cache | None) -> None:
+        self.limit = limit
+        self.target = target
+        self.draft = draft
+        self.slots: list[int] = []
+
+    def caches(self) -> list[_Cache]:
+        return [self.target] if self.draft is None else [self.target, self.draft]
+
+    def leave(self, slot: int) -> None:
+        """Drop a row; the last one takes its place, so that live rows stay neighbours."""
+        row, last = self.slots.index(slot), len(self.slots) - 1
+        if row != last:
+            for cache in self.caches():
+                if cache.capacity:
+                    cache.copy_row(row, cache, last)
+            self.slots[row] = self.slots[last]
+        self.slots.pop()
+
+
+class OrtRuntime:
+    """`runtimes.session.Runtime` on the CPU execution provider."""
+
+    def __init__(
+        self, folder: Path, manifest: EngineManifest, max_rows: int, *, threads: int = 0
+    ) -> None:
+        """Open the pair in `folder`; `threads` 0 lets ONNX Runtime choose."""
+        draft_info = manifest.draft
+        draft_shape = draft_info.cache if draft_info else None
+        self._target = open_session(folder / "target.onnx", threads=threads)
+        self._draft = open_session(folder / "draft.onnx", threads=threads) if draft_shape else None
+        self._block_size = draft_info.block_size if draft_info else 1
+        self._buckets: list[_Bucket] = []
+        limit = _FIRST_BUCKET
+        most = manifest.limits.max_tokens + self._block_size
+        while not self._buckets or self._buckets[-1].limit < most:
+            draft = _Cache(draft_shape, max_rows) if draft_shape else None
+            target = _Cache(manifest.target.cache, max_rows)
+            self._buckets.append(_Bucket(limit, target, draft))
+            limit *= _BUCKET_RATIO
+        self._rows: dict[int, _Row] = {}
+        draft_vocab_size = draft_info.vocab_size if draft_info else 1
+        self._no_logits = np.zeros((max_rows, self._block_size, draft_vocab_size), np.float32)
+
+    def admit(self, slot: int) -> None:
+        """Begin a row in the first bucket."""
+        self._rows[slot] = _Row(self._buckets[0])
+        self._buckets[0].slots.append(slot)
+
+    def release(self, slot: int) -> None:
+        """End a row; keys that are not finite (a row that broke) are wiped with it."""
+        bucket = self._rows.pop(slot).bucket
+        row = bucket.slots.index(slot)
+        for cache in bucket.caches():
+            cache.wipe_if_broken(row)
+        bucket.leave(slot)
+
+    def close(self) -> None:
+        """Free sessions and caches."""
+        self._buckets.clear()
+        del self._target, self._draft
+
+    def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
+        """One target pass per run of neighbouring rows: per bucket, when all rows take part."""
+        if sum(row.num_pending for row in self._rows.values()) > _MAX_PENDING:
+            self._take_in_context()
+        for span in spans:
+            self._settle(span.slot, span.start + len(span.tokens))
+        num_accepted = np.zeros(len(spans), np.int64)
+        bonus = np.zeros(len(spans), np.int64)
+        for run in self._runs([span.slot for span in spans]):
+            part = Draws(*(getattr(draws, name)[run] for name in Draws.__slots__))
+            num_accepted[run], bonus[run] = self._verify_run(
+                [spans[i] for i in run], lengths[run], part
+            )
+        return VerifyResult(num_accepted, bonus)
+
+    def draft(self, slots: list[int], anchors: Ints, draws: Draws) -> DraftBlock:
+        """One draft pass per run of neighbouring rows."""
+        tokens = np.zeros((len(slots), self._block_size), np.int64)
+        confidence = np.zeros((len(slots), self._block_size), np.float32)
+        for run in self._runs(slots):
+            tokens[run], confidence[run] = self._draft_run(
+                [slots[i] for i in run], anchors[run], draws.temperature[run], draws.uniforms[run]
+            )
+        return DraftBlock(tokens, confidence)
+
+    def _settle(self, slot: int, needed: int) -> None:
+        """Move a row on to the bucket that its length asks for."""
+        row = self._rows[slot]
+        if needed <= row.bucket.limit:
+            return
+        source, bucket = row.bucket, next(b for b in self._buckets if needed <= b.limit)
+        bucket.slots.append(slot)
+        row.bucket = bucket
+        self._reserve(bucket, needed)
+        for mine, theirs in zip(bucket.caches(), source.caches(), strict=True):
+            if theirs.capacity:
+                mine.copy_row(len(bucket.slots) - 1, theirs, source.slots.index(slot))
+        source.leave(slot)
+
+    def _reserve(self, bucket: _Bucket, needed: int) -> None:
+        cached = max(self._rows[slot].num_cached for slot in bucket.slots)
+        bucket.target.reserve(max(needed, cached), len(bucket.slots))
+        if bucket.draft is not None:
+            taken = max(self._rows[slot].num_taken for slot in bucket.slots)
+            bucket.draft.reserve(max(taken, 1), len(bucket.slots))
+
+    def _runs(self, slots: Sequence[int]) -> list[list[int]]:
+        """Indices into `slots`, grouped into runs of neighbouring rows of one bucket."""
+        index = {slot: i for i, slot in enumerate(slots)}
+        runs: list[list[int]] = []
+        for bucket in self._buckets:
+            fresh = True
+            for slot in bucket.slots:
+                if slot not in index:
+                    fresh = True
+                    continue
+                if fresh:
+                    runs.append([])
+                runs[-1].append(index[slot])
+                fresh = False
+        return runs
+
+    def _verify_run(self, spans: list[Span], lengths: Ints, draws: Draws) -> tuple[Ints, Ints]:
+        counts = np.array([len(span.tokens) for span in spans])
+        starts = np.array([span.start for span in spans])
+        token_index, cell_index = _layout(counts)
+        bucket = self._rows[spans[0].slot].bucket
+        self._reserve(bucket, int(starts.max() + counts.max()))
+        feeds: dict[str, NDArray[Any]] = {
+            "tokens": np.concatenate([span.tokens for span in spans]),
+            "starts": starts,
+            "token_index": token_index,
+            "cell_index": cell_index,
+            **_logit_feeds(spans, counts, lengths),
+            "lengths": lengths,
+            "draft_logits": self._proposed_from(spans, lengths, draws),
+            "temperature": draws.temperature,
+            "top_k": draws.top_k,
+            "top_p": draws.top_p,
+            "uniforms": draws.uniforms,
+        }
+        names = ("num_accepted", "bonus") + (("context",) if self._draft is not None else ())
+        first = bucket.slots.index(spans[0].slot)
+        results = self._run(self._target, bucket.target, first, len(spans), feeds, names)
+        accepted, chosen = results[0], results[1]
+        ends = np.cumsum(counts)
+        for r, span in enumerate(spans):
+            row = self._rows[span.slot]
+            num_kept = int(counts[r] - lengths[r] + accepted[r])
+            row.num_cached = span.start + num_kept
+            if self._draft is not None:
+                begin = int(ends[r] - counts[r])
+                row.pending.append(results[2][begin : begin + num_kept])
+        return accepted, chosen
+
+    def _proposed_from(self, spans: list[Span], lengths: Ints, draws: Draws) -> NDArray[np.float32]:
+        """The logits that sampled rows' drafts were drawn from, `[R, γ, D]`; else anything."""
+        if not (lengths.any() and (draws.temperature > 0).any()):
+            return self._no_logits[: len(spans)]
+        rows = [self._rows[span.slot].draft_logits for span in spans]
+        return np.stack([self._no_logits[0] if row is None else row for row in rows])
+
+    def _draft_run(
+        self, slots: list[int], anchors: Ints, temperature: Floats, uniforms: Floats
+    ) -> tuple[Ints, Floats]:
+        rows = [self._rows[slot] for slot in slots]
+        bucket = rows[0].bucket
+        assert self._draft is not None
+        assert bucket.draft is not None
+        counts = np.array([row.num_pending for row in rows])
+        starts = np.array([row.num_taken for row in rows])
+        taken = max(self._rows[slot].num_taken for slot in bucket.slots)
+        bucket.draft.reserve(max(int(starts.max() + counts.max()), taken), len(bucket.slots))
+        context = np.concatenate([part for row in rows for part in row.pending])
+        feeds: dict[str, NDArray[Any]] = {
+            "context": context,
+            "context_tokens": np.arange(len(context)),
+            "context_index": _layout(counts)[0],
+            "context_positions": np.concatenate(
+                [np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
+            ),
+            "context_starts": starts,
+            "anchors": anchors,
+            "anchor_positions": starts + counts,
+            "temperature": temperature,
+            "uniforms": uniforms[:, : self._block_size],
+        }
+        sampling = bool((temperature > 0).any())
+        names = ("draft_tokens", "confidence") + (("draft_logits",) if sampling else ())
+        first = bucket.slots.index(slots[0])
+        results = self._run(self._draft, bucket.draft, first, len(slots), feeds, names)
+        for r, row in enumerate(rows):
+            row.num_taken += int(counts[r])
+            row.pending = []
+            row.draft_logits = results[2][r] if sampling else None
+        return results[0], results[1]
+
+    def _take_in_context(self) -> None:
+        """Let the draft take in what piled up while rows did not draft; its block is not used."""
+        slots = [slot for slot, row in self._rows.items() if row.pending]
+        zeros = np.zeros(len(slots), np.float32)
+        uniforms = np.zeros((len(slots), self._block_size + 1), np.float32)
+        draws = Draws(zeros, zeros.astype(np.int64), zeros + 1, uniforms)
+        self.draft(slots, np.zeros(len(slots), np.int64), draws)
+
+    def _run(
+        self,
+        session: ort.InferenceSession,
+        cache: _Cache,
+        first: int,
+        num_rows: int,
+        feeds: dict[str, NDArray[Any]],
+        names: tuple[str, ...],
+    ) -> list[Any]:
+        """Run with `past` and `present` of the rows bound to one buffer; fetch `names`."""
+        key = (first, num_rows, names)
+        if key not in cache.bindings:
+            cache.bindings[key] = _bind(session, cache, first, num_rows, names)
+        binding = cache.bindings[key]
+        for name, array in feeds.items():
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            binding.bind_ortvalue_input(name, value)
+        for name in names:  # again, so that this run allocates its own
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        return [value.numpy() for value in binding.get_outputs()[: len(names)]]
+
+
+def _bind(
+    session: ort.InferenceSession, cache: _Cache, first: int, num_rows: int, names: tuple[str, ...]
+) -> ort.IOBinding:
+    """A binding whose first outputs are `names`, then every cache tensor on its own buffer."""
+    binding = session.io_binding()
+    for name in names:
+        binding.bind_output(name, "cpu")
+    for i, buffer in enumerate(cache.buffers):
+        layer, kind = divmod(i, 2)
+        name = f"{('key', 'value')[kind]}_{layer}"
+        value = ort.OrtValue.ortvalue_from_numpy(buffer[first : first + num_rows])
+        binding.bind_ortvalue_input(f"past_{name}", value)
+        binding.bind_ortvalue_output(f"present_{name}", value)
+    return binding
+
+
+def _layout(counts: Ints) -> tuple[Ints, Ints]:
+    """`token_index` [R, S] and `cell_index` [T] of rows with `counts` [R] tokens each.
+
+    Padding cells point to the row's last token.
+    """
+    offsets = np.arange(int(counts.max()))[None, :]
+    first = (np.cumsum(counts) - counts)[:, None]
+    inside = offsets < counts[:, None]
+    token_index = first + np.minimum(offsets, counts[:, None] - 1)
+    return token_index, np.flatnonzero(inside)
+
+
+def _logit_feeds(spans: list[Span], counts: Ints, lengths: Ints) -> dict[str, NDArray[Any]]:
+    """Which tokens get logits (the last 1 + ℓ of each row), and the drafts among them."""
+    wanted = lengths + 1
+    ends, logit_ends = np.cumsum(counts), np.cumsum(wanted)
+    num_drafts = max(int(lengths.max()), 1)
+    columns = np.minimum(np.arange(num_drafts + 1)[None, :], lengths[:, None])
+    draft_tokens = np.zeros((len(spans), num_drafts), np.int64)
+    for r, (span, length) in enumerate(zip(spans, lengths.tolist(), strict=True)):
+        draft_tokens[r, :length] = span.tokens[len(span.tokens) - length :]
+    return {
+        "logit_tokens": np.concatenate(
+            [np.arange(end - n, end) for end, n in zip(ends, wanted, strict=True)]
+        ),
+        "logit_rows": (logit_ends - wanted)[:, None] + columns,
+        "draft_tokens": draft_tokens,
+    }

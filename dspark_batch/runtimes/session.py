@@ -1,0 +1,64 @@
+"""The border to a runtime: steps over flattened tokens and row spans, never a cache tensor.
+
+A runtime owns the KV caches. `engine` names rows by slot and says where each row's tokens start;
+rolling back is starting lower next time. Context (the target's hidden states for the draft) stays
+with the runtime too: a step leaves it there, `keep` says which of its tokens were committed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.types import DraftBlock, VerifyResult
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one row in a step: they take positions `start .. start + len(tokens) - 1`."""
+
+    slot: int
+    start: int
+    tokens: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Per-row sampling of a step: `temperature`, `top_k`, `top_p` [R] and uniforms [R, γ + 1]."""
+
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    uniforms: Floats
+
+
+class Runtime(Protocol):
+    """An opened pair of graphs with caches for a fixed number of slots."""
+
+    def admit(self, slot: int) -> None:
+        """Begin a row: its caches are empty."""
+
+    def release(self, slot: int) -> None:
+        """End a row."""
+
+    def draft(self, slots: list[int], anchors: Ints, draws: Draws) -> DraftBlock:
+        """Propose a block per row, from the context of every token verified so far.
+
+        `anchors` [R] are the rows' last committed tokens. The confidence is raw: logits [R, γ].
+        """
+
+    def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
+        """One target pass over `spans`, of which the last `lengths[r]` tokens are the last draft.
+
+        Length 0 is plain decoding, or prefill when the span is a piece of the prompt. Everything
+        but the rejected drafts counts as committed from here on.
+        """
+
+    def close(self) -> None:
+        """Free sessions and caches."""

@@ -1,0 +1,109 @@
+"""The exported pair against what the reference implementation computed, array by array."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import export_pair
+
+from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.engine import Engine, open_engine
+from dspark_batch.types import Prompt, SamplingParams, Sequence, VerifyPlan
+
+SHARED = Path(__file__).parents[2] / "shared" / "conformance"
+SETS = sorted(path.parent for path in SHARED.glob("*/manifest.json"))
+pytestmark = pytest.mark.skipif(not SETS, reason="the reference's arrays are not here")
+
+
+@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.name)
+def conformance(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Path]]:
+    folder: Path = request.param
+    scratch = tmp_path_factory.mktemp(folder.name)
+    engine = open_engine(export_pair(scratch, folder / "target", folder / "draft", max_tokens=128))
+    yield engine, folder
+    engine.close()
+
+
+def rounds(arrays: Any, run: str) -> list[dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name in arrays.files:
+        parts = name.split("/")
+        if parts[0] == run and len(parts) == 3:
+            found.setdefault(parts[1], {})[parts[2]] = arrays[name]
+    return [found[name] for name in sorted(found)]
+
+
+def prompt_arrays(folder: Path) -> list[Any]:
+    return [np.load(path) for path in sorted(folder.glob("prompt_*.npz"))]
+
+
+def test_every_round_drafts_and_verifies_as_the_reference(
+    conformance: tuple[Engine, Path],
+) -> None:
+    engine, folder = conformance
+    for arrays in prompt_arrays(folder):
+        prompt = arrays["prompt_ids"].reshape(-1).tolist()
+        sequence = Sequence(
+            prompt=Prompt(0, tuple(prompt), SamplingParams(max_new_tokens=64)),
+            slot=0,
+            tokens=list(prompt),
+            num_prompt_tokens=len(prompt),
+        )
+        engine.admit(sequence)
+        sequence.tokens.append(int(engine.prefill([sequence])[0]))
+        checked = 0
+        for step in rounds(arrays, "greedy"):
+            assert sequence.anchor_position == int(step["start"])
+            block = engine.draft_raw([sequence])
+            np.testing.assert_array_equal(block.tokens[0], step["draft_tokens"].reshape(-1))
+            if "confidence_logits_full" in step:
+                np.testing.assert_allclose(
+                    block.confidence[0], step["confidence_logits_full"].reshape(-1), atol=1e-4
+                )
+            length = int(step["proposal_len"])
+            plan = VerifyPlan(np.array([length]))
+            result = engine.verify([sequence], block, plan)
+            if not bool(step["stopped"]):
+                assert int(result.num_accepted[0]) == int(step["accepted"])
+                assert int(result.bonus[0]) == step["next_token"].item()
+            accepted = block.tokens[0, : int(result.num_accepted[0])].tolist()
+            sequence.tokens += [*accepted, int(result.bonus[0])]
+            checked += 1
+        assert checked > 3
+        engine.release(sequence)
+
+
+@pytest.mark.parametrize("spec", ["off", "on", "auto"])
+def test_greedy_text_is_the_reference_s(conformance: tuple[Engine, Path], spec: str) -> None:
+    engine, folder = conformance
+    prompts, expected = [], []
+    stop = engine.stop_token_ids
+    for row, arrays in enumerate(prompt_arrays(folder)):
+        ids = arrays["prompt_ids"].reshape(-1).tolist()
+        output = arrays["plain_greedy/output_ids"].reshape(-1).tolist()
+        new = output[len(ids) :] if output[: len(ids)] == ids else output
+        prompts.append(Prompt(row, tuple(ids), SamplingParams(max_new_tokens=len(new))))
+        end = next((i + 1 for i, token in enumerate(new) if token in stop), len(new))
+        expected.append(new[:end])
+    stats = DecodeStats()
+    found = {c.row: c for c in decode(prompts, engine, spec=spec, stats=stats)}
+    assert [list(found[row].token_ids) for row in range(len(prompts))] == expected
+    if spec == "on":
+        assert stats.spec.accepted_length > 1.5
+
+
+def test_manifest_says_what_the_checkpoint_says(conformance: tuple[Engine, Path]) -> None:
+    engine, folder = conformance
+    config = json.loads((folder / "draft" / "config.json").read_text())
+    draft = engine.manifest.draft
+    assert draft is not None
+    assert draft.block_size == config["block_size"] == engine.block_size
+    assert list(draft.target_layer_ids) == config["target_layer_ids"]
+    assert draft.markov_rank == config["markov_rank"]

@@ -1,0 +1,136 @@
+"""Target families against transformers: logits, hidden states and greedy text on tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import LAYERS, VOCAB, export_pair, target_config, write_target
+
+from dspark_batch.errors import EngineError
+from dspark_batch.export.check import TargetProbe
+from dspark_batch.models import decoder_spec
+from dspark_batch.models.decoder import DecoderGraph
+from dspark_batch.models.graph import GraphBuilder
+from dspark_batch.models.reference import forward
+from dspark_batch.weights import open_weights
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+CASES: dict[str, dict[str, Any]] = {
+    "llama": target_config("llama"),
+    "llama-tied": target_config("llama", tie_word_embeddings=True),
+    "llama-rope-llama3": target_config("llama", rope_parameters=LLAMA3),
+    "llama-rope-yarn": target_config("llama", rope_parameters=YARN),
+    "llama-rope-linear": target_config("llama", rope_parameters=LINEAR),
+    "qwen3": target_config("qwen3"),
+    "gemma3": target_config("gemma3_text"),
+}
+TAPS = (-1, 0, LAYERS - 2)
+
+
+def build(folder: Path, source: Path, precision: str) -> Path:
+    with open_weights(source) as weights:
+        builder = GraphBuilder("target", folder)
+        graph = DecoderGraph(
+            builder, decoder_spec(weights.config), weights.tensor, precision=precision
+        )
+        graph.build(taps=TAPS, draft_vocab=np.arange(VOCAB), max_tokens=128)
+        return builder.save()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graph_and_reference_equal_transformers(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    source = write_target(tmp_path / "target", CASES[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, VOCAB, n).tolist() for n in (40, 7, 19)]
+    path = build(tmp_path, source, "fp32")
+    with open_weights(source) as weights:
+        spec = decoder_spec(weights.config)
+        slow = forward(spec, weights.tensor, rows)
+        probe = TargetProbe(path, spec, capacity=64)
+        logits, context, _ = probe.run(rows, [0] * len(rows), probe.empty(len(rows)))
+        for r, row in enumerate(rows):
+            with torch.no_grad():
+                wanted = model(torch.tensor([row]), output_hidden_states=True)
+            np.testing.assert_allclose(logits[r], wanted.logits[0], atol=1e-4, rtol=1e-4)
+            np.testing.assert_allclose(slow[r].logits, wanted.logits[0], atol=1e-4, rtol=1e-4)
+            streams = [wanted.hidden_states[tap + 1][0].numpy() for tap in TAPS]
+            np.testing.assert_allclose(
+                context[r], np.concatenate(streams, axis=1), atol=1e-4, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_logits_depend_neither_on_neighbours_nor_on_tokens_per_call(
+    name: str, precision: str, tmp_path: Path
+) -> None:
+    source = write_target(tmp_path / "target", CASES[name])
+    path = build(tmp_path, source, precision)
+    with open_weights(source) as weights:
+        spec = decoder_spec(weights.config)
+    probe = TargetProbe(path, spec, capacity=64)
+    rng = np.random.default_rng(0)
+    row, other = rng.integers(1, VOCAB, 24).tolist(), rng.integers(1, VOCAB, 31).tolist()
+    alone = probe.run([row], [0], probe.empty(1))[0][0]
+    company = probe.run([other, row], [0, 0], probe.empty(2))[0][1]
+    np.testing.assert_allclose(alone, company, atol=1e-4)
+    caches = probe.empty(1)
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 20), (20, 24)):
+        step, _, caches = probe.run([row[begin:end]], [begin], caches)
+        np.testing.assert_allclose(step[0], alone[begin:end], atol=1e-4)
+
+
+def test_int8_stays_close_to_fp32(tmp_path: Path) -> None:
+    source = write_target(tmp_path / "target", CASES["llama"])
+    row = np.random.default_rng(0).integers(1, VOCAB, 40).tolist()
+    logits = {}
+    for precision in ("fp32", "int8"):
+        folder = tmp_path / precision
+        folder.mkdir()
+        path = build(folder, source, precision)
+        with open_weights(source) as weights:
+            probe = TargetProbe(path, decoder_spec(weights.config), capacity=64)
+        logits[precision] = probe.run([row], [0], probe.empty(1))[0][0]
+    error = np.abs(logits["int8"] - logits["fp32"]).max() / np.abs(logits["fp32"]).max()
+    assert 0 < error < 0.12
+
+
+def test_export_refuses_a_family_it_does_not_know(tmp_path: Path) -> None:
+    config = target_config("llama", model_type="mamba")
+    source = write_target(tmp_path / "target", config)
+    with pytest.raises(EngineError, match="'mamba' is not supported; supported: gemma3_text"):
+        export_pair(tmp_path, source, None)
+
+
+def test_unknown_rope_type_is_refused_not_ignored() -> None:
+    with pytest.raises(EngineError, match="rope_type 'dynamic'"):
+        decoder_spec(target_config("llama", rope_parameters=LINEAR | {"rope_type": "dynamic"}))
+
+
+def test_a_weight_is_stored_once(tmp_path: Path) -> None:
+    source = write_target(tmp_path / "target", CASES["llama-tied"])
+    build(tmp_path, source, "fp32")
+    with open_weights(source) as weights:
+        total = sum(4 * int(np.prod(weights.shape(name))) for name in weights.names())
+    padding = 4096 * 60  # every weight starts on a page
+    assert (tmp_path / "target.onnx.data").stat().st_size < total + padding
