@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ class OutputFolder:
     def lock(self) -> Iterator[None]:
         """Hold the folder, made if need be, without leftovers of a killed run.
 
-        Raises `OutputLocked` at once if another run holds it, `StorageError` if it cannot be made.
+        A new folder in which nothing was run is taken away again. Raises `OutputLocked` at once if
+        another run holds it, `StorageError` if it cannot be made.
         """
+        is_new = not self.folder.exists()
         try:
             self.run.mkdir(parents=True, exist_ok=True)
             self.data.mkdir(exist_ok=True)
@@ -55,6 +57,10 @@ class OutputFolder:
             yield
         finally:
             self._holder.unlink(missing_ok=True)
+            if is_new and not self._record.exists():
+                with suppress(OSError):  # a part is in it after all
+                    self.data.rmdir()
+                    shutil.rmtree(self.folder)
             lock.release()
 
     def _holder_name(self) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Self, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from dspark_batch.summary import duration
 
@@ -34,17 +35,18 @@ class RunState:
     """Since the first row was admitted."""
 
     def text(self) -> str:
-        """Speed, accepted length, errors and time left."""
-        speed = self.num_new_tokens / self.seconds if self.seconds else 0.0
-        parts = [f"{speed:,.1f} tok/s"]
-        if self.num_rounds:
-            accepted_length = 1 + self.num_accepted_tokens / self.num_rounds
-            parts.append(f"accepted length {accepted_length:.2f}")
-        parts.append(f"{self.num_errors:,} errors")
+        """Rows, time left, errors, speed and accepted length: the first words matter most."""
+        parts = [f"{self.num_done:,}/{self.num_rows:,} rows"]
         num_done_now = self.num_done - self.num_done_before
         if num_done_now:
             left = self.seconds / num_done_now * (self.num_rows - self.num_done)
             parts.append(f"{duration(left)} left")
+        parts.append(f"{self.num_errors:,} errors")
+        if self.seconds:
+            parts.append(f"{self.num_new_tokens / self.seconds:,.1f} tok/s")
+        if self.num_rounds:
+            accepted_length = 1 + self.num_accepted_tokens / self.num_rounds
+            parts.append(f"accepted length {accepted_length:.2f}")
         return ", ".join(parts)
 
 
@@ -87,7 +89,7 @@ class PlainProgress(Progress):
         now = self._clock()
         if now >= self._next_line:
             self._next_line = now + _LINE_SECONDS
-            self.phase(f"{state.num_done:,}/{state.num_rows:,} rows, {state.text()}")
+            self.phase(state.text())
 
 
 class BarProgress(Progress):
@@ -95,10 +97,11 @@ class BarProgress(Progress):
 
     def __init__(self, console: Console | None = None) -> None:
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            TextColumn(
+                "{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis")
+            ),
             console=console or Console(stderr=True),
             transient=True,
         )

@@ -248,6 +248,18 @@ def test_an_unexpected_exception_is_not_dressed_up(fakes):
     assert (record["state"], record["error"]) == ("failed", "ZeroDivisionError: a bug")
 
 
+def test_a_run_that_never_began_leaves_no_folder_behind(fakes):
+    write(["one"])
+    invoke("run", "in.parquet", "--engine", "missing")
+    assert not Path("in.completions").exists()
+    Path("in.completions").mkdir()
+    invoke("run", "in.parquet", "--engine", "missing")
+    assert Path("in.completions").exists()
+    invoke("run", "in.parquet")
+    invoke("run", "in.parquet", "--engine", "missing")
+    assert invoke("status", "in.completions").exit_code == 0
+
+
 def test_check_counts_and_exits_3_for_invalid_rows(fakes):
     result = invoke("check", write(["one", "three"]))
     assert (result.exit_code, result.stdout.splitlines()[0]) == (0, "rows      2 ok, 0 errors")

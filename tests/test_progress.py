@@ -20,11 +20,11 @@ STATE = RunState(
 
 
 def test_the_state_tells_speed_accepted_length_errors_and_time_left():
-    assert STATE.text() == "500.0 tok/s, accepted length 2.50, 3 errors, 10.0 s left"
+    assert STATE.text() == ("60/100 rows, 10.0 s left, 3 errors, 500.0 tok/s, accepted length 2.50")
 
 
 def test_the_state_before_the_first_row_claims_nothing():
-    assert RunState(num_rows=9).text() == "0.0 tok/s, 0 errors"
+    assert RunState(num_rows=9).text() == "0/9 rows, 0 errors"
 
 
 def test_plain_lines_come_every_thirty_seconds_at_most_and_phases_always():
@@ -36,7 +36,7 @@ def test_plain_lines_come_every_thirty_seconds_at_most_and_phases_always():
         progress.update(STATE)
     assert stream.getvalue().splitlines() == [
         "loading engine",
-        *["60/100 rows, " + STATE.text()] * 3,
+        *[STATE.text()] * 3,
     ]
 
 
@@ -51,6 +51,14 @@ def test_the_bar_shows_phase_and_state():
     assert "decoding 80 rows" in shown
     assert "60/100" in shown
     assert "accepted length 2.50" in shown
+
+
+def test_the_bar_of_a_narrow_terminal_still_shows_rows_and_time_left():
+    stream = io.StringIO()
+    with BarProgress(Console(file=stream, force_terminal=True, width=60)) as progress:
+        progress.phase("decoding 80 rows")
+        progress.update(STATE)
+    assert "60/100 rows, 10.0 s left" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
