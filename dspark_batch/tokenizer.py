@@ -79,7 +79,7 @@ class Tokenizer:
         path = folder / _TEMPLATE
         return cls(
             backend,
-            template=path.read_bytes().decode("utf-8") if path.exists() else None,
+            template=path.read_text(encoding="utf-8") if path.exists() else None,
             special_tokens={key: text for key, text in config.items() if key.endswith("_token")},
             stop_token_ids=config.get(_STOP_IDS, ()),
         )

@@ -111,8 +111,9 @@ def test_a_recipe_without_a_target_is_refused(workspace: Path) -> None:
 
 
 def test_all_problems_are_reported_at_once(workspace: Path) -> None:
-    write(workspace, FULL.replace("max_rows", "rows").replace("license", "licence"))
-    with pytest.raises(UsageError, match=r"licence.*rows"):
+    wrong = FULL.replace("max_rows", "rows").replace("license", "licence")
+    write(workspace, 'path = "x"\n' + wrong)
+    with pytest.raises(UsageError, match=r"key path.*licence.*rows"):
         load_recipe("mine")
 
 
@@ -147,6 +148,15 @@ def test_weights_are_found_from_the_workspace_then_from_the_recipe(
     at_root = workspace / "drafts" / "mine"
     at_root.mkdir(parents=True)
     assert recipe.draft_source == str(at_root)
+
+
+def test_a_recipe_named_from_its_own_folder_finds_the_workspace(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(workspace, FULL)
+    (workspace / "drafts" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(workspace / "export")
+    assert load_recipe("mine.toml").draft_source == str(workspace / "drafts" / "mine")
 
 
 def test_absolute_weights_are_taken_as_they_are(workspace: Path) -> None:

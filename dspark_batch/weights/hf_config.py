@@ -120,7 +120,7 @@ def normalized_config(raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
     a multimodal configuration is unwrapped, the outer `model_type` staying as `outer_model_type`.
     `EngineError`, naming `origin`, without a `model_type`.
     """
-    config = _text_config(copy.deepcopy(dict(raw)))
+    config = _text_config(dict(raw))
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise EngineError(f"{origin} has no model_type, so it is no model configuration")
