@@ -173,14 +173,21 @@ def run(
     job = load_job(input, _given(flags))
 
     from dspark_batch.decode import DecodeStats, decode
-    from dspark_batch.engine import open_engine
+    from dspark_batch.engine import Engine, open_engine
+    from dspark_batch.measure import ensure_costs
     from dspark_batch.progress import open_progress
     from dspark_batch.runner import run as run_job
+
+    def open_measured(folder: Path, *, max_rows: int | None = None) -> Engine:
+        engine = open_engine(folder, max_rows=max_rows)
+        if job.spec == "auto":
+            ensure_costs(engine, progress=progress.phase)
+        return engine
 
     with open_progress(progress_mode) as progress:
         summary = run_job(
             job,
-            open_engine=open_engine,
+            open_engine=open_measured,
             decode=decode,
             stats=DecodeStats(),
             progress=progress,

@@ -16,6 +16,7 @@ from dspark_batch.errors import EngineError
 
 FORMAT = "dspark-batch-engine/1"
 FILE_NAME = "manifest.json"
+_TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class _Part(BaseModel):
@@ -97,11 +98,12 @@ class EngineManifest(_Part):
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide what text comes out; a resumed run must find them unchanged."""
+        text = {name: info.sha256 for name, info in self.files.items() if name in _TEXT_FILES}
         return {
             "target": _digest(self.target.files),
             "precision": self.precision,
             "graph": self.files["target.onnx"].sha256,
-            "tokenizer": self.files["tokenizer.json"].sha256 if self.has_tokenizer else "",
+            "tokenizer": _digest(text) if text else "",
         }
 
 

@@ -7,7 +7,6 @@ and new to the draft, P the most new tokens of one row, C the draft cache's capa
     context           float [M, taps * hidden]  the target's `context` output(s)
     context_tokens    int64 [N]      rows of `context` to take in
     context_index     int64 [R, P]   which of the N fills each cell; padding: any
-    context_positions int64 [N]      absolute position of each
     context_starts    int64 [R]      positions that the draft cache already holds
     anchors           int64 [R]      anchor token
     anchor_positions  int64 [R]      = context_starts + new tokens of the row
@@ -37,7 +36,6 @@ from numpy.typing import NDArray
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
     MASKED,
-    Layout,
     Linears,
     activate,
     embedding,
@@ -204,13 +202,13 @@ class DSparkGraph:
         context = b.input("context", FLOAT, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])
         self._context_index = b.input("context_index", INT64, ["R", "P"])
-        self._context_positions = b.input("context_positions", INT64, ["N"])
         self._context_starts = b.input("context_starts", INT64, ["R"])
         anchors = b.input("anchors", INT64, ["R"])
         self._anchor_positions = b.input("anchor_positions", INT64, ["R"])
         self._temperature = b.input("temperature", FLOAT, ["R"])
         self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
-        cos, sin = spec.rope.tables(max_tokens + spec.block_size)
+        self._num_positions = max_tokens + spec.block_size
+        cos, sin = spec.rope.tables(self._num_positions)
         self._tables = (b.weight("rope.cos", cos), b.weight("rope.sin", sin))
         self._draft_vocab = b.weight("draft_vocab", draft_vocab.astype(np.int64))
         self._caches = [
@@ -223,8 +221,10 @@ class DSparkGraph:
         b.function(onnx.parser.parse_function(_DRAW))
         table = b.share("embed_tokens", embed)
         new = b.op("Gather", context, context_tokens)
-        projected = self._linear("fc", new)
-        self._context = self._linears.activation(self._norm(projected, "hidden_norm"))
+        projected = self._linear("fc", new, context_tokens)
+        self._context = self._linears.activation(
+            self._norm(projected, "hidden_norm"), context_tokens
+        )
         self._index_block()
         x = self._embed_block(table, embed.data_type, anchors, embedding_scale)
         for i in range(spec.num_layers):
@@ -240,21 +240,27 @@ class DSparkGraph:
     def _norm(self, x: str, name: str) -> str:
         return rms_norm(self.b, x, name, self._tensor(f"{name}.weight"), self.spec.epsilon)
 
-    def _linear(self, name: str, x: str) -> str:
+    def _linear(self, name: str, x: str, like: str) -> str:
         matrix = self._tensor(f"{name}.weight").T
-        return self._linears.linear(name, self._linears.activation(x), matrix)
+        return self._linears.linear(name, self._linears.activation(x, like), matrix)
 
     def _index_block(self) -> None:
         """Positions of the block's cells, its layout (no padding), and the mask over the cache."""
         b, gamma = self.b, self.spec.block_size
         slots = b.constant(np.arange(gamma)[None, :])
         column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
-        cells = b.op("Add", column, slots)  # [R, γ]
-        self._block_positions = b.op("Reshape", cells, b.constant([-1]))
+        self._block_positions = b.op("Add", column, slots)  # [R, γ]
         num_rows = b.op("Squeeze", b.op("Shape", self._anchor_positions))
         num_cells = b.op("Mul", num_rows, b.constant(gamma))
-        every = b.op("Range", b.constant(0), num_cells, b.constant(1))
-        self._block = Layout(b.op("Reshape", every, b.constant([-1, gamma])), every)
+        self._block_cells = b.op("Range", b.constant(0), num_cells, b.constant(1))  # [R * γ]
+        self._block_index = b.op("Reshape", self._block_cells, b.constant([-1, gamma]))
+        num_new = b.op("Squeeze", b.op("Shape", self._context_index, start=1, end=2))
+        offsets = b.op("Range", b.constant(0), num_new, b.constant(1))
+        starts = b.op("Unsqueeze", self._context_starts, b.constant([1]))
+        offsets = b.op("Unsqueeze", offsets, b.constant([0]))
+        # A cell of padding may lie beyond the tables.
+        last = b.constant(self._num_positions - 1)
+        self._context_positions = b.op("Min", b.op("Add", starts, offsets), last)  # [R, P]
         capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
         keys = b.op("Range", b.constant(0), capacity, b.constant(1))
         seen = b.op("Less", b.op("Unsqueeze", keys, b.constant([0])), column)
@@ -274,25 +280,22 @@ class DSparkGraph:
     def _layer(self, i: int, x: str) -> str:
         b, linears, name = self.b, self._linears, f"layers.{i}"
         x = b.op("Add", x, self._attention(i, self._norm(x, f"{name}.input_layernorm")))
-        y = linears.activation(self._norm(x, f"{name}.post_attention_layernorm"))
+        y = linears.activation(self._norm(x, f"{name}.post_attention_layernorm"), self._block_cells)
         matrices = [self._tensor(f"{name}.mlp.{p}_proj.weight").T for p in ("gate", "up")]
         merged = linears.linear(f"{name}.mlp.gate_up_proj", y, np.concatenate(matrices, axis=1))
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, "silu"), up)
-        return b.op("Add", x, self._linear(f"{name}.mlp.down_proj", product))
+        return b.op("Add", x, self._linear(f"{name}.mlp.down_proj", product, self._block_cells))
 
-    def _keys_values(self, i: int, kv: str, positions: str, token_index: str) -> list[str]:
+    def _keys_values(self, i: int, kv: str, positions: str, token_index: str) -> tuple[str, str]:
         """Projected `[n, 2 * kv * d]` -> rotated keys and values, each `[R, kv, S, d]`."""
-        b, spec = self.b, self.spec
-        width = spec.num_kv_heads * spec.head_dim
-        k, v = b.ops("Split", kv, outputs=2, axis=1, num_outputs=2)
-        k = self._head_norm(k, f"layers.{i}.self_attn.k_norm", width)
-        k = rotate(b, k, self._tables, positions, num_heads=spec.num_kv_heads, width=width)
-        layout = Layout(token_index, "")
-        return [
-            rows_from_tokens(b, x, layout, num_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-            for x in (k, v)
-        ]
+        b, heads = self.b, self.spec.num_kv_heads
+        rows = rows_from_tokens(
+            b, kv, token_index, num_heads=2 * heads, head_dim=self.spec.head_dim
+        )
+        k, v = b.ops("Split", rows, outputs=2, axis=1, num_outputs=2)
+        k = self._head_norm(k, f"layers.{i}.self_attn.k_norm")
+        return rotate(b, k, self._tables, positions), v
 
     def _attention(self, i: int, x: str) -> str:
         b, spec, linears = self.b, self.spec, self._linears
@@ -300,13 +303,13 @@ class DSparkGraph:
         width = spec.num_heads * spec.head_dim
         wq, wk, wv = (self._tensor(f"{name}.{p}_proj.weight").T for p in "qkv")
         wkv = np.concatenate([wk, wv], axis=1)
-        normed = linears.activation(x)
+        normed = linears.activation(x, self._block_cells)
         q = linears.linear(f"{name}.q_proj", normed, wq)
         block = self._keys_values(
             i,
             linears.linear(f"{name}.kv_proj", normed, wkv),
             self._block_positions,
-            self._block.token_index,
+            self._block_index,
         )
         new = self._keys_values(
             i,
@@ -324,9 +327,11 @@ class DSparkGraph:
             )
             for kind, past, rows in zip(("key", "value"), self._caches[i], new, strict=True)
         ]
-        q = self._head_norm(q, f"{name}.q_norm", width)
-        q = rotate(b, q, self._tables, self._block_positions, num_heads=spec.num_heads, width=width)
-        q = rows_from_tokens(b, q, self._block, num_heads=spec.num_heads, head_dim=spec.head_dim)
+        q = rows_from_tokens(
+            b, q, self._block_index, num_heads=spec.num_heads, head_dim=spec.head_dim
+        )
+        q = self._head_norm(q, f"{name}.q_norm")
+        q = rotate(b, q, self._tables, self._block_positions)
         q = b.op("Mul", q, b.constant(spec.head_dim**-0.5, np.float32))
         q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
         # Two products and one softmax over both instead of one over joined keys: no cache copy.
@@ -342,25 +347,23 @@ class DSparkGraph:
         )
         mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
         flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
-        return self._linear(f"{name}.o_proj", flat)
+        return self._linear(f"{name}.o_proj", flat, self._block_cells)
 
-    def _head_norm(self, x: str, name: str, width: int) -> str:
-        if not self._qk_norm:
-            return x
-        heads = self.b.op("Reshape", x, self.b.constant([0, -1, self.spec.head_dim]))
-        return self.b.op("Reshape", self._norm(heads, name), self.b.constant([0, width]))
+    def _head_norm(self, x: str, name: str) -> str:
+        """RMSNorm over each head of `[R, heads, S, d]`; absent in a Llama-style draft."""
+        return self._norm(x, name) if self._qk_norm else x
 
     def _head(self, hidden: str, head: NDArray[Any], anchors: str) -> None:
         """Base logits of every slot, then the walk: slot k's bias depends on slot k-1's token."""
         b, spec, linears = self.b, self.spec, self._linears
         size = head.shape[0]
-        base = linears.linear("lm_head", linears.activation(hidden), head.T)
+        base = linears.linear("lm_head", linears.activation(hidden, self._block_cells), head.T)
         shape = b.constant([-1, spec.block_size, size])
         slots = self._split_slots(b.op("Reshape", base, shape))
         states = self._split_slots(
             b.op("Reshape", hidden, b.constant([-1, spec.block_size, spec.hidden_size]))
         )
-        walk = _MarkovWalk(self) if spec.markov_rank else None
+        walk = _MarkovWalk(self, anchors) if spec.markov_rank else None
         confidence_head = self._confidence_head(anchors)
         previous = anchors
         tokens, rows, confidences = [], [], []
@@ -418,8 +421,8 @@ class _MarkovWalk:
     vanilla, gated and rnn as in DeepSpec; the rnn carries its state from slot to slot.
     """
 
-    def __init__(self, graph: DSparkGraph) -> None:
-        self._graph = graph
+    def __init__(self, graph: DSparkGraph, anchors: str) -> None:
+        self._graph, self._anchors = graph, anchors
         b, tensor = graph.b, graph._tensor
         table = tensor("markov_head.markov_w1.weight")
         self._type = FLOAT if graph._linears.precision == "fp32" else FLOAT16
@@ -463,4 +466,4 @@ class _MarkovWalk:
     def _project(self, name: str, x: str) -> str:
         linears = self._graph._linears
         matrix = self._graph._tensor(f"markov_head.{name}.weight").T
-        return linears.linear(f"markov_head.{name}", linears.activation(x), matrix)
+        return linears.linear(f"markov_head.{name}", linears.activation(x, self._anchors), matrix)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
+from dspark_batch.manifest import CacheInfo
 from dspark_batch.models.reference import forward
 from dspark_batch.models.spec import DecoderSpec
 from dspark_batch.runtimes.ort import open_session
@@ -34,7 +35,7 @@ LIMITS = {
 class TargetProbe:
     """Runs `target.onnx` on rows from given caches and returns logits and context of all tokens."""
 
-    def __init__(self, path: Path, spec: DecoderSpec, *, capacity: int) -> None:
+    def __init__(self, path: Path, spec: DecoderSpec | CacheInfo, *, capacity: int) -> None:
         self._session = open_session(path, threads=0)
         self._spec = spec
         self._capacity = capacity

@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from dspark_batch import __version__
 from dspark_batch.drafters import DRAFTERS
 from dspark_batch.drafters.dspark import DraftSpec, DSparkGraph, check_taps, draft_spec
-from dspark_batch.engine import open_engine, write_costs
+from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import check_target
-from dspark_batch.export.measure import calibrate, measure_costs
 from dspark_batch.export.texts import example_prompts
 from dspark_batch.manifest import (
     FILE_NAME,
@@ -39,6 +38,7 @@ from dspark_batch.manifest import (
     describe_file,
     read_manifest,
 )
+from dspark_batch.measure import calibrate, ensure_costs
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder, StoredWeight
@@ -246,8 +246,7 @@ class _Export:
             update={"confidence_temperatures": temperatures, "acceptance": acceptance}
         )
         self._write_manifest(folder, parity)
-        self._progress("measuring the cost table")
-        write_costs(folder, engine.hardware_key, measure_costs(engine))
+        ensure_costs(engine, progress=self._progress)
         engine.close()
 
     def _write_manifest(self, folder: Path, parity: dict[str, float]) -> None:

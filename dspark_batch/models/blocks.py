@@ -1,7 +1,8 @@
 """Graph blocks that every model shares: linear layers by precision, norms, RoPE, attention.
 
 Tokens of a call are flattened: `[T, hidden]`. Only attention is laid out per row, `[R, S]`, where
-S is the longest row of this call; `Layout` carries the indices between the two.
+S is the longest row of this call: `token_index` [R, S] says which flattened token fills each cell
+(padding: any), `cell_index` [T] in which cell, `row * S + s`, each token lies.
 """
 
 from __future__ import annotations
@@ -54,20 +55,17 @@ class Linears:
         self.precision = precision
         self._zero_points: dict[str, str] = {}
 
-    def activation(self, value: str) -> Activation:
-        """Prepare `[T, n]` as input of one or more linear layers."""
+    def activation(self, value: str, like: str) -> Activation:
+        """Prepare `[T, n]` as input of linear layers; `like` is any 1-D value of length T."""
         if self.precision == "fp32":
             return Activation(value)
         b = self.b
+        if like not in self._zero_points:
+            self._zero_points[like] = b.op("Expand", b.constant(128, np.uint8), b.op("Shape", like))
         largest = b.op("ReduceMax", b.op("Abs", value), b.constant([1]), keepdims=0)
         scale = b.op("Mul", largest, b.constant(1 / 127, np.float32))
-        quantized = b.op("QuantizeLinear", value, scale, self._zero_point(scale), axis=0)
+        quantized = b.op("QuantizeLinear", value, scale, self._zero_points[like], axis=0)
         return Activation(value, quantized, b.op("Unsqueeze", scale, b.constant([1])))
-
-    def _zero_point(self, scale: str) -> str:
-        # One Expand per number of tokens would do; ORT shares equal subexpressions by itself.
-        shape = self.b.op("Shape", scale)
-        return self.b.op("Expand", self.b.constant(128, np.uint8), shape)
 
     def linear(self, name: str, x: Activation, matrix: Matrix, bias: Matrix | None = None) -> str:
         """`[T, in] @ [in, out] (+ bias)`; `matrix` is `[in, out]`."""
@@ -107,42 +105,24 @@ def embedding(b: GraphBuilder, table: str, tokens: str, data_type: int) -> str:
     return b.op("Cast", rows, to=FLOAT) if data_type == FLOAT16 else rows
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Indices between flattened tokens and rows, all computed once a call.
-
-    `token_index` int64 [R, S]: flattened token of each cell (padding: any token).
-    `cell_index` int64 [T]: cell `row * S + s` of each flattened token.
-    """
-
-    token_index: str
-    cell_index: str
-
-
 def rows_from_tokens(
-    b: GraphBuilder, x: str, layout: Layout, *, num_heads: int, head_dim: int
+    b: GraphBuilder, x: str, token_index: str, *, num_heads: int, head_dim: int
 ) -> str:
     """`[T, heads * d]` -> `[R, heads, S, d]`."""
-    cells = b.op("Gather", x, layout.token_index)  # [R, S, heads * d]
+    cells = b.op("Gather", x, token_index)  # [R, S, heads * d]
     split = b.op("Reshape", cells, b.constant([0, 0, num_heads, head_dim]))
     return b.op("Transpose", split, perm=[0, 2, 1, 3])
 
 
-def tokens_from_rows(b: GraphBuilder, x: str, layout: Layout, *, width: int) -> str:
+def tokens_from_rows(b: GraphBuilder, x: str, cell_index: str, *, width: int) -> str:
     """`[R, heads, S, d]` -> `[T, heads * d]`."""
     cells = b.op("Reshape", b.op("Transpose", x, perm=[0, 2, 1, 3]), b.constant([-1, width]))
-    return b.op("Gather", cells, layout.cell_index)
+    return b.op("Gather", cells, cell_index)
 
 
-def rotate(
-    b: GraphBuilder, x: str, tables: tuple[str, str], positions: str, *, num_heads: int, width: int
-) -> str:
-    """Half-split RoPE of `[T, heads * d]` at `positions` [T]; tables are `[max, d/2]` cos, sin."""
-    # One "sequence" per token: ONNX Runtime wants no sequence longer than the tables.
-    cells = b.op("Reshape", x, b.constant([-1, 1, width]))
-    where = b.op("Unsqueeze", positions, b.constant([1]))
-    turned = b.op("RotaryEmbedding", cells, *tables, where, num_heads=num_heads, interleaved=0)
-    return b.op("Reshape", turned, b.constant([-1, width]))
+def rotate(b: GraphBuilder, x: str, tables: tuple[str, str], positions: str) -> str:
+    """Half-split RoPE of `[R, heads, S, d]` at `positions` [R, S]; tables `[max, d/2]` cos, sin."""
+    return b.op("RotaryEmbedding", x, *tables, positions, interleaved=0)
 
 
 def folded_scores(b: GraphBuilder, q: str, keys: str) -> str:

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from dspark_batch.models.blocks import (
     MASKED,
-    Layout,
     Linears,
     activate,
     embedding,
@@ -65,11 +64,10 @@ class DecoderGraph:
     ) -> None:
         """Emit every node. `taps` are layer indices, -1 the embedding (DeepSpec convention)."""
         b, spec = self.b, self.spec
-        tokens = b.input("tokens", INT64, ["T"])
+        tokens = self._tokens = b.input("tokens", INT64, ["T"])
         self._starts = b.input("starts", INT64, ["R"])
-        self._layout = Layout(
-            b.input("token_index", INT64, ["R", "S"]), b.input("cell_index", INT64, ["T"])
-        )
+        self._token_index = b.input("token_index", INT64, ["R", "S"])
+        self._cell_index = b.input("cell_index", INT64, ["T"])
         logit_tokens = b.input("logit_tokens", INT64, ["N"])
         self._max_tokens = max_tokens
         self._caches = [
@@ -88,7 +86,7 @@ class DecoderGraph:
         for i, layer in enumerate(spec.layers):
             x = self._layer(i, layer, x)
             streams[i] = x
-        self._head(b.op("Gather", x, logit_tokens), table)
+        self._head(b.op("Gather", x, logit_tokens), logit_tokens, table)
         context = [streams[i] for i in taps]
         joined = b.op("Concat", *context, axis=1) if len(context) > 1 else context[0]
         b.output(joined, "context", FLOAT, ["T", len(taps) * spec.hidden_size])
@@ -97,12 +95,13 @@ class DecoderGraph:
     def _index_positions(self) -> None:
         b = self.b
         zero, one = b.constant(0), b.constant(1)
-        num_cells = b.op("Squeeze", b.op("Shape", self._layout.token_index, start=1, end=2))
+        num_cells = b.op("Squeeze", b.op("Shape", self._token_index, start=1, end=2))
         offsets = b.op("Unsqueeze", b.op("Range", zero, num_cells, one), b.constant([0]))
         starts = b.op("Unsqueeze", self._starts, b.constant([1]))
         self._cell_positions = b.op("Add", starts, offsets)  # [R, S]
-        flat = b.op("Reshape", self._cell_positions, b.constant([-1]))
-        self._positions = b.op("Gather", flat, self._layout.cell_index)  # [T]
+        # A cell of padding may lie beyond the tables.
+        last = b.constant(self._max_tokens - 1)
+        self._rope_positions = b.op("Min", self._cell_positions, last)
         capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
         keys = b.op("Range", zero, capacity, one)
         self._key_positions = b.op("Unsqueeze", keys, b.constant([0, 1]))  # [1, 1, C]
@@ -132,9 +131,9 @@ class DecoderGraph:
             )
         return self._ropes[layer.rope]
 
-    def _norm(self, x: str, name: str) -> str:
+    def _norm(self, x: str, name: str, *, factor: float = 1.0) -> str:
         weight = self._tensor(f"{name}.weight").astype(np.float32) + self.spec.norm_offset
-        return rms_norm(self.b, x, name, weight, self.spec.epsilon)
+        return rms_norm(self.b, x, name, weight * np.float32(factor), self.spec.epsilon)
 
     def _matrix(self, name: str) -> NDArray[Any]:
         return self._tensor(f"{name}.weight").T
@@ -156,46 +155,39 @@ class DecoderGraph:
         both = np.concatenate(
             [self._matrix(f"{name}.gate_proj"), self._matrix(f"{name}.up_proj")], axis=1
         )
-        merged = linears.linear(f"{name}.gate_up_proj", linears.activation(x), both)
+        merged = linears.linear(f"{name}.gate_up_proj", linears.activation(x, self._tokens), both)
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, self.spec.activation), up)
         return linears.linear(
-            f"{name}.down_proj", linears.activation(product), self._matrix(f"{name}.down_proj")
+            f"{name}.down_proj",
+            linears.activation(product, self._tokens),
+            self._matrix(f"{name}.down_proj"),
         )
 
     def _attention(self, i: int, layer: LayerSpec, x: str) -> str:
         b, spec, linears = self.b, self.spec, self._linears
         name = f"model.layers.{i}.self_attn"
-        width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        merged = np.concatenate([self._matrix(f"{name}.{p}_proj") for p in "qkv"], axis=1)
-        qkv = linears.linear(f"{name}.qkv_proj", linears.activation(x), merged)
+        wq, wk, wv = (self._matrix(f"{name}.{p}_proj") for p in "qkv")
+        if not spec.qk_norm:  # else the norm's weight carries the scale
+            wq = wq * np.float32(spec.scale)
+        x_in = linears.activation(x, self._tokens)
+        qkv = linears.linear(f"{name}.qkv_proj", x_in, np.concatenate([wq, wk, wv], axis=1))
+        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        rows = rows_from_tokens(
+            b, qkv, self._token_index, num_heads=heads + 2 * kv_heads, head_dim=spec.head_dim
+        )
         if spec.qk_norm:
             q, k, v = b.ops(
-                "Split", qkv, b.constant([width, kv_width, kv_width]), outputs=3, axis=1
+                "Split", rows, b.constant([heads, kv_heads, kv_heads]), outputs=3, axis=1
             )
-            qk = b.op(
-                "Concat",
-                self._head_norm(q, f"{name}.q_norm", width),
-                self._head_norm(k, f"{name}.k_norm", kv_width),
-                axis=1,
-            )
+            q = self._norm(q, f"{name}.q_norm", factor=spec.scale)
+            qk = b.op("Concat", q, self._norm(k, f"{name}.k_norm"), axis=1)
         else:
-            qk, v = b.ops("Split", qkv, b.constant([width + kv_width, kv_width]), outputs=2, axis=1)
-        heads = spec.num_heads + spec.num_kv_heads
-        qk = rotate(
-            b, qk, self._rope(layer), self._positions, num_heads=heads, width=width + kv_width
-        )
-        both = b.op("Concat", qk, v, axis=1)
-        rows = rows_from_tokens(
-            b, both, self._layout, num_heads=heads + spec.num_kv_heads, head_dim=spec.head_dim
-        )
-        q, k, v = b.ops(
-            "Split",
-            rows,
-            b.constant([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads]),
-            outputs=3,
-            axis=1,
-        )
+            qk, v = b.ops(
+                "Split", rows, b.constant([heads + kv_heads, kv_heads]), outputs=2, axis=1
+            )
+        qk = rotate(b, qk, self._rope(layer), self._rope_positions)
+        q, k = b.ops("Split", qk, b.constant([heads, kv_heads]), outputs=2, axis=1)
         keys, values = (
             b.op("TensorScatter", past, new, self._starts, axis=2)
             for past, new in zip(self._caches[i], (k, v), strict=True)
@@ -203,19 +195,14 @@ class DecoderGraph:
         cache_shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
         keys = b.output(keys, f"present_key_{i}", FLOAT, cache_shape)
         values = b.output(values, f"present_value_{i}", FLOAT, cache_shape)
-        q = b.op("Mul", q, b.constant(spec.scale, np.float32))
         q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
         scores = b.op("Add", folded_scores(b, q, keys), self._mask(layer.window))
         mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
         mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
-        flat = tokens_from_rows(b, mixed, self._layout, width=width)
+        flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * spec.head_dim)
         return linears.linear(
-            f"{name}.o_proj", linears.activation(flat), self._matrix(f"{name}.o_proj")
+            f"{name}.o_proj", linears.activation(flat, self._tokens), self._matrix(f"{name}.o_proj")
         )
-
-    def _head_norm(self, x: str, name: str, width: int) -> str:
-        heads = self.b.op("Reshape", x, self.b.constant([0, -1, self.spec.head_dim]))
-        return self.b.op("Reshape", self._norm(heads, name), self.b.constant([0, width]))
 
     @property
     def _embedding_type(self) -> int:
@@ -227,7 +214,7 @@ class DecoderGraph:
         dtype = np.float32 if self._embedding_type == FLOAT else np.float16
         return self.b.weight("model.embed_tokens", table.astype(dtype))
 
-    def _head(self, x: str, table: str) -> None:
+    def _head(self, x: str, logit_tokens: str, table: str) -> None:
         b, spec, linears = self.b, self.spec, self._linears
         x = self._norm(x, "model.norm")
         if linears.precision == "fp32":
@@ -237,7 +224,9 @@ class DecoderGraph:
             self._logits = b.op("Gemm", x, table, transB=1)
         else:
             source = "model.embed_tokens" if spec.tied_head else "lm_head"
-            self._logits = linears.linear("lm_head", linears.activation(x), self._matrix(source))
+            self._logits = linears.linear(
+                "lm_head", linears.activation(x, logit_tokens), self._matrix(source)
+            )
         self._logits = b.output(self._logits, "logits", FLOAT, ["N", spec.vocab_size])
 
     def _verify(self, draft_vocab: NDArray[np.int64]) -> None:

@@ -309,9 +309,6 @@ class OrtRuntime:
             "context": context,
             "context_tokens": np.arange(len(context)),
             "context_index": _layout(counts)[0],
-            "context_positions": np.concatenate(
-                [np.arange(s, s + n) for s, n in zip(starts, counts, strict=True)]
-            ),
             "context_starts": starts,
             "anchors": anchors,
             "anchor_positions": starts + counts,

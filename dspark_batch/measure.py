@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from dspark_batch.algorithm import calibration
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine
+from dspark_batch.engine import Engine, write_costs
 from dspark_batch.types import (
     DraftBlock,
     Prompt,
@@ -24,6 +25,8 @@ from dspark_batch.types import (
 from dspark_batch.types import (
     Sequence as Row,
 )
+
+logger = logging.getLogger(__name__)
 
 _REPEATS = 3
 _CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
@@ -58,6 +61,21 @@ def measure_costs(engine: Engine, *, context_tokens: int = _CONTEXT_TOKENS) -> C
     return CostTable.measured(
         rows, per_row, verify_seconds=verify_seconds, draft_seconds=draft_seconds
     )
+
+
+def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
+    """Give the engine this machine's cost table, measured now if it has none, and keep it.
+
+    A folder that cannot be written keeps nothing; then every run measures.
+    """
+    if engine.costs is not None or not engine.block_size:
+        return
+    progress("measuring the cost table of this machine")
+    engine.costs = measure_costs(engine)
+    try:
+        write_costs(engine.folder, engine.hardware_key, engine.costs)
+    except OSError as problem:
+        logger.warning("the cost table is not kept: %s", problem)
 
 
 def _round(engine: Engine, running: list[Row], num_tokens: int) -> tuple[float, float]:
