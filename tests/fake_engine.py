@@ -41,6 +41,7 @@ class FakeEngine:
     block_size: int = 3
     vocab_size: int = VOCAB_SIZE
     fingerprint: dict[str, str] = field(default_factory=lambda: {"target": "a" * 64})
+    costs: str = "measured"
     closed: bool = False
 
     def close(self) -> None:
