@@ -63,9 +63,8 @@ def fakes(monkeypatch, tmp_path) -> Fakes:
         "tokenizer": {"Tokenizer": types.SimpleNamespace(open=fakes.open_tokenizer)},
         "export.pipeline": {"export": fakes.export},
     }.items():
-        module = types.ModuleType(f"dspark_batch.{name}")
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, f"dspark_batch.{name}", module)
+        for member, fake in members.items():
+            monkeypatch.setattr(f"dspark_batch.{name}.{member}", fake)
     monkeypatch.chdir(tmp_path)
     return fakes
 
