@@ -16,7 +16,8 @@ K >= 1 draft columns of this round, N rows of logits, V vocabulary, D draft voca
     bonus         int64 [R]        the target's own token after them; -1 if logits are not finite
 
 Greedy rows cost one ArgMax: everything about probabilities is in a branch that runs only when some
-row samples, and the filters in a branch of it.
+row samples, and the filters in a branch of it. The largest logit is taken off before the division
+by the temperature, as in the specification: a tiny temperature must not overflow.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ _BODY = f"""
             divisor1 = Unsqueeze (divisor, axis1)
             divisor2 = Unsqueeze (divisor1, axis2)
             cells = Gather (logits, logit_rows)
-            cooled = Div (cells, divisor2)
+            largest = ReduceMax <keepdims = 1> (cells, minus_ones)
+            shifted = Sub (cells, largest)
+            cooled = Div (shifted, divisor2)
             soft = Softmax <axis = -1> (cooled)
 
             k_on = Greater (top_k, zero)
@@ -168,10 +171,13 @@ _BODY = f"""
                 }}
             >
 
-            draft_cooled0 = Slice (draft_logits, axis0, num_drafts, axis1)
-            draft_cooled = Div (draft_cooled0, divisor2)
+            draft_rows = Slice (draft_logits, axis0, num_drafts, axis1)
+            draft_largest = ReduceMax <keepdims = 1> (draft_rows, minus_ones)
+            draft_shifted = Sub (draft_rows, draft_largest)
+            draft_cooled = Div (draft_shifted, divisor2)
             draft_probs = Softmax <axis = -1> (draft_cooled)
-            token_column = Unsqueeze (draft_tokens, axis2)
+            safe_tokens = Where (planned, draft_tokens, zero)
+            token_column = Unsqueeze (safe_tokens, axis2)
             is_token = Equal (token_column, draft_vocab)
             token_draft_probs = Where (is_token, draft_probs, fzero)
             draft_prob = ReduceSum <keepdims = 0> (token_draft_probs, axis2)
