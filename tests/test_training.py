@@ -19,8 +19,9 @@ from dspark_batch.training.anchors import (  # noqa: E402
     sample_anchors,
     valid_anchors,
 )
+from dspark_batch.training.backbone import rope_frequencies  # noqa: E402
 from dspark_batch.training.checkpoint import load_draft, save_draft  # noqa: E402
-from dspark_batch.training.draft import DraftCache, DSparkDraft, rope_frequencies  # noqa: E402
+from dspark_batch.training.draft import DraftCache, DSparkDraft  # noqa: E402
 from dspark_batch.training.draft_config import DraftConfig, config_from_json  # noqa: E402
 from dspark_batch.training.evaluation import evaluate, replay_greedy  # noqa: E402
 from dspark_batch.training.features import (  # noqa: E402
@@ -31,11 +32,8 @@ from dspark_batch.training.features import (  # noqa: E402
 )
 from dspark_batch.training.initialise import frequent_ids, initialise_from_target  # noqa: E402
 from dspark_batch.training.losses import LossWeights, dspark_loss  # noqa: E402
-from dspark_batch.training.trainer import (  # noqa: E402
-    Trainer,
-    TrainingOptions,
-    learning_rate_at,
-)
+from dspark_batch.training.options import TrainingOptions, learning_rate_at  # noqa: E402
+from dspark_batch.training.trainer import Trainer  # noqa: E402
 
 VOCAB, HIDDEN, LAYERS, STOP, MASK = 40, 32, 3, 1, 0
 BASE = DraftConfig(

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dspark_batch.errors import EngineError
-from dspark_batch.training.draft import DraftLayer, DSparkDraft, RMSNorm
+from dspark_batch.training.backbone import DraftLayer, RMSNorm
+from dspark_batch.training.draft import DSparkDraft
 
 
 @torch.no_grad()
