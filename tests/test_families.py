@@ -15,6 +15,7 @@ from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder
 from dspark_batch.models.reference import forward
+from dspark_batch.models.smoothing import Smoothing, smoothing_factors
 from dspark_batch.weights import open_weights
 
 LLAMA3 = {
@@ -134,3 +135,26 @@ def test_a_weight_is_stored_once(tmp_path: Path) -> None:
         total = sum(4 * int(np.prod(weights.shape(name))) for name in weights.names())
     padding = 4096 * 60  # every weight starts on a page
     assert (tmp_path / "target.onnx.data").stat().st_size < total + padding
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "gemma3"])
+def test_smoothing_leaves_the_function_as_it_is(name: str, tmp_path: Path) -> None:
+    source = write_target(tmp_path / "target", CASES[name])
+    row = np.random.default_rng(0).integers(1, VOCAB, 40).tolist()
+    logits = []
+    with open_weights(source) as weights:
+        spec = decoder_spec(weights.config)
+        factors = smoothing_factors(spec, weights.tensor, [row[:20], row[20:]])
+        assert all((factor != 1).any() for factor in factors.values())
+        factors["lm_head"] = np.ones_like(factors["lm_head"])  # fp32 heads are never smoothed
+        for smoothing in (None, Smoothing(factors)):
+            folder = tmp_path / str(smoothing is None)
+            folder.mkdir()
+            builder = GraphBuilder("target", folder)
+            graph = DecoderGraph(
+                builder, spec, weights.tensor, precision="fp32", smoothing=smoothing
+            )
+            graph.build(taps=TAPS, draft_vocab=np.arange(VOCAB), max_tokens=128)
+            probe = TargetProbe(builder.save(), spec, capacity=64)
+            logits.append(probe.run([row], [0], probe.empty(1))[0][0])
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)

@@ -42,6 +42,7 @@ from dspark_batch.measure import calibrate, ensure_costs
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder, StoredWeight
+from dspark_batch.models.smoothing import Smoothing, smoothing_factors
 from dspark_batch.models.spec import DecoderSpec
 from dspark_batch.recipe import Recipe, load_recipe
 from dspark_batch.runtimes import RUNTIMES
@@ -183,16 +184,33 @@ class _Export:
 
     def _build(self, folder: Path) -> None:
         engine = self._recipe.engine
+        write_tokenizer(self._target, folder)
+        self._prompts = self._example_prompts(folder)
         self._progress(f"building target.onnx ({self._spec.family}, {engine.precision})")
         builder = GraphBuilder("target", folder)
-        graph = DecoderGraph(builder, self._spec, self._target.tensor, precision=engine.precision)
+        graph = DecoderGraph(
+            builder,
+            self._spec,
+            self._target.tensor,
+            precision=engine.precision,
+            smoothing=self._smoothing(),
+        )
         taps = self._draft_spec.taps if self._draft_spec else (self._spec.num_layers - 1,)
         reach = engine.max_tokens + (self._draft_spec.block_size if self._draft_spec else 0) + 1
         graph.build(taps=taps, draft_vocab=self._draft_vocab, max_tokens=reach)
         builder.save()
         if self._draft_spec is not None:
             self._build_draft(folder, builder.stored("model.embed_tokens"), reach)
-        write_tokenizer(self._target, folder)
+
+    def _example_prompts(self, folder: Path) -> list[tuple[int, ...]]:
+        tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
+        return example_prompts(tokenizer, vocab_size=self._spec.vocab_size)
+
+    def _smoothing(self) -> Smoothing:
+        """For int8: the factors that the example prompts ask for. fp32 needs none."""
+        if self._recipe.engine.precision != "int8":
+            return Smoothing()
+        return Smoothing(smoothing_factors(self._spec, self._target.tensor, self._prompts))
 
     def _build_draft(self, folder: Path, embed: StoredWeight, reach: int) -> None:
         assert self._draft is not None
@@ -225,23 +243,20 @@ class _Export:
         return np.asarray(self._target.tensor(name)[self._draft_vocab])
 
     def _check(self, folder: Path) -> dict[str, float]:
-        tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
-        prompts = example_prompts(tokenizer, vocab_size=self._spec.vocab_size)
         return check_target(
             folder / "target.onnx",
             self._spec,
             self._target.tensor,
             taps=self._draft_spec.taps if self._draft_spec else (),
-            prompts=prompts[:_CHECK_PROMPTS],
+            prompts=self._prompts[:_CHECK_PROMPTS],
             precision=self._recipe.engine.precision,
         )
 
     def _measure(self, folder: Path, parity: dict[str, float]) -> None:
         engine = open_engine(folder)
         self._progress("calibrating the draft's confidence")
-        prompts = example_prompts(engine.tokenizer, vocab_size=self._spec.vocab_size)
         assert self._draft_info is not None
-        temperatures, acceptance = calibrate(engine, prompts)
+        temperatures, acceptance = calibrate(engine, self._prompts)
         self._draft_info = self._draft_info.model_copy(
             update={"confidence_temperatures": temperatures, "acceptance": acceptance}
         )

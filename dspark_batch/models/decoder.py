@@ -40,6 +40,7 @@ from dspark_batch.models.blocks import (
     unfold_queries,
 )
 from dspark_batch.models.graph import FLOAT, FLOAT16, INT64, Dim, GraphBuilder
+from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
 from dspark_batch.plugin import onnx_body
 
@@ -50,9 +51,16 @@ class DecoderGraph:
     """Builds the graph of one target. `tensor(name)` gives a weight by Hugging Face name."""
 
     def __init__(
-        self, builder: GraphBuilder, spec: DecoderSpec, tensor: Tensor, *, precision: str
+        self,
+        builder: GraphBuilder,
+        spec: DecoderSpec,
+        tensor: Tensor,
+        *,
+        precision: str,
+        smoothing: Smoothing | None = None,
     ) -> None:
         self.b = builder
+        self._smooth = smoothing or Smoothing()
         self.spec = spec
         self._tensor = tensor
         self._linears = Linears(builder, precision)
@@ -131,8 +139,11 @@ class DecoderGraph:
             )
         return self._ropes[layer.rope]
 
-    def _norm(self, x: str, name: str, *, factor: float = 1.0) -> str:
+    def _norm(self, x: str, name: str, *, factor: float = 1.0, feeds: str | None = None) -> str:
+        """RMSNorm, times a constant; `feeds` is the smoothed layer that takes the result."""
         weight = self._tensor(f"{name}.weight").astype(np.float32) + self.spec.norm_offset
+        if feeds is not None:
+            weight = self._smooth.divide(feeds, weight)
         return rms_norm(self.b, x, name, weight * np.float32(factor), self.spec.epsilon)
 
     def _matrix(self, name: str) -> NDArray[Any]:
@@ -140,29 +151,28 @@ class DecoderGraph:
 
     def _layer(self, i: int, layer: LayerSpec, x: str) -> str:
         b, spec, name = self.b, self.spec, f"model.layers.{i}"
-        attended = self._attention(i, layer, self._norm(x, f"{name}.input_layernorm"))
+        attended = self._attention(i, layer, x)
         if spec.sandwich_norms:
             attended = self._norm(attended, f"{name}.post_attention_layernorm")
         x = b.op("Add", x, attended)
         before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
-        y = self._mlp(f"{name}.mlp", self._norm(x, f"{name}.{before}"))
+        y = self._norm(x, f"{name}.{before}", feeds=f"{name}.mlp.gate_up_proj")
+        y = self._mlp(f"{name}.mlp", y)
         if spec.sandwich_norms:
             y = self._norm(y, f"{name}.post_feedforward_layernorm")
         return b.op("Add", x, y)
 
     def _mlp(self, name: str, x: str) -> str:
         b, linears = self.b, self._linears
-        both = np.concatenate(
-            [self._matrix(f"{name}.gate_proj"), self._matrix(f"{name}.up_proj")], axis=1
-        )
-        merged = linears.linear(f"{name}.gate_up_proj", linears.activation(x, self._tokens), both)
+        wide, narrow = f"{name}.gate_up_proj", f"{name}.down_proj"
+        columns = self._smooth.divide(narrow, self._matrix(f"{name}.up_proj"))
+        both = np.concatenate([self._matrix(f"{name}.gate_proj"), columns], axis=1)
+        both = self._smooth.multiply_rows(wide, both)
+        merged = linears.linear(wide, linears.activation(x, self._tokens), both)
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, self.spec.activation), up)
-        return linears.linear(
-            f"{name}.down_proj",
-            linears.activation(product, self._tokens),
-            self._matrix(f"{name}.down_proj"),
-        )
+        matrix = self._smooth.multiply_rows(narrow, self._matrix(narrow))
+        return linears.linear(narrow, linears.activation(product, self._tokens), matrix)
 
     def _attention(self, i: int, layer: LayerSpec, x: str) -> str:
         b, spec, linears = self.b, self.spec, self._linears
@@ -170,8 +180,12 @@ class DecoderGraph:
         wq, wk, wv = (self._matrix(f"{name}.{p}_proj") for p in "qkv")
         if not spec.qk_norm:  # else the norm's weight carries the scale
             wq = wq * np.float32(spec.scale)
-        x_in = linears.activation(x, self._tokens)
-        qkv = linears.linear(f"{name}.qkv_proj", x_in, np.concatenate([wq, wk, wv], axis=1))
+        wv = self._smooth.divide_values(f"{name}.o_proj", wv, spec)
+        x = self._norm(x, f"model.layers.{i}.input_layernorm", feeds=f"{name}.qkv_proj")
+        merged = self._smooth.multiply_rows(
+            f"{name}.qkv_proj", np.concatenate([wq, wk, wv], axis=1)
+        )
+        qkv = linears.linear(f"{name}.qkv_proj", linears.activation(x, self._tokens), merged)
         heads, kv_heads = spec.num_heads, spec.num_kv_heads
         rows = rows_from_tokens(
             b, qkv, self._token_index, num_heads=heads + 2 * kv_heads, head_dim=spec.head_dim
@@ -200,9 +214,8 @@ class DecoderGraph:
         mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
         mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
         flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * spec.head_dim)
-        return linears.linear(
-            f"{name}.o_proj", linears.activation(flat, self._tokens), self._matrix(f"{name}.o_proj")
-        )
+        matrix = self._smooth.multiply_rows(f"{name}.o_proj", self._matrix(f"{name}.o_proj"))
+        return linears.linear(f"{name}.o_proj", linears.activation(flat, self._tokens), matrix)
 
     @property
     def _embedding_type(self) -> int:
@@ -216,7 +229,7 @@ class DecoderGraph:
 
     def _head(self, x: str, logit_tokens: str, table: str) -> None:
         b, spec, linears = self.b, self.spec, self._linears
-        x = self._norm(x, "model.norm")
+        x = self._norm(x, "model.norm", feeds="lm_head")
         if linears.precision == "fp32":
             name = "lm_head"
             if not spec.tied_head:
@@ -224,9 +237,8 @@ class DecoderGraph:
             self._logits = b.op("Gemm", x, table, transB=1)
         else:
             source = "model.embed_tokens" if spec.tied_head else "lm_head"
-            self._logits = linears.linear(
-                "lm_head", linears.activation(x, logit_tokens), self._matrix(source)
-            )
+            matrix = self._smooth.multiply_rows("lm_head", self._matrix(source))
+            self._logits = linears.linear("lm_head", linears.activation(x, logit_tokens), matrix)
         self._logits = b.output(self._logits, "logits", FLOAT, ["N", spec.vocab_size])
 
     def _verify(self, draft_vocab: NDArray[np.int64]) -> None:

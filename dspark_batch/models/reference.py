@@ -17,6 +17,7 @@ from dspark_batch.models.spec import DecoderSpec, LayerSpec
 
 Array = NDArray[np.float32]
 Tensor = Callable[[str], NDArray[Any]]
+Observe = Callable[[str, Array, Sequence[Array]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,18 @@ class Forward:
     streams: dict[int, Array]
 
 
-def forward(spec: DecoderSpec, tensor: Tensor, sequences: Sequence[Sequence[int]]) -> list[Forward]:
-    """Run the decoder over each sequence by itself; reads every weight once and keeps none."""
+def forward(
+    spec: DecoderSpec,
+    tensor: Tensor,
+    sequences: Sequence[Sequence[int]],
+    *,
+    observe: Observe = lambda name, x, matrices: None,
+) -> list[Forward]:
+    """Run the decoder over each sequence by itself; reads every weight once and keeps none.
+
+    `observe(name, x, matrices)` sees the input `[tokens, in]` of every linear layer, and the
+    weights `[out, in]` that are applied to it.
+    """
 
     def weight(name: str) -> Array:
         return np.asarray(tensor(f"{name}.weight"), dtype=np.float32)
@@ -40,21 +51,27 @@ def forward(spec: DecoderSpec, tensor: Tensor, sequences: Sequence[Sequence[int]
     for i, layer in enumerate(spec.layers):
         name = f"model.layers.{i}"
         y = _norm(spec, weight, f"{name}.input_layernorm", x)
-        y = _attention(spec, layer, weight, f"{name}.self_attn", np.split(y, ends[:-1]))
+        parts = np.split(y, ends[:-1])
+        y = _attention(spec, layer, weight, f"{name}.self_attn", parts, observe)
         if spec.sandwich_norms:
             y = _norm(spec, weight, f"{name}.post_attention_layernorm", y)
         x = x + y
         before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
         y = _norm(spec, weight, f"{name}.{before}", x)
-        gate = y @ weight(f"{name}.mlp.gate_proj").T
-        up = y @ weight(f"{name}.mlp.up_proj").T
-        y = (_activate(spec.activation, gate) * up) @ weight(f"{name}.mlp.down_proj").T
+        gate_up = [weight(f"{name}.mlp.{p}_proj") for p in ("gate", "up")]
+        observe(f"{name}.mlp.gate_up_proj", y, gate_up)
+        y = _activate(spec.activation, y @ gate_up[0].T) * (y @ gate_up[1].T)
+        down = weight(f"{name}.mlp.down_proj")
+        observe(f"{name}.mlp.down_proj", y, [down])
+        y = y @ down.T
         if spec.sandwich_norms:
             y = _norm(spec, weight, f"{name}.post_feedforward_layernorm", y)
         x = x + y
         streams[i] = x
     head = weight("model.embed_tokens" if spec.tied_head else "lm_head")
-    logits = np.split(_norm(spec, weight, "model.norm", x) @ head.T, ends[:-1])
+    x = _norm(spec, weight, "model.norm", x)
+    observe("lm_head", x, [head])
+    logits = np.split(x @ head.T, ends[:-1])
     return [
         Forward(row, {i: np.split(stream, ends[:-1])[r] for i, stream in streams.items()})
         for r, row in enumerate(logits)
@@ -80,17 +97,16 @@ def _attention(
     weight: Callable[[str], Array],
     name: str,
     sequences: Sequence[Array],
+    observe: Observe,
 ) -> Array:
     """Attention of each sequence `[T, hidden]` within itself; all of them joined again."""
     x = np.concatenate(sequences)
     ends = np.cumsum([len(part) for part in sequences])[:-1]
     positions = np.concatenate([np.arange(len(part)) for part in sequences])
 
-    def heads(projection: str, count: int) -> Array:
-        return (x @ weight(f"{name}.{projection}").T).reshape(len(x), count, spec.head_dim)
-
-    q, k = heads("q_proj", spec.num_heads), heads("k_proj", spec.num_kv_heads)
-    v = heads("v_proj", spec.num_kv_heads)
+    qkv = [weight(f"{name}.{p}_proj") for p in "qkv"]
+    observe(f"{name}.qkv_proj", x, qkv)
+    q, k, v = ((x @ matrix.T).reshape(len(x), -1, spec.head_dim) for matrix in qkv)
     if spec.qk_norm:
         q, k = _norm(spec, weight, f"{name}.q_norm", q), _norm(spec, weight, f"{name}.k_norm", k)
     cos, sin = layer.rope.tables(int(positions.max()) + 1)
@@ -100,7 +116,9 @@ def _attention(
         for parts in zip(np.split(q, ends), np.split(k, ends), np.split(v, ends), strict=True)
     ]
     flat = np.concatenate(mixed).reshape(len(x), -1)
-    return np.asarray(flat @ weight(f"{name}.o_proj").T, dtype=np.float32)
+    out = weight(f"{name}.o_proj")
+    observe(f"{name}.o_proj", flat, [out])
+    return np.asarray(flat @ out.T, dtype=np.float32)
 
 
 def _mix(spec: DecoderSpec, layer: LayerSpec, q: Array, k: Array, v: Array) -> Array:
