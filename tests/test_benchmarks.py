@@ -1,0 +1,227 @@
+"""The benchmark commands on a tiny pair: what they print, and that they notice a wrong token."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import identity
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import throughput
+import workload
+from click.testing import CliRunner, Result
+from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
+
+from dspark_batch.engine import Engine, open_engine, read_costs
+from dspark_batch.types import Prompt, SamplingParams
+
+NEW_TOKENS = 12
+SOURCES = ("even", "odd")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with `target`, `engines/tiny` and 20 prompts of 3 to 22 tokens."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    target = write_target(folder / "target", target_config("llama"))
+    draft = write_draft(folder / "draft", draft_config())
+    export_pair(folder, target, draft)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, VOCAB, n).tolist() for n in range(3, 23)]
+    sources = [SOURCES[row % 2] for row in range(len(prompts))]
+    # Temperatures are to be ignored: the benchmarks are greedy.
+    columns = {"prompt_token_ids": prompts, "source": sources, "temperature": [1.0] * len(prompts)}
+    pq.write_table(pa.table(columns), folder / "prompts.parquet", row_group_size=7)
+    return folder
+
+
+def invoke(command: Any, folder: Path, *arguments: str) -> Result:
+    paths = ["--engine", str(folder / "engines/tiny"), "--prompts", str(folder / "prompts.parquet")]
+    return CliRunner().invoke(command, [*paths, "--new-tokens", str(NEW_TOKENS), *arguments])
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def corrupt(monkeypatch: pytest.MonkeyPatch, module: Any, mode: str) -> None:
+    """From here on, `mode` gets the last token of its first row wrong."""
+
+    def decode_all(engine: Engine, prompts: Any, spec: str) -> workload.Decoded:
+        run = workload.decode_all(engine, prompts, spec)
+        if spec != mode:
+            return run
+        first, *others = run.completions
+        wrong = (*first.token_ids[:-1], (first.token_ids[-1] + 1) % VOCAB)
+        return replace(run, completions=(replace(first, token_ids=wrong), *others))
+
+    monkeypatch.setattr(module, "decode_all", decode_all)
+
+
+def test_throughput_compares_all_modes_at_every_concurrency(folder: Path) -> None:
+    result = invoke(throughput.main, folder, "--rows", "3", "--rows", "1", "--repeat", "2")
+    assert result.exit_code == 0, result.output
+    record = last_json(result)
+    assert [part["rows"] for part in record["concurrencies"]] == [1, 3]
+    assert [part["num_prompts"] for part in record["concurrencies"]] == [8, 9]
+    for part in record["concurrencies"]:
+        assert list(part["modes"]) == ["off", "on", "auto"]
+        plain = part["modes"]["off"]
+        assert plain["accepted_length"] == 1.0
+        assert plain["num_drafted_rounds"] == 0
+        assert part["modes"]["on"]["num_drafted_rounds"] == part["modes"]["on"]["num_rounds"]
+        for values in part["modes"].values():
+            assert values["num_differing_rows"] == 0
+            assert values["num_new_tokens"] == plain["num_new_tokens"] > 0
+            speed = values["tokens_per_second"]
+            seconds = values["seconds"]
+            assert speed["all"] == [values["num_new_tokens"] / s for s in seconds]
+            assert len(seconds) == 2
+            assert speed["median"] == pytest.approx(sum(speed["all"]) / 2)
+            for key in ("median", "best"):
+                ratio = speed[key] / plain["tokens_per_second"][key]
+                assert values["ratio_to_plain"][key] == pytest.approx(ratio)
+            assert sum(values["time_shares"].values()) == pytest.approx(1.0)
+            assert all(share >= 0 for share in values["time_shares"].values())
+            assert sorted(values["accepted_length_by_source"]) == sorted(SOURCES)
+
+
+def test_throughput_says_what_it_ran_on(folder: Path) -> None:
+    result = invoke(throughput.main, folder, "--rows", "2", "--repeat", "1", "--limit", "4")
+    record = last_json(result)
+    engine = open_engine(folder / "engines/tiny")
+    engine.close()
+    assert record["hardware"] == engine.hardware_key
+    assert record["engine"]["fingerprint"] == engine.fingerprint
+    assert record["command"].startswith("python benchmarks/throughput.py --engine ")
+    assert record["command"].endswith("--limit 4")
+    assert {"python", "numpy", "onnxruntime"} <= set(record["versions"])
+    assert record["num_file_prompts"] == 4
+    assert record["concurrencies"][0]["num_prompts"] == 4
+
+
+def test_throughput_prints_the_engine_s_costs_or_fresh_ones(folder: Path) -> None:
+    engine_folder = folder / "engines/tiny"
+    arguments = ("--rows", "2", "--repeat", "1", "--limit", "2")
+    used = last_json(invoke(throughput.main, folder, *arguments))
+    kept = read_costs(engine_folder, used["hardware"])
+    assert kept is not None
+    assert {key: used["costs"][key] for key in kept.to_json()} == kept.to_json()
+    fresh = invoke(throughput.main, folder, *arguments, "--measure-costs")
+    costs = last_json(fresh)["costs"]
+    assert costs["rows"] == [1, 2]
+    assert costs["draft_seconds"] != kept.to_json()["draft_seconds"][:2]
+    assert read_costs(engine_folder, used["hardware"]) == kept
+    shown = f"{costs['draft_seconds'][0] * 1e3:.1f} | {costs['verify_seconds'][0][0] * 1e3:.1f}"
+    assert any(shown in " ".join(line.split()) for line in fresh.stdout.splitlines())
+
+
+def test_throughput_counts_rows_that_differ(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corrupt(monkeypatch, throughput, "auto")
+    result = invoke(throughput.main, folder, "--rows", "2", "--repeat", "2", "--limit", "6")
+    modes = last_json(result)["concurrencies"][0]["modes"]
+    assert [modes[mode]["num_differing_rows"] for mode in workload.MODES] == [0, 0, 1]
+    assert "of 6 rows differ from plain: off 0, on 0, auto 1" in result.stdout
+
+
+def test_identity_finds_no_difference_and_agrees_with_transformers(folder: Path) -> None:
+    pytest.importorskip("transformers")
+    result = invoke(
+        identity.main, folder, "--rows", "4", "--transformers", str(folder / "target"), "5"
+    )
+    assert result.exit_code == 0, result.output
+    record = last_json(result)
+    found = record["comparisons"]
+    assert list(found) == ["on = off", "auto = off", "off = transformers"]
+    assert [values["num_rows"] for values in found.values()] == [20, 20, 5]
+    assert all(values["num_differing"] == 0 for values in found.values())
+    assert found["on = off"]["num_verified_tokens"] > 0
+    assert 20 < record["num_new_tokens"] <= 20 * NEW_TOKENS
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_identity_fails_on_a_wrong_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    corrupt(monkeypatch, identity, mode)
+    result = invoke(identity.main, folder, "--rows", "4", "--limit", "5")
+    assert result.exit_code == 1
+    record = last_json(result)
+    found = record["comparisons"][f"{mode} = off"]
+    (difference,) = found["differences"]
+    assert difference["gap"] == found["max_gap"] > record["max_gap"]
+    assert found["num_failed"] == record["num_failed"] == 1
+    large = invoke(identity.main, folder, "--rows", "4", "--limit", "5", "--max-gap", "1000")
+    assert large.exit_code == 0
+    assert last_json(large)["comparisons"][f"{mode} = off"]["num_differing"] == 1
+
+
+def test_identity_fails_where_transformers_says_otherwise(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    other = write_target(tmp_path / "other", target_config("llama"), seed=9)
+    result = invoke(identity.main, folder, "--limit", "3", "--transformers", str(other), "3")
+    assert result.exit_code == 1
+    found = last_json(result)["comparisons"]["off = transformers"]
+    assert found["num_failed"] == 3
+    assert all(difference["gap"] > 1e-3 for difference in found["differences"])
+
+
+def test_a_gap_is_the_worse_token_s_distance_from_the_best_logit() -> None:
+    prompts = [Prompt(row, (7, 8), SamplingParams()) for row in (3, 4, 5, 6)]
+    expected = [(1, 2, 3), (1, 2, 3), (1, 2), (0,)]
+    found = [(1, 2, 3), (1, 0, 3), (1, 2, 9), (2,)]
+    asked = []
+
+    def last_logits(token_ids: Any) -> Any:
+        asked.append(list(token_ids))
+        return np.array([4.0, 5.0, 4.5], np.float32)
+
+    differences = identity.compare(prompts, expected, found, last_logits=last_logits)
+    assert asked == [[7, 8, 1], [7, 8]]
+    assert [(d.row, d.position, d.tokens, d.gap) for d in differences] == [
+        (4, 1, (2, 0), 1.0),
+        (5, 2, (None, 9), float("inf")),
+        (6, 0, (0, 2), 1.0),
+    ]
+
+
+def test_an_engine_of_another_precision_is_not_compared_with_transformers(
+    folder: Path, tmp_path: Path
+) -> None:
+    engine = export_pair(tmp_path, folder / "target", folder / "draft", precision="int8")
+    arguments = ["--engine", str(engine), "--prompts", str(folder / "prompts.parquet")]
+    reference = ["--transformers", str(folder / "target"), "1"]
+    result = CliRunner().invoke(identity.main, [*arguments, *reference])
+    assert result.exit_code == 2
+    assert "int8" in result.stderr
+
+
+def test_an_engine_without_a_draft_is_refused(folder: Path, tmp_path: Path) -> None:
+    engine = export_pair(tmp_path, folder / "target", None)
+    for command in (throughput.main, identity.main):
+        arguments = ["--engine", str(engine), "--prompts", str(folder / "prompts.parquet")]
+        result = CliRunner().invoke(command, arguments)
+        assert result.exit_code == 2
+        assert "no draft" in result.stderr
+
+
+def test_a_limited_workload_spreads_over_the_file(folder: Path) -> None:
+    engine = open_engine(folder / "engines/tiny")
+    path = folder / "prompts.parquet"
+    found = workload.read_workload(path, engine, new_tokens=80, limit=5)
+    # Rows 0, 4, 8, 12, 16 have 3, 7, 11, 15, 19 tokens; the engine holds 96.
+    assert [prompt.row for prompt in found.prompts] == [0, 4, 8, 12]
+    assert found.num_rejected == 1
+    assert all(prompt.params == SamplingParams(max_new_tokens=80) for prompt in found.prompts)
+    again = found.spread(6)
+    lengths = [len(prompt.token_ids) for prompt in again.prompts]
+    assert lengths == [3, 3, 7, 7, 11, 15]
+    assert [prompt.row for prompt in again.prompts] == list(range(6))
+    assert [len(p.token_ids) for p in found.spread(2).prompts] == [3, 11]
+    engine.close()
