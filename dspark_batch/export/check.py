@@ -28,7 +28,7 @@ Array = NDArray[np.float32]
 # Context: error relative to the stream's norm. Invariance: largest difference of a logit.
 LIMITS = {
     "fp32": {"kl": 1e-5, "context_error": 1e-3, "invariance": 1e-2},
-    "int8": {"kl": 0.15, "context_error": 0.15, "invariance": 1e-2},
+    "int8": {"kl": 0.1, "context_error": 0.1, "invariance": 1e-2},
 }
 
 
