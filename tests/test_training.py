@@ -22,7 +22,12 @@ from dspark_batch.training.anchors import (  # noqa: E402
 from dspark_batch.training.backbone import rope_frequencies  # noqa: E402
 from dspark_batch.training.checkpoint import load_draft, save_draft  # noqa: E402
 from dspark_batch.training.draft import DraftCache, DSparkDraft  # noqa: E402
-from dspark_batch.training.draft_config import DraftConfig, config_from_json  # noqa: E402
+from dspark_batch.training.draft_config import (  # noqa: E402
+    DraftConfig,
+    config_from_json,
+    draft_config_from_target,
+    spread_layer_ids,
+)
 from dspark_batch.training.evaluation import evaluate, replay_greedy  # noqa: E402
 from dspark_batch.training.features import (  # noqa: E402
     FeatureBatch,
@@ -224,6 +229,33 @@ def test_rope_frequencies_equal_those_of_transformers(rope: dict[str, Any]) -> N
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
     ours = rope_frequencies(replace(BASE, head_dim=64, rope_parameters=rope))
     torch.testing.assert_close(ours, module.inv_freq, rtol=1e-6, atol=0)
+
+
+def test_a_config_from_a_target_keeps_its_width_and_rotation() -> None:
+    raw = {
+        "hidden_size": 96,
+        "intermediate_size": 128,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 6,
+        "vocab_size": 50,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "eos_token_id": [2, 3],
+    }
+    wanted = {"num_layers": 2, "block_size": 5, "markov_rank": 4, "mask_token_id": 9}
+    config = draft_config_from_target(raw, **wanted)
+    assert (config.head_dim, config.num_key_value_heads, config.num_target_layers) == (16, 6, 30)
+    assert config.target_layer_ids == (1, 8, 15, 21, 28)
+    assert config.rope_parameters == {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}
+    nested = {**raw, "rope_parameters": config.rope_parameters, "rope_scaling": None}
+    assert draft_config_from_target(nested, **wanted) == config
+    del raw["vocab_size"]
+    with pytest.raises(EngineError, match="vocab_size"):
+        draft_config_from_target(raw, **wanted)
+    with pytest.raises(EngineError, match="5 taps"):
+        spread_layer_ids(6)
 
 
 def test_an_unknown_rope_type_is_refused() -> None:
