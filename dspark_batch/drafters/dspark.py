@@ -101,6 +101,8 @@ class DraftSpec:
     """A draft's shape, read from its checkpoint's `config.json`."""
 
     block_size: int
+    vocab_size: int
+    """The target's; the draft's own may be smaller."""
     mask_token_id: int
     taps: tuple[int, ...]
     hidden_size: int
@@ -132,9 +134,18 @@ def draft_spec(config: Mapping[str, Any]) -> DraftSpec:
         with_markov = confidence and bool(config["confidence_head_with_markov"])
         if with_markov and not rank:
             raise EngineError("draft config: confidence_head_with_markov needs markov_rank > 0")
+        block_size, vocab_size = int(config["block_size"]), int(config["vocab_size"])
+        mask_token_id = int(config["mask_token_id"])
+        if block_size < 1:
+            raise EngineError(f"draft config: block_size {block_size} drafts nothing")
+        if not 0 <= mask_token_id < vocab_size:
+            raise EngineError(
+                f"draft config: mask_token_id {mask_token_id} is not in 0..{vocab_size - 1}"
+            )
         return DraftSpec(
-            block_size=int(config["block_size"]),
-            mask_token_id=int(config["mask_token_id"]),
+            block_size=block_size,
+            vocab_size=vocab_size,
+            mask_token_id=mask_token_id,
             taps=tuple(int(i) for i in config["target_layer_ids"]),
             hidden_size=int(config["hidden_size"]),
             num_layers=int(config["num_hidden_layers"]),
@@ -198,8 +209,22 @@ class DSparkGraph:
         has_qk_norm: bool,
         max_tokens: int,
     ) -> None:
-        """Emit every node."""
+        """Emit every node.
+
+        Raises:
+            EngineError: a table does not have the rows that the config promises.
+        """
         b, spec = self.b, self.spec
+        if embed.shape[0] != spec.vocab_size:
+            raise EngineError(
+                f"draft config: vocab_size {spec.vocab_size}, but the embedding has "
+                f"{embed.shape[0]} tokens"
+            )
+        if len(head) != len(draft_vocab):
+            raise EngineError(
+                f"the draft's lm_head.weight has {len(head)} rows for a draft vocabulary of "
+                f"{len(draft_vocab)}"
+            )
         self._qk_norm = has_qk_norm
         context = b.input("context", FLOAT, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])

@@ -41,7 +41,7 @@ from dspark_batch.manifest import (
 from dspark_batch.measure import calibrate, ensure_costs
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder, StoredWeight
+from dspark_batch.models.graph import FLOAT, GraphBuilder, StoredWeight
 from dspark_batch.models.smoothing import Smoothing, smoothing_factors
 from dspark_batch.models.spec import DecoderSpec
 from dspark_batch.recipe import Recipe, load_recipe
@@ -226,7 +226,7 @@ class _Export:
         DSparkGraph(
             builder, self._draft_spec, weights.tensor, precision=self._recipe.engine.precision
         ).build(
-            embed=embed,
+            embed=self._embedding(builder, weights, embed),
             embedding_scale=self._spec.embedding_scale,
             head=self._head_rows(weights),
             draft_vocab=self._draft_vocab,
@@ -234,6 +234,19 @@ class _Export:
             max_tokens=reach,
         )
         builder.save()
+
+    def _embedding(
+        self, builder: GraphBuilder, weights: Weights, shared: StoredWeight
+    ) -> StoredWeight:
+        """The draft's own embedding, or the target's where it has none or the same."""
+        if "embed_tokens.weight" not in weights.names():
+            return shared
+        own = weights.tensor("embed_tokens.weight")
+        if np.array_equal(own, self._target.tensor("model.embed_tokens.weight")):
+            return shared
+        dtype = np.float32 if shared.data_type == FLOAT else np.float16
+        builder.weight("embed_tokens", own.astype(dtype))
+        return builder.stored("embed_tokens")
 
     def _head_rows(self, weights: Weights) -> NDArray[Any]:
         """`[D, hidden]`: the draft's own head, or the target's rows of the draft vocabulary."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +58,7 @@ class GraphBuilder:
         self._domains: dict[str, int] = {"": OPSET}
         self._stored: dict[str, StoredWeight] = {}
         self._count = 0
-        self._data: BinaryIO | None = None
+        self._size = 0  # bytes of the data file so far
 
     # values -------------------------------------------------------------------------------------
 
@@ -91,14 +91,16 @@ class GraphBuilder:
         """Write `array` to the data file and declare it as initializer `name`, once per name."""
         if name in self._stored:
             return name
-        if self._data is None:
-            self._data = (self._folder / f"{self.name}.onnx.data").open("wb")
+        location = f"{self.name}.onnx.data"
         data = np.ascontiguousarray(array)
-        self._data.seek(-self._data.tell() % _ALIGNMENT, 1)
-        offset = self._data.tell()
-        self._data.write(data.view(np.uint8).data)
+        offset = -(-self._size // _ALIGNMENT) * _ALIGNMENT
+        # Opened per weight: a build that fails half-way leaves no file open.
+        with (self._folder / location).open("r+b" if self._size else "wb") as file:
+            file.seek(offset)
+            file.write(data.view(np.uint8).data)
+        self._size = offset + data.nbytes
         stored = StoredWeight(
-            location=f"{self.name}.onnx.data",
+            location=location,
             offset=offset,
             length=data.nbytes,
             data_type=helper.np_dtype_to_tensor_dtype(data.dtype),
@@ -107,7 +109,9 @@ class GraphBuilder:
         return self.share(name, stored)
 
     def share(self, name: str, stored: StoredWeight) -> str:
-        """Declare an initializer whose bytes already lie in some data file of the folder."""
+        """Declare an initializer whose bytes lie in some data file of the folder, once per name."""
+        if name in self._stored:
+            return name
         tensor = TensorProto(name=name, data_type=stored.data_type, dims=stored.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key in ("location", "offset", "length"):
@@ -146,9 +150,7 @@ class GraphBuilder:
         self._domains.setdefault(function.domain, 1)
 
     def save(self) -> Path:
-        """Write `<name>.onnx`; close the data file."""
-        if self._data is not None:
-            self._data.close()
+        """Write `<name>.onnx`."""
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, self._initializers
         )
