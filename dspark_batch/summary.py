@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from dspark_batch.algorithm import metrics
 from dspark_batch.errors import DSparkError
 from dspark_batch.shards import OutputRow
 from dspark_batch.types import SpecCounts
@@ -38,7 +38,7 @@ class Counts:
             self.num_prompt_tokens + other.num_prompt_tokens,
             self.num_new_tokens + other.num_new_tokens,
             dict(sorted((Counter(self.errors) + Counter(other.errors)).items())),
-            _add_spec(self.spec, other.spec),
+            metrics.add([self.spec, other.spec]),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -56,7 +56,9 @@ class Counts:
                 "num_accepted_tokens": self.spec.num_accepted_tokens,
                 "accepted_length": self.spec.accepted_length,
                 "acceptance_rate": self.spec.acceptance_rate,
-                "acceptance_by_position": acceptance_by_position(self.spec),
+                "acceptance_by_position": metrics.acceptance_by_position(
+                    self.spec.accepted_histogram
+                ).tolist(),
                 "accepted_histogram": list(self.spec.accepted_histogram),
             },
         }
@@ -80,17 +82,6 @@ class Counts:
         )
 
 
-def _add_spec(one: SpecCounts, other: SpecCounts) -> SpecCounts:
-    bins = zip_longest(one.accepted_histogram, other.accepted_histogram, fillvalue=0)
-    return SpecCounts(
-        one.num_rounds + other.num_rounds,
-        one.num_draft_tokens + other.num_draft_tokens,
-        one.num_verified_tokens + other.num_verified_tokens,
-        one.num_accepted_tokens + other.num_accepted_tokens,
-        tuple(a + b for a, b in bins),
-    )
-
-
 def count_rows(rows: Iterable[OutputRow]) -> Counts:
     """The counts of a part."""
     num_rows = num_prompt_tokens = num_new_tokens = 0
@@ -103,18 +94,8 @@ def count_rows(rows: Iterable[OutputRow]) -> Counts:
         if row.error is not None:
             errors[str(row.error.code)] += 1
         if row.spec is not None:
-            spec = _add_spec(spec, row.spec)
+            spec = metrics.add([spec, row.spec])
     return Counts(num_rows, num_prompt_tokens, num_new_tokens, dict(sorted(errors.items())), spec)
-
-
-def acceptance_by_position(spec: SpecCounts) -> list[float]:
-    """[γ] share of all rounds that accepted their draft tokens up to this position.
-
-    Unconditional: do not multiply again. Positions that a round did not verify count as refused.
-    """
-    histogram = spec.accepted_histogram
-    total = sum(histogram)
-    return [sum(histogram[k:]) / total for k in range(1, len(histogram))] if total else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +172,7 @@ class Summary:
                 f"accepted  length {spec.accepted_length:.2f}, {spec.acceptance_rate:.0%} of "
                 f"{spec.num_verified_tokens:,} verified draft tokens"
             )
-        positions = acceptance_by_position(spec)
-        if positions:
+            positions = metrics.acceptance_by_position(spec.accepted_histogram).tolist()
             shares = (f"{k}: {share:.0%}" for k, share in enumerate(positions, start=1))
             lines.append(f"          by position {', '.join(shares)}")
         return [*lines, f"output    {self.output / 'data'}"]

@@ -66,5 +66,5 @@ def acceptance_by_position(accepted_histogram: Sequence[int]) -> NDArray[np.floa
     """
     rounds = np.asarray(accepted_histogram, dtype=np.float64)
     at_least = np.cumsum(rounds[::-1])[::-1]
-    shares: NDArray[np.float64] = at_least[1:] / max(at_least[0], 1.0)
+    shares: NDArray[np.float64] = at_least[1:] / max(rounds.sum(), 1.0)
     return shares
