@@ -1,10 +1,8 @@
-"""ONNX Runtime: both graphs of a pair with caches bound in place.
+"""ONNX Runtime on the CPU: both graphs of a pair, with caches bound in place.
 
-Rows live in buckets. A bucket is one cache buffer `[rows, kv, capacity, d]` per layer, of the
-smallest capacity that its longest row needs, because CPU attention costs by capacity, not by
-length. Rows of similar length share a bucket (512, 2048, 8192, ... tokens at the most); a row
-that outgrows its bucket moves on, and buffers grow by copying. Live rows are the first ones of
-their bucket, so a step over any run of them is a view: no gathering.
+The caches are `runtimes.cache`: a step takes the rows of one bucket that lie side by side as a
+view of its buffers, past and present bound to the same memory. The context that the target leaves
+for the draft is kept per row until the row drafts again.
 """
 
 from __future__ import annotations
@@ -21,13 +19,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
-from dspark_batch.manifest import CacheInfo, EngineManifest
+from dspark_batch.manifest import EngineManifest
+from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
 from dspark_batch.types import DraftBlock, VerifyResult
 
-_GRAIN = 64  # tokens by which a buffer's capacity is rounded up
-_FIRST_BUCKET = 512
-_BUCKET_RATIO = 4
 _MAX_PENDING = 4096  # context tokens kept before the draft takes them in
 
 
@@ -70,52 +66,11 @@ def open_session(path: Path, *, threads: int) -> ort.InferenceSession:
         ) from problem
 
 
-class _Cache:
-    """Keys and values of one model for the rows of one bucket."""
-
-    def __init__(self, shape: CacheInfo, num_rows: int) -> None:
-        self._shape = shape
-        self._num_rows = num_rows
-        self.capacity = 0
-        self.buffers: list[NDArray[np.float32]] = []
-        self.bindings: dict[tuple[int, int, tuple[str, ...]], ort.IOBinding] = {}
-
-    def reserve(self, needed: int, num_live: int) -> None:
-        """Hold at least `needed` tokens a row; shrink when half would do. Copies live rows."""
-        capacity = -(-needed // _GRAIN) * _GRAIN
-        if self.capacity >= capacity > self.capacity // 2:
-            return
-        kept = min(self.capacity, capacity)
-        shape = (self._num_rows, self._shape.num_kv_heads, capacity, self._shape.head_dim)
-        grown = []
-        for i in range(2 * self._shape.num_layers):
-            # Zeroed: a masked key must be finite, since 0 * NaN would reach the output.
-            buffer = np.zeros(shape, np.float32)
-            if num_live and kept:
-                buffer[:num_live, :, :kept] = self.buffers[i][:num_live, :, :kept]
-                self.buffers[i] = buffer
-            grown.append(buffer)
-        self.buffers = grown
-        self.capacity = capacity
-        self.bindings.clear()
-
-    def copy_row(self, row: int, source: _Cache, source_row: int) -> None:
-        kept = min(self.capacity, source.capacity)
-        for mine, theirs in zip(self.buffers, source.buffers, strict=True):
-            mine[row, :, :kept] = theirs[source_row, :, :kept]
-
-    def wipe_if_broken(self, row: int) -> None:
-        """Zero a row that holds values which are not finite."""
-        if self.buffers and not np.isfinite(self.buffers[-1][row].sum()):
-            for buffer in self.buffers:
-                buffer[row] = 0.0
-
-
 @dataclass(slots=True)
 class _Row:
     """What the caches hold of one slot, and the context that the draft has not taken in yet."""
 
-    bucket: _Bucket
+    bucket: Bucket
     num_cached: int = 0
     num_taken: int = 0
     pending: list[NDArray[np.float32]] = field(default_factory=list)
@@ -124,29 +79,6 @@ class _Row:
     @property
     def num_pending(self) -> int:
         return sum(len(part) for part in self.pending)
-
-
-class _Bucket:
-    """Rows that share buffers; `slots[i]` owns row i."""
-
-    def __init__(self, limit: int, target: _Cache, draft: _Cache | None) -> None:
-        self.limit = limit
-        self.target = target
-        self.draft = draft
-        self.slots: list[int] = []
-
-    def caches(self) -> list[_Cache]:
-        return [self.target] if self.draft is None else [self.target, self.draft]
-
-    def leave(self, slot: int) -> None:
-        """Drop a row; the last one takes its place, so that live rows stay neighbours."""
-        row, last = self.slots.index(slot), len(self.slots) - 1
-        if row != last:
-            for cache in self.caches():
-                if cache.capacity:
-                    cache.copy_row(row, cache, last)
-            self.slots[row] = self.slots[last]
-        self.slots.pop()
 
 
 class OrtRuntime:
@@ -161,14 +93,12 @@ class OrtRuntime:
         self._target = open_session(folder / "target.onnx", threads=threads)
         self._draft = open_session(folder / "draft.onnx", threads=threads) if draft_shape else None
         self._block_size = draft_info.block_size if draft_info else 1
-        self._buckets: list[_Bucket] = []
-        limit = _FIRST_BUCKET
-        most = manifest.limits.max_tokens + self._block_size
-        while not self._buckets or self._buckets[-1].limit < most:
-            draft = _Cache(draft_shape, max_rows) if draft_shape else None
-            target = _Cache(manifest.target.cache, max_rows)
-            self._buckets.append(_Bucket(limit, target, draft))
-            limit *= _BUCKET_RATIO
+        self._buckets = buckets_for(
+            manifest.target.cache,
+            draft_shape,
+            num_rows=max_rows,
+            most_tokens=manifest.limits.max_tokens + self._block_size,
+        )
         self._rows: dict[int, _Row] = {}
         draft_vocab_size = draft_info.vocab_size if draft_info else 1
         self._no_logits = np.zeros((max_rows, self._block_size, draft_vocab_size), np.float32)
@@ -230,7 +160,7 @@ class OrtRuntime:
                 mine.copy_row(len(bucket.slots) - 1, theirs, source.slots.index(slot))
         source.leave(slot)
 
-    def _reserve(self, bucket: _Bucket, needed: int) -> None:
+    def _reserve(self, bucket: Bucket, needed: int) -> None:
         cached = max(self._rows[slot].num_cached for slot in bucket.slots)
         bucket.target.reserve(max(needed, cached), len(bucket.slots))
         if bucket.draft is not None:
@@ -336,7 +266,7 @@ class OrtRuntime:
     def _run(
         self,
         session: ort.InferenceSession,
-        cache: _Cache,
+        cache: Cache,
         first: int,
         num_rows: int,
         feeds: dict[str, NDArray[Any]],
@@ -357,7 +287,7 @@ class OrtRuntime:
 
 
 def _bind(
-    session: ort.InferenceSession, cache: _Cache, first: int, num_rows: int, names: tuple[str, ...]
+    session: ort.InferenceSession, cache: Cache, first: int, num_rows: int, names: tuple[str, ...]
 ) -> ort.IOBinding:
     """A binding whose first outputs are `names`, then every cache tensor on its own buffer."""
     binding = session.io_binding()
