@@ -25,14 +25,14 @@ needs to roll back. Outputs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import onnx.parser
 from numpy.typing import NDArray
 
+from dspark_batch.drafters.markov import MarkovWalk, draw_function
+from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
     MASKED,
@@ -46,142 +46,10 @@ from dspark_batch.models.blocks import (
     rows_from_tokens,
     unfold_queries,
 )
-from dspark_batch.models.graph import FLOAT, FLOAT16, INT64, Dim, GraphBuilder, StoredWeight
-from dspark_batch.models.spec import RopeSpec, rope_from_parameters
+from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWeight
 
 Tensor = Callable[[str], NDArray[Any]]
 CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
-MARKOV_HEADS = ("vanilla", "gated", "rnn")
-
-_DRAW = """
-<domain: "dspark", opset_import: ["" : 24]>
-Draw (logits, temperature, uniforms) => (ids)
-{
-    zero = Constant <value_float = 0.0> ()
-    warmest = ReduceMax <keepdims = 0> (temperature)
-    sampling = Greater (warmest, zero)
-    ids = If (sampling) <
-        then_branch = sampled () => (ids_then) {
-            one = Constant <value_float = 1.0> ()
-            last_axis = Constant <value_int = 1> ()
-            axis1 = Constant <value_ints = [1]> ()
-            minus_ones = Constant <value_ints = [-1]> ()
-            to_end = Constant <value_ints = [9223372036854775807]> ()
-            hot = Greater (temperature, zero)
-            divisor = Where (hot, temperature, one)
-            divisor1 = Unsqueeze (divisor, axis1)
-            largest = ReduceMax <keepdims = 1> (logits, axis1)
-            shifted = Sub (logits, largest)
-            cooled = Div (shifted, divisor1)
-            probs = Softmax <axis = 1> (cooled)
-            cumulative = CumSum (probs, last_axis)
-            total = Slice (cumulative, minus_ones, to_end, axis1)
-            uniforms1 = Unsqueeze (uniforms, axis1)
-            threshold = Mul (uniforms1, total)
-            below = LessOrEqual (cumulative, threshold)
-            below_int = Cast <to = 7> (below)
-            drawn0 = ReduceSum <keepdims = 0> (below_int, axis1)
-            size = Shape <start = 1, end = 2> (logits)
-            one_int = Constant <value_int = 1> ()
-            last = Sub (size, one_int)
-            drawn = Min (drawn0, last)
-            best_then = ArgMax <axis = 1, keepdims = 0> (logits)
-            ids_then = Where (hot, drawn, best_then)
-        },
-        else_branch = greedy () => (ids_else) {
-            ids_else = ArgMax <axis = 1, keepdims = 0> (logits)
-        }
-    >
-}
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSpec:
-    """A draft's shape, read from its checkpoint's `config.json`."""
-
-    block_size: int
-    vocab_size: int
-    """The target's; the draft's own may be smaller."""
-    mask_token_id: int
-    taps: tuple[int, ...]
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    epsilon: float
-    markov_rank: int
-    markov_head: str | None
-    confidence_head: bool
-    confidence_with_markov: bool
-    rope: RopeSpec
-
-
-def draft_spec(config: Mapping[str, Any]) -> DraftSpec:
-    """Read a DeepSpec `config.json`.
-
-    Raises:
-        EngineError: a required key is missing, or a value that no graph exists for.
-    """
-    try:
-        rank = int(config["markov_rank"])
-        head = str(config["markov_head_type"]) if rank else None
-        if head is not None and head not in MARKOV_HEADS:
-            known = ", ".join(MARKOV_HEADS)
-            raise EngineError(f"draft config: markov_head_type {head!r}; known: {known}")
-        confidence = bool(config["enable_confidence_head"])
-        with_markov = confidence and bool(config["confidence_head_with_markov"])
-        if with_markov and not rank:
-            raise EngineError("draft config: confidence_head_with_markov needs markov_rank > 0")
-        block_size, vocab_size = int(config["block_size"]), int(config["vocab_size"])
-        mask_token_id = int(config["mask_token_id"])
-        if block_size < 1:
-            raise EngineError(f"draft config: block_size {block_size} drafts nothing")
-        if not 0 <= mask_token_id < vocab_size:
-            raise EngineError(
-                f"draft config: mask_token_id {mask_token_id} is not in 0..{vocab_size - 1}"
-            )
-        return DraftSpec(
-            block_size=block_size,
-            vocab_size=vocab_size,
-            mask_token_id=mask_token_id,
-            taps=tuple(int(i) for i in config["target_layer_ids"]),
-            hidden_size=int(config["hidden_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=int(config["num_attention_heads"]),
-            num_kv_heads=int(config["num_key_value_heads"]),
-            head_dim=int(config["head_dim"]),
-            epsilon=float(config["rms_norm_eps"]),
-            markov_rank=rank,
-            markov_head=head,
-            confidence_head=confidence,
-            confidence_with_markov=with_markov,
-            rope=rope_from_parameters(
-                config["rope_parameters"],
-                head_dim=int(config["head_dim"]),
-                max_positions=int(config["max_position_embeddings"]),
-            ),
-        )
-    except KeyError as missing:
-        raise EngineError(f"draft config.json lacks {missing}") from missing
-    except ValueError as problem:
-        raise EngineError(f"draft config.json: {problem}") from problem
-
-
-def check_taps(spec: DraftSpec, *, num_target_layers: int) -> None:
-    """Refuse taps that the target cannot serve.
-
-    Raises:
-        EngineError: not strictly increasing, or outside -1 .. layers - 1.
-    """
-    taps = list(spec.taps)
-    in_range = all(-1 <= i < num_target_layers for i in taps)
-    if not taps or sorted(set(taps)) != taps or not in_range:
-        raise EngineError(
-            f"draft config.json: target_layer_ids {taps} must be strictly increasing in "
-            f"-1..{num_target_layers - 1} (the target has {num_target_layers} layers)"
-        )
 
 
 class DSparkGraph:
@@ -245,7 +113,7 @@ class DSparkGraph:
             )
             for i in range(spec.num_layers)
         ]
-        b.function(onnx.parser.parse_function(_DRAW))
+        b.function(draw_function())
         table = b.share("embed_tokens", embed)
         new = b.op("Gather", context, context_tokens)
         projected = self._linear("fc", new, context_tokens)
@@ -390,7 +258,9 @@ class DSparkGraph:
         states = self._split_slots(
             b.op("Reshape", hidden, b.constant([-1, spec.block_size, spec.hidden_size]))
         )
-        walk = _MarkovWalk(self, anchors) if spec.markov_rank else None
+        walk = None
+        if spec.markov_rank:
+            walk = MarkovWalk(linears, self._tensor, spec.markov_head, anchors)
         confidence_head = self._confidence_head(anchors)
         previous = anchors
         tokens, rows, confidences = [], [], []
@@ -440,57 +310,3 @@ class DSparkGraph:
             return b.op("Add", b.op("MatMul", x, weight), bias)
 
         return logit
-
-
-class _MarkovWalk:
-    """The sequential head: the bias that the previous token puts on a slot's logits.
-
-    vanilla, gated and rnn as in DeepSpec; the rnn carries its state from slot to slot.
-    """
-
-    def __init__(self, graph: DSparkGraph, anchors: str) -> None:
-        self._graph, self._anchors = graph, anchors
-        b, tensor = graph.b, graph._tensor
-        table = tensor("markov_head.markov_w1.weight")
-        self._type = FLOAT if graph._linears.precision == "fp32" else FLOAT16
-        dtype = np.float32 if self._type == FLOAT else np.float16
-        self._table = b.weight("markov_head.markov_w1", table.astype(dtype))
-        self._state: str | None = None
-
-    def embed(self, previous: str) -> str:
-        """`E[prev]`, fp32 `[R, r]`."""
-        return embedding(self._graph.b, self._table, previous, self._type)
-
-    def bias(self, state: str, feature: str) -> str:
-        """Bias `[R, D]` from the slot's hidden state `[R, d]` and `E[prev]` `[R, r]`."""
-        b, head = self._graph.b, self._graph.spec.markov_head
-        if head == "gated":
-            gate = b.op("Sigmoid", self._joint("gate_proj", [state, feature]))
-            feature = b.op("Mul", gate, feature)
-        elif head == "rnn":
-            feature = b.op("Tanh", self._step(state, feature))
-        return self._project("markov_w2", feature)
-
-    def _step(self, state: str, feature: str) -> str:
-        b = self._graph.b
-        if self._state is None:
-            self._state = b.op("Mul", feature, b.constant(0.0, np.float32))
-        joint = self._joint("joint_proj", [self._state, feature, state])
-        gate, candidate, out = b.ops("Split", joint, outputs=3, axis=1, num_outputs=3)
-        gate = b.op("Sigmoid", gate)
-        kept = b.op("Mul", gate, self._state)
-        one = b.constant(1.0, np.float32)
-        taken = b.op("Mul", b.op("Sub", one, gate), b.op("Tanh", candidate))
-        self._state = b.op("Add", kept, taken)
-        return out
-
-    def _joint(self, name: str, parts: Sequence[str]) -> str:
-        b = self._graph.b
-        product = self._project(name, b.op("Concat", *parts, axis=1))
-        bias = self._graph._tensor(f"markov_head.{name}.bias").astype(np.float32)
-        return b.op("Add", product, b.weight(f"markov_head.{name}.bias", bias))
-
-    def _project(self, name: str, x: str) -> str:
-        linears = self._graph._linears
-        matrix = self._graph._tensor(f"markov_head.{name}.weight").T
-        return linears.linear(f"markov_head.{name}", linears.activation(x, self._anchors), matrix)

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from dspark_batch import __version__
 from dspark_batch.drafters import DRAFTERS
-from dspark_batch.drafters.dspark import DraftSpec, DSparkGraph, check_taps, draft_spec
+from dspark_batch.drafters.dspark import DSparkGraph
+from dspark_batch.drafters.spec import DraftSpec, check_taps, draft_spec
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import check_target
