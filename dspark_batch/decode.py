@@ -81,6 +81,8 @@ class Schedule:
         self._block_size = engine.block_size
         self._costs = engine.costs
         self._num_plain = 0
+        self._asked_rows = 0  # rows for which `_pays` was answered; 0: ask again
+        self._pays = False
         self._estimate = scheduler.AcceptanceEstimate.from_prior(
             engine.acceptance, prior_weight=_PRIOR_WEIGHT, decay=_DECAY
         )
@@ -91,10 +93,13 @@ class Schedule:
             return False
         if self._spec == "on" or self._costs is None:
             return True
-        survival = np.broadcast_to(self._estimate.survival, (len(running), self._block_size))
-        pays = scheduler.worth_drafting(survival, self._max_lengths(running), self._costs)
-        self._num_plain = 0 if pays else self._num_plain + 1
-        return pays or self._num_plain % _PROBE_ROUNDS == 0
+        if len(running) != self._asked_rows:  # else nothing that the answer rests on has changed
+            self._asked_rows = len(running)
+            survival = np.broadcast_to(self._estimate.survival, (len(running), self._block_size))
+            limits = np.full(len(running), self._block_size)
+            self._pays = scheduler.worth_drafting(survival, limits, self._costs)
+        self._num_plain = 0 if self._pays else self._num_plain + 1
+        return self._pays or self._num_plain % _PROBE_ROUNDS == 0
 
     def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
         """Verify lengths [R]: Algorithm 1 under `auto`, everything under `on`."""
@@ -114,6 +119,7 @@ class Schedule:
         """Learn from a round that verified something."""
         if plan.lengths.any():
             self._estimate = self._estimate.observe(plan.lengths, result.num_accepted)
+            self._asked_rows = 0
 
     def _max_lengths(self, running: list[Sequence]) -> NDArray[np.int64]:
         """A row needs no more drafts than its remaining tokens less the bonus."""
