@@ -121,10 +121,10 @@ def sequences(target: Any) -> list[TrainingSequence]:
     return [greedy_sequence(target, prompt, 24) for prompt in prompts]
 
 
-def fitted_draft(target: Any, config: DraftConfig = BASE) -> DSparkDraft:
+def fitted_draft(target: Any, config: DraftConfig = BASE, *, dropout: float = 0.0) -> DSparkDraft:
     embed = target.get_input_embeddings().weight
     torch.manual_seed(0)
-    draft = DSparkDraft(config, embed_tokens=embed, lm_head=embed)
+    draft = DSparkDraft(config, embed_tokens=embed, lm_head=embed, dropout=dropout)
     initialise_from_target(draft, target.get_decoder())
     return draft
 
@@ -590,9 +590,9 @@ def test_training_lowers_the_loss_and_raises_accepted_length(
     assert evaluate(exported, held_out).tau_greedy == pytest.approx(log[-1]["tau_greedy"], rel=0.05)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(("bf16", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.2)])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
-    target: Any, sequences: list[TrainingSequence], tmp_path: Path, bf16: bool
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path, bf16: bool, dropout: float
 ) -> None:
     taps = TargetTaps(target, (-1, 1))
     options = TrainingOptions(num_steps=9, batch_size=4, num_anchors=4, ema_decay=0.9, bf16=bf16)
@@ -600,13 +600,28 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     for folder, stops in ((tmp_path / "whole", [None]), (tmp_path / "parts", [2, 7, None])):
         for stop in stops:
             source = FeatureSource(taps, sequences, max_cache_bytes=1 << 24)
-            trainer = Trainer(fitted_draft(target), source, options=options, folder=folder)
+            draft = fitted_draft(target, dropout=dropout)
+            trainer = Trainer(draft, source, options=options, folder=folder)
             trainer.run(stop_at=stop)
         assert trainer.step == 9
         ends.append((trainer.draft.state_dict(), trainer.average))
     for whole, parts in zip(*ends, strict=True):
         for name, tensor in whole.items():
             assert torch.equal(tensor, parts[name]), name
+
+
+def test_dropout_acts_in_training_and_not_in_evaluation(
+    target: Any, sequences: list[TrainingSequence]
+) -> None:
+    source = FeatureSource(TargetTaps(target, (-1, 1)), sequences[:4], max_cache_bytes=1 << 24)
+    plain, dropped = fitted_draft(target), fitted_draft(target, dropout=0.5)
+    assert evaluate(plain, source) == evaluate(dropped, source)
+    assert dropped.training
+    batch = source.batch([0, 1])
+    anchors = torch.tensor([[sequence.num_prompt_tokens] for sequence in sequences[:2]])
+    tokens = batch.token_ids.gather(1, anchors)
+    first, second = (dropped.hidden_packed(batch.features, tokens, anchors) for _ in range(2))
+    assert not torch.allclose(first, second)
 
 
 def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(

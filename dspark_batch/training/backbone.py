@@ -62,14 +62,6 @@ class Rotation(NamedTuple):
         return x * self.cos.to(x.dtype) + turned * self.sin.to(x.dtype)
 
 
-class PackedShape(NamedTuple):
-    """Sizes of a packed forward and its context mask: `visible [b, A, S]` is position < anchor."""
-
-    num_anchors: int
-    block_size: int
-    visible: Tensor
-
-
 class Attention(nn.Module):
     """Block rows attend to the context rows before their anchor and to their whole block."""
 
@@ -103,7 +95,7 @@ class Attention(nn.Module):
         x: Tensor,  # [b, A, γ, d]
         context: Tensor,  # [b, S, d]
         *,
-        shape: PackedShape,
+        visible: Tensor,  # [b, A, S] bool: position < anchor
         block_rotation: Rotation,
         context_rotation: Rotation,
     ) -> Tensor:
@@ -121,7 +113,7 @@ class Attention(nn.Module):
         keys, values = keys.permute(0, 3, 1, 2, 4), values.permute(0, 3, 1, 2, 4)
 
         to_context = (queries.flatten(2, 3) @ ctx_keys.mT).unflatten(2, (num_anchors, -1))
-        to_context = to_context.masked_fill(~shape.visible[:, None, :, None, :], float("-inf"))
+        to_context = to_context.masked_fill(~visible[:, None, :, None, :], float("-inf"))
         to_block = queries @ keys.mT
         scores = torch.cat([to_context, to_block], dim=-1)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
@@ -172,6 +164,6 @@ class DraftLayer(nn.Module):
         self.mlp = MLP(config)
 
     def feed_forward(self, hidden: Tensor) -> Tensor:
-        """The residual MLP half of the layer."""
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        """What the MLP half of the layer adds to the residual stream."""
+        out: Tensor = self.mlp(self.post_attention_layernorm(hidden))
         return out

@@ -18,7 +18,6 @@ from torch.nn import functional
 from dspark_batch.errors import EngineError
 from dspark_batch.training.backbone import (
     DraftLayer,
-    PackedShape,
     RMSNorm,
     Rotation,
     rope_frequencies,
@@ -67,7 +66,8 @@ class DSparkDraft(nn.Module):
     """The draft network. Embedding and head rows are the target's, frozen and never saved.
 
     `draft_vocab [V']` maps draft ids to target ids (None: the identity); `lm_head [V', d]` holds
-    the target's head rows of those ids. Parameter names are the published tensor names.
+    the target's head rows of those ids. Parameter names are the published tensor names. `dropout`
+    acts on the context rows and on what each half layer adds, in training mode of a packed forward.
     """
 
     embed_weight: Tensor
@@ -83,6 +83,7 @@ class DSparkDraft(nn.Module):
         embed_tokens: Tensor,
         lm_head: Tensor,
         draft_vocab: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
@@ -97,6 +98,7 @@ class DSparkDraft(nn.Module):
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(size, eps)
+        self.dropout = nn.Dropout(dropout)
         self.markov_head = MarkovHead(config) if config.markov_rank else None
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         if draft_vocab is None:
@@ -138,20 +140,21 @@ class DSparkDraft(nn.Module):
         """
         device, block = features.device, self.config.block_size
         positions = torch.arange(features.shape[1], device=device)
-        shape = PackedShape(anchors.shape[1], block, positions < anchors[..., None])
         context_rotation = self.rotation(positions[None])
         block_rotation = self.rotation(anchors[..., None] + torch.arange(block, device=device))
-        context, hidden = self.context(features), self.block_inputs(anchor_tokens)
+        visible = positions < anchors[..., None]
+        context, hidden = self.dropout(self.context(features)), self.block_inputs(anchor_tokens)
         for layer in self.layers:
             assert isinstance(layer, DraftLayer)
-            hidden = hidden + layer.self_attn.forward_packed(
+            mixed = layer.self_attn.forward_packed(
                 layer.input_layernorm(hidden),
                 context,
-                shape=shape,
+                visible=visible,
                 block_rotation=block_rotation,
                 context_rotation=context_rotation,
             )
-            hidden = layer.feed_forward(hidden)
+            hidden = hidden + self.dropout(mixed)
+            hidden = hidden + self.dropout(layer.feed_forward(hidden))
         out: Tensor = self.norm(hidden)
         return out
 
@@ -229,6 +232,6 @@ class DSparkDraft(nn.Module):
             hidden = hidden + layer.self_attn.forward_block(
                 layer.input_layernorm(hidden), keys, values, block_rotation
             )
-            hidden = layer.feed_forward(hidden)
+            hidden = hidden + layer.feed_forward(hidden)
         cache.length = end
         return self.draft_greedy(self.norm(hidden), anchor_token)

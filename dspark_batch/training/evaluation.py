@@ -80,7 +80,9 @@ def evaluate(
     num_anchors: int = 32,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate on the sequences at `indices` (all by default), one at a time."""
+    """Evaluate on the sequences at `indices` (all by default), one at a time, without dropout."""
+    was_training = draft.training
+    draft.eval()
     generator = torch.Generator().manual_seed(seed)
     block_size = draft.config.block_size
     sums, counts = torch.zeros(block_size), torch.zeros(block_size)
@@ -112,6 +114,7 @@ def evaluate(
         counts += blocks.mask.sum((0, 1))
         products += float(kept.cumprod(-1).sum())
         blocks_seen += blocks.anchors.numel()
+    draft.train(was_training)
     return Evaluation(
         loss=sum(losses) / max(len(losses), 1),
         acceptance=tuple((sums / counts.clamp(min=1)).tolist()),

@@ -83,12 +83,18 @@ class Trainer:
     def train_step(self, batch: FeatureBatch) -> tuple[LossTerms, Tensor]:
         """One optimiser step on one batch; the loss terms and the gradient norm before clipping."""
         options, draft = self.options, self.draft
-        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self.step)
+        seed = options.seed * 1_000_003 + self.step
+        generator = torch.Generator().manual_seed(seed)
         anchors = sample_anchors(batch.loss_mask, options.num_anchors, generator)
         blocks = anchor_batch(batch, anchors, draft.config.block_size)
         with torch.no_grad():
             target_probs = aligned_target_probs(draft, batch, blocks.anchors)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16):
+        draft.train()
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16),
+        ):
+            torch.manual_seed(seed)  # of the dropout
             hidden = self._hidden_packed(batch.features, blocks.previous[..., 0], blocks.anchors)
             scores = draft.score(hidden, blocks.previous)
         terms = self._loss(
