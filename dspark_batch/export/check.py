@@ -97,7 +97,7 @@ def check_target(
     found = {"kl": 0.0, "context_error": 0.0, "agreement": 0.0}
     expected = forward(spec, tensor, prompts)
     for wanted, row_logits, row_context in zip(expected, logits, context, strict=True):
-        found["kl"] += _divergence(wanted.logits, row_logits) / len(prompts)
+        found["kl"] += divergence(wanted.logits, row_logits) / len(prompts)
         same = (wanted.logits.argmax(-1) == row_logits.argmax(-1)).mean()
         found["agreement"] += float(same) / len(prompts)
         for part, tap in zip(np.split(row_context, max(len(taps), 1), axis=1), taps, strict=False):
@@ -114,7 +114,7 @@ def check_target(
     return found
 
 
-def _divergence(wanted: Array, found: Array) -> float:
+def divergence(wanted: Array, found: Array) -> float:
     """Mean KL(wanted || found) over tokens, in nats."""
 
     def log_softmax(x: Array) -> NDArray[np.float64]:

@@ -1,0 +1,119 @@
+"""What a precision costs and gives: agreement with fp32, invariance and speed of two engines.
+
+The first engine (fp32) writes greedy text. Both targets then read prompt and text in one pass,
+and their next-token distributions over the text are compared: share of equal argmaxes, mean KL
+divergence. Speed is plain decoding of the same prompts, one engine after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from report import BenchmarkCommand, provenance, table
+from workload import Workload, decode_all, read_workload
+
+from dspark_batch.engine import Engine, open_engine
+from dspark_batch.errors import UsageError
+from dspark_batch.export.check import TargetProbe, divergence
+
+
+@click.command(name="precision", cls=BenchmarkCommand)
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts",
+    "prompts_path",
+    type=click.Path(path_type=Path),
+    default=Path("jobs/prompts.parquet"),
+    show_default=True,
+    help="Parquet file as for `run`.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Use this many rows of the file.")
+@click.pass_context
+def main(
+    ctx: click.Context,
+    reference: Path,
+    candidate: Path,
+    prompts_path: Path,
+    rows: int,
+    new_tokens: int,
+    limit: int | None,
+) -> None:
+    """Compare the engine CANDIDATE with REFERENCE, an fp32 engine of the same target.
+
+    \b
+    Example:
+      python benchmarks/precision.py engines/fp32 engines/model --limit 32
+    """
+    texts: list[list[int]] = []
+    expected: list[NDArray[np.float32]] = []
+    lines: list[dict[str, Any]] = []
+    for folder in (reference, candidate):
+        with closing(open_engine(folder, max_rows=rows)) as engine:
+            record = provenance(ctx, engine)
+            workload = read_workload(prompts_path, engine, new_tokens=new_tokens, limit=limit)
+            decoded = decode_all(engine, workload.prompts, "off")
+            if not texts:
+                texts = [list(c.token_ids) for c in decoded.completions]
+            logits = _logits(engine, workload, texts)
+        if not expected:
+            expected = logits
+        if expected[0].shape != logits[0].shape:
+            raise UsageError(f"{reference} and {candidate} are not engines of one target")
+        wanted, found = np.concatenate(expected), np.concatenate(logits)
+        lines.append(
+            {
+                "engine": str(folder),
+                "precision": engine.manifest.precision,
+                "agreement": float((wanted.argmax(-1) == found.argmax(-1)).mean()),
+                "kl": divergence(wanted, found),
+                "invariance": engine.manifest.parity["invariance"],
+                "tokens_per_second": decoded.tokens_per_second,
+                "num_tokens": len(wanted),
+            }
+        )
+    click.echo(
+        table(
+            ["precision", "agreement", "KL, nats", "invariance", "plain tokens/s", "ratio"],
+            [
+                [
+                    line["precision"],
+                    f"{line['agreement']:.4f}",
+                    f"{line['kl']:.5f}",
+                    f"{line['invariance']:.1e}",
+                    f"{line['tokens_per_second']:.0f}",
+                    f"{line['tokens_per_second'] / lines[0]['tokens_per_second']:.2f}",
+                ]
+                for line in lines
+            ],
+        )
+    )
+    click.echo(json.dumps(record | {"engines": lines}))
+
+
+def _logits(
+    engine: Engine, workload: Workload, texts: list[list[int]]
+) -> list[NDArray[np.float32]]:
+    """Logits [n, V] that predict each token of each text."""
+    longest = max(len(p.token_ids) + len(t) for p, t in zip(workload.prompts, texts, strict=True))
+    probe = TargetProbe(
+        engine.folder / "target.onnx", engine.manifest.target.cache, capacity=longest
+    )
+    found = []
+    for prompt, text in zip(workload.prompts, texts, strict=True):
+        row = [*prompt.token_ids, *text]
+        logits = probe.run([row], [0], probe.empty(1))[0][0]
+        found.append(logits[len(prompt.token_ids) - 1 : -1])
+    return found
+
+
+if __name__ == "__main__":
+    main()
