@@ -66,6 +66,8 @@ class DraftGraph:
         anchors: list[int],
         *,
         temperature: Any = 0.0,
+        top_k: Any = 0,
+        top_p: Any = 1.0,
         uniforms: NDArray[np.float32] | None = None,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Tokens, logits and confidence of one round; `context[r]` are row r's new features."""
@@ -87,6 +89,8 @@ class DraftGraph:
             "anchors": np.array(anchors, np.int64),
             "anchor_positions": self._lengths + counts,
             "temperature": np.broadcast_to(np.float32(temperature), num_rows).copy(),
+            "top_k": np.broadcast_to(np.int64(top_k), num_rows).copy(),
+            "top_p": np.broadcast_to(np.float32(top_p), num_rows).copy(),
             "uniforms": np.zeros((num_rows, gamma), np.float32) if uniforms is None else uniforms,
             **{f"past_{n}": c for n, c in zip(self._names, self._caches, strict=True)},
         }
@@ -225,6 +229,26 @@ def test_draws_are_the_inverse_cdf_of_the_uniforms(tmp_path: Path) -> None:
         probs = sampling.softmax(logits[r], np.full(4, temperature[r]))
         np.testing.assert_array_equal(tokens[r], REDUCED[sampling.sample(probs, uniforms[r])])
     assert len(set(tokens.ravel().tolist())) > 5
+
+
+def test_filtered_rows_draw_from_the_filtered_distribution(tmp_path: Path) -> None:
+    graph, _, _ = build(tmp_path, {}, draft_vocab=REDUCED)
+    rng = np.random.default_rng(5)
+    rows = 60
+    context = [rng.standard_normal((3, 2 * HIDDEN)).astype(np.float32) for _ in range(rows)]
+    uniforms = rng.random((rows, 4), dtype=np.float32)
+    anchors = rng.integers(0, VOCAB, rows).tolist()
+    top_k, top_p = rng.integers(0, 5, rows), rng.uniform(0.3, 1.0, rows).astype(np.float32)
+    top_p[::4] = 1.0
+    _, plain, _ = graph(context, anchors, temperature=1.5, uniforms=uniforms)
+    tokens, logits, _ = graph(
+        context, anchors, temperature=1.5, top_k=top_k, top_p=top_p, uniforms=uniforms
+    )
+    every = np.full(rows, 1.5)
+    wanted = sampling.filtered_probs(plain[:, 0], every, top_k, top_p)
+    np.testing.assert_allclose(sampling.softmax(logits[:, 0], every), wanted, atol=1e-6)
+    np.testing.assert_array_equal(tokens[:, 0], REDUCED[sampling.sample(wanted, uniforms[:, 0])])
+    assert (wanted == 0).any(axis=1).sum() > rows // 2
 
 
 def test_a_sampled_token_decides_the_next_slot_s_bias(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ and new to the draft, P the most new tokens of one row, C the draft cache's capa
     anchors           int64 [R]      anchor token
     anchor_positions  int64 [R]      = context_starts + new tokens of the row
     temperature       float [R]      0: argmax
+    top_k, top_p      int64, float [R]  filters of the drawn distribution; 0 and 1 filter nothing
     uniforms          float [R, γ]   one per drafted token
     past_key_i, past_value_i  float [R, kv, C, d]
 
@@ -18,7 +19,8 @@ C >= max(context_starts) + P must hold. Only committed positions enter the cache
 needs to roll back. Outputs:
 
     draft_tokens      int64 [R, γ]     in the target's vocabulary
-    draft_logits      float [R, γ, D]  corrected by the Markov head: what the tokens were drawn from
+    draft_logits      float [R, γ, D]  corrected by the Markov head, filtered: what the tokens were
+                                       drawn from
     confidence        float [R, γ]     logits, to be calibrated
     present_key_i, present_value_i
 """
@@ -100,7 +102,11 @@ class DSparkGraph:
         self._context_starts = b.input("context_starts", INT64, ["R"])
         anchors = b.input("anchors", INT64, ["R"])
         self._anchor_positions = b.input("anchor_positions", INT64, ["R"])
-        self._temperature = b.input("temperature", FLOAT, ["R"])
+        self._filters = (
+            b.input("temperature", FLOAT, ["R"]),
+            b.input("top_k", INT64, ["R"]),
+            b.input("top_p", FLOAT, ["R"]),
+        )
         self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
         self._num_positions = max_tokens + spec.block_size
         cos, sin = spec.rope.tables(self._num_positions)
@@ -271,7 +277,7 @@ class DSparkGraph:
                 feature = walk.embed(previous)
                 row = b.op("Add", row, walk.bias(states[k], feature))
             uniform = b.op("Gather", self._uniforms, b.constant(k), axis=1)
-            drawn = b.op("Draw", row, self._temperature, uniform, domain="dspark")
+            drawn, row = b.ops("Draw", row, *self._filters, uniform, outputs=2, domain="dspark")
             previous = b.op("Gather", self._draft_vocab, drawn)
             confidences.append(confidence_head(states[k], feature))
             tokens.append(b.op("Unsqueeze", previous, b.constant([1])))

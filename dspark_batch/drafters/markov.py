@@ -10,58 +10,99 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from dspark_batch.models.blocks import Linears, embedding
+from dspark_batch.models.blocks import MASKED, Linears, embedding
 from dspark_batch.models.graph import FLOAT, FLOAT16
 
 Tensor = Callable[[str], NDArray[Any]]
 
-_DRAW = """
+# Candidates that a filter looks at; one that would keep more of them keeps everything.
+_CANDIDATES = 256
+
+_DRAW = f"""
 <domain: "dspark", opset_import: ["" : 24]>
-Draw (logits, temperature, uniforms) => (ids)
-{
+Draw (logits, temperature, top_k, top_p, uniforms) => (ids, drawn_from)
+{{
     zero = Constant <value_float = 0.0> ()
     warmest = ReduceMax <keepdims = 0> (temperature)
     sampling = Greater (warmest, zero)
-    ids = If (sampling) <
-        then_branch = sampled () => (ids_then) {
+    ids, drawn_from = If (sampling) <
+        then_branch = sampled () => (ids_then, drawn_then) {{
             one = Constant <value_float = 1.0> ()
+            masked = Constant <value_float = {MASKED}> ()
+            no_tokens = Constant <value_int = 0> ()
+            one_token = Constant <value_int = 1> ()
             last_axis = Constant <value_int = 1> ()
             axis1 = Constant <value_ints = [1]> ()
             minus_ones = Constant <value_ints = [-1]> ()
             to_end = Constant <value_ints = [9223372036854775807]> ()
+            many = Constant <value_ints = [{_CANDIDATES}]> ()
             hot = Greater (temperature, zero)
             divisor = Where (hot, temperature, one)
             divisor1 = Unsqueeze (divisor, axis1)
-            largest = ReduceMax <keepdims = 1> (logits, axis1)
-            shifted = Sub (logits, largest)
-            cooled = Div (shifted, divisor1)
-            probs = Softmax <axis = 1> (cooled)
-            cumulative = CumSum (probs, last_axis)
+            cooled = Div (logits, divisor1)
+            soft = Softmax <axis = 1> (cooled)
+
+            size = Shape <start = 1, end = 2> (logits)
+            few = Min (many, size)
+            few_last = Sub (few, one_token)
+            values, indices = TopK <axis = 1, sorted = 1> (soft, few)
+            k_wanted = Greater (top_k, no_tokens)
+            k_fits = LessOrEqual (top_k, few)
+            k_on = And (k_wanted, k_fits)
+            k_safe = Where (k_on, top_k, few)
+            k_index = Sub (k_safe, one_token)
+            k_index1 = Unsqueeze (k_index, axis1)
+            k_value = GatherElements <axis = 1> (values, k_index1)
+            k_on1 = Unsqueeze (k_on, axis1)
+            k_floor = Where (k_on1, k_value, zero)
+            in_k = GreaterOrEqual (soft, k_floor)
+            in_k_probs = Where (in_k, soft, zero)
+            k_mass = ReduceSum <keepdims = 1> (in_k_probs, axis1)
+            top_p1 = Unsqueeze (top_p, axis1)
+            wanted = Mul (top_p1, k_mass)
+            running = CumSum (values, last_axis)
+            short = Less (running, wanted)
+            short_int = Cast <to = 7> (short)
+            num_short = ReduceSum <keepdims = 1> (short_int, axis1)
+            p_index = Min (num_short, few_last)
+            p_value = GatherElements <axis = 1> (values, p_index)
+            p_wanted = Less (top_p1, one)
+            p_fits = Less (num_short, few)
+            p_on = And (p_wanted, p_fits)
+            p_floor = Where (p_on, p_value, zero)
+            floor = Max (k_floor, p_floor)
+            kept = GreaterOrEqual (soft, floor)
+            kept_probs = Where (kept, soft, zero)
+            drawn_then = Where (kept, logits, masked)
+
+            cumulative = CumSum (kept_probs, last_axis)
             total = Slice (cumulative, minus_ones, to_end, axis1)
             uniforms1 = Unsqueeze (uniforms, axis1)
             threshold = Mul (uniforms1, total)
             below = LessOrEqual (cumulative, threshold)
             below_int = Cast <to = 7> (below)
             drawn0 = ReduceSum <keepdims = 0> (below_int, axis1)
-            size = Shape <start = 1, end = 2> (logits)
-            one_int = Constant <value_int = 1> ()
-            last = Sub (size, one_int)
+            last = Sub (size, one_token)
             drawn = Min (drawn0, last)
             best_then = ArgMax <axis = 1, keepdims = 0> (logits)
             ids_then = Where (hot, drawn, best_then)
-        },
-        else_branch = greedy () => (ids_else) {
+        }},
+        else_branch = greedy () => (ids_else, drawn_else) {{
             ids_else = ArgMax <axis = 1, keepdims = 0> (logits)
-        }
+            drawn_else = Identity (logits)
+        }}
     >
-}
+}}
 """
 
 
 def draw_function() -> onnx.FunctionProto:
     """`dspark::Draw`: argmax where the temperature is 0, else the inverse CDF at the uniform.
 
-    logits float [R, D], temperature float [R], uniforms float [R] -> ids int64 [R].
+    logits float [R, D], temperature float [R], top_k int64 [R], top_p float [R], uniforms float
+    [R] -> ids int64 [R] and the logits [R, D] whose softmax the token was drawn from: those that
+    the row's filters drop are masked. Filtering is the row's wish for the *target*; a draft that
+    does the same proposes nothing that the target cannot say.
     """
     return onnx.parser.parse_function(_DRAW)
 

@@ -130,9 +130,8 @@ class OrtRuntime:
         num_accepted = np.zeros(len(spans), np.int64)
         bonus = np.zeros(len(spans), np.int64)
         for run in self._runs([span.slot for span in spans]):
-            part = Draws(*(getattr(draws, name)[run] for name in Draws.__slots__))
             num_accepted[run], bonus[run] = self._verify_run(
-                [spans[i] for i in run], lengths[run], part
+                [spans[i] for i in run], lengths[run], draws.of(run)
             )
         return VerifyResult(num_accepted, bonus)
 
@@ -142,7 +141,7 @@ class OrtRuntime:
         confidence = np.zeros((len(slots), self._block_size), np.float32)
         for run in self._runs(slots):
             tokens[run], confidence[run] = self._draft_run(
-                [slots[i] for i in run], anchors[run], draws.temperature[run], draws.uniforms[run]
+                [slots[i] for i in run], anchors[run], draws.of(run)
             )
         return DraftBlock(tokens, confidence)
 
@@ -223,9 +222,7 @@ class OrtRuntime:
         rows = [self._rows[span.slot].draft_logits for span in spans]
         return np.stack([self._no_logits[0] if row is None else row for row in rows])
 
-    def _draft_run(
-        self, slots: list[int], anchors: Ints, temperature: Floats, uniforms: Floats
-    ) -> tuple[Ints, Floats]:
+    def _draft_run(self, slots: list[int], anchors: Ints, draws: Draws) -> tuple[Ints, Floats]:
         rows = [self._rows[slot] for slot in slots]
         bucket = rows[0].bucket
         assert self._draft is not None
@@ -242,10 +239,12 @@ class OrtRuntime:
             "context_starts": starts,
             "anchors": anchors,
             "anchor_positions": starts + counts,
-            "temperature": temperature,
-            "uniforms": uniforms[:, : self._block_size],
+            "temperature": draws.temperature,
+            "top_k": draws.top_k,
+            "top_p": draws.top_p,
+            "uniforms": draws.uniforms[:, : self._block_size],
         }
-        sampling = bool((temperature > 0).any())
+        sampling = bool((draws.temperature > 0).any())
         names = ("draft_tokens", "confidence") + (("draft_logits",) if sampling else ())
         first = bucket.slots.index(slots[0])
         results = self._run(self._draft, bucket.draft, first, len(slots), feeds, names)

@@ -37,6 +37,12 @@ class Draws:
     top_p: Floats
     uniforms: Floats
 
+    def of(self, rows: list[int]) -> Draws:
+        """The draws of these rows."""
+        return Draws(
+            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.uniforms[rows]
+        )
+
 
 class Runtime(Protocol):
     """An opened pair of graphs with caches for a fixed number of slots."""
