@@ -232,7 +232,8 @@ def test_draws_are_the_inverse_cdf_of_the_uniforms(tmp_path: Path) -> None:
 
 
 def test_filtered_rows_draw_from_the_filtered_distribution(tmp_path: Path) -> None:
-    graph, _, _ = build(tmp_path, {}, draft_vocab=REDUCED)
+    plain_graph, _, _ = build(tmp_path / "plain", {}, draft_vocab=REDUCED)
+    graph, _, _ = build(tmp_path / "filtered", {}, draft_vocab=REDUCED)
     rng = np.random.default_rng(5)
     rows = 60
     context = [rng.standard_normal((3, 2 * HIDDEN)).astype(np.float32) for _ in range(rows)]
@@ -240,7 +241,7 @@ def test_filtered_rows_draw_from_the_filtered_distribution(tmp_path: Path) -> No
     anchors = rng.integers(0, VOCAB, rows).tolist()
     top_k, top_p = rng.integers(0, 5, rows), rng.uniform(0.3, 1.0, rows).astype(np.float32)
     top_p[::4] = 1.0
-    _, plain, _ = graph(context, anchors, temperature=1.5, uniforms=uniforms)
+    _, plain, _ = plain_graph(context, anchors, temperature=1.5, uniforms=uniforms)
     tokens, logits, _ = graph(
         context, anchors, temperature=1.5, top_k=top_k, top_p=top_p, uniforms=uniforms
     )
