@@ -127,7 +127,7 @@ def main(
                 "modes": found,
             }
         )
-        click.echo(f"\n{num_rows} concurrent rows, {len(part.prompts)} prompts\n")
+        click.echo(f"\nConcurrent rows: {num_rows}; prompts: {len(part.prompts)}\n")
         click.echo(_mode_table(found))
     click.echo(_closing(record, costs))
     record["load_average_at_end"] = os.getloadavg()[0]
@@ -225,12 +225,12 @@ def _heading(record: Mapping[str, Any]) -> str:
         f"{engine['block_size']})\n{record['hardware']}; load {record['load_average']:.2f}\n"
         f"{record['num_file_prompts']} prompts of {record['prompts']}, "
         f"{record['num_rejected']} rejected; greedy, {record['new_tokens']} new tokens; "
-        f"{record['repeat']} interleaved runs of each mode"
+        f"{record['repeat']} interleaved runs of each mode, medians and bests"
     )
 
 
 def _mode_table(found: Mapping[str, Any]) -> str:
-    headers = ["spec", "tokens/s median", "best", "x plain median", "best", "τ"]
+    headers = ["spec", "tokens/s", "best", "× plain", "best", "τ"]
     headers += ["draft", "verify", "prefill", "host", "drafted rounds", "differing rows"]
     lines = []
     for mode, values in found.items():
@@ -253,7 +253,7 @@ def _closing(record: Mapping[str, Any], costs: CostTable) -> str:
     last = record["concurrencies"][-1]
     by_source = {mode: last["modes"][mode]["accepted_length_by_source"] for mode in MODES[1:]}
     if by_source["on"]:
-        lines += [f"\nτ by source, {last['rows']} concurrent rows\n"]
+        lines += [f"\nτ by source; concurrent rows: {last['rows']}\n"]
         lines += [
             table(
                 ["source", *by_source],
@@ -282,7 +282,7 @@ def _closing(record: Mapping[str, Any], costs: CostTable) -> str:
     }
     counts = ", ".join(f"{mode} {count}" for mode, count in num_differing.items())
     verdict = "differ" if any(num_differing.values()) else "are identical"
-    lines += [f"\nGreedy texts {verdict}: of {num_compared} rows differ from plain: {counts}\n"]
+    lines += [f"\nGreedy texts {verdict}: {num_compared} rows; differ from plain: {counts}\n"]
     return "\n".join(lines)
 
 

@@ -127,7 +127,7 @@ def test_throughput_counts_rows_that_differ(folder: Path, monkeypatch: pytest.Mo
     result = invoke(throughput.main, folder, "--rows", "2", "--repeat", "2", "--limit", "6")
     modes = last_json(result)["concurrencies"][0]["modes"]
     assert [modes[mode]["num_differing_rows"] for mode in workload.MODES] == [0, 0, 1]
-    assert "of 6 rows differ from plain: off 0, on 0, auto 1" in result.stdout
+    assert "Greedy texts differ: 6 rows; differ from plain: off 0, on 0, auto 1" in result.stdout
 
 
 def test_identity_finds_no_difference_and_agrees_with_transformers(folder: Path) -> None:
