@@ -162,4 +162,4 @@ def test_commands_complete_a_file_of_prompts(
     assert set(found["finish_reason"]) <= {"stop", "length"}
     counts = found["usage"].struct.field("completion_tokens")
     assert counts.is_between(1, 16).all()
-    assert found["usage"].struct.field("prompt_tokens").min() > 10
+    assert (found["usage"].struct.field("prompt_tokens") > 10).all()
