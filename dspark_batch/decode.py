@@ -83,16 +83,26 @@ class Schedule:
         self._num_plain = 0
         self._asked_rows = 0  # rows for which `_pays` was answered; 0: ask again
         self._pays = False
+        self._drafted = False
+        self._pause = 0  # rounds not to draft in
+        self._next_pause = 1
         self._estimate = scheduler.AcceptanceEstimate.from_prior(
             engine.acceptance, prior_weight=_PRIOR_WEIGHT, decay=_DECAY
         )
 
     def drafts(self, running: list[Sequence]) -> bool:
         """Whether this round drafts: decided before any token of it exists."""
+        self._drafted = self._wants_draft(running)
+        return self._drafted
+
+    def _wants_draft(self, running: list[Sequence]) -> bool:
         if self._spec == "off" or not running:
             return False
         if self._spec == "on" or self._costs is None:
             return True
+        if self._pause:
+            self._pause -= 1
+            return False
         if len(running) != self._asked_rows:  # else nothing that the answer rests on has changed
             self._asked_rows = len(running)
             survival = np.broadcast_to(self._estimate.survival, (len(running), self._block_size))
@@ -116,10 +126,17 @@ class Schedule:
         return VerifyPlan(lengths)
 
     def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
-        """Learn from a round that verified something."""
+        """Learn from a round that verified something; pause after a draft that nobody wanted.
+
+        Such a round shows no acceptance, so the estimate alone would draft again, and again.
+        """
         if plan.lengths.any():
             self._estimate = self._estimate.observe(plan.lengths, result.num_accepted)
             self._asked_rows = 0
+            self._next_pause = 1
+        elif self._drafted:
+            self._pause = self._next_pause
+            self._next_pause = min(2 * self._next_pause, _PROBE_ROUNDS)
 
     def _max_lengths(self, running: list[Sequence]) -> NDArray[np.int64]:
         """A row needs no more drafts than its remaining tokens less the bonus."""
