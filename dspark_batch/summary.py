@@ -56,9 +56,8 @@ class Counts:
                 "num_accepted_tokens": self.spec.num_accepted_tokens,
                 "accepted_length": self.spec.accepted_length,
                 "acceptance_rate": self.spec.acceptance_rate,
-                "acceptance_by_position": metrics.acceptance_by_position(
-                    self.spec.accepted_histogram
-                ).tolist(),
+                "num_drafted_rounds": metrics.drafted_rounds(self.spec),
+                "acceptance_by_position": _by_position(self.spec),
                 "accepted_histogram": list(self.spec.accepted_histogram),
             },
         }
@@ -167,15 +166,28 @@ class Summary:
                 for name, seconds in self.phase_seconds.items()
             )
             lines.append(f"time      {', '.join(shares)}")
-        if spec.num_rounds:
+        drafted = metrics.drafted_rounds(spec)
+        if drafted:
+            length = 1 + spec.num_accepted_tokens / drafted
             lines.append(
-                f"accepted  length {spec.accepted_length:.2f}, {spec.acceptance_rate:.0%} of "
-                f"{spec.num_verified_tokens:,} verified draft tokens"
+                f"drafted   {drafted:,} of {spec.num_rounds:,} rounds of a row, "
+                f"{spec.num_verified_tokens:,} tokens verified"
             )
-            positions = metrics.acceptance_by_position(spec.accepted_histogram).tolist()
-            shares = (f"{k}: {share:.0%}" for k, share in enumerate(positions, start=1))
+            lines.append(
+                f"accepted  length {length:.2f} in those, {spec.accepted_length:.2f} in all; "
+                f"{spec.acceptance_rate:.0%} of the verified tokens"
+            )
+            shares = (f"{k}: {share:.0%}" for k, share in enumerate(_by_position(spec), start=1))
             lines.append(f"          by position {', '.join(shares)}")
+        elif spec.num_rounds:
+            lines.append("drafted   nothing: plain decoding")
         return [*lines, f"output    {self.output / 'data'}"]
+
+
+def _by_position(spec: SpecCounts) -> list[float]:
+    """[γ] share of the rounds that drafted whose block was accepted up to each position."""
+    drafted = metrics.drafted_rounds(spec)
+    return metrics.acceptance_by_position(spec.accepted_histogram, num_rounds=drafted).tolist()
 
 
 def rows_line(counts: Counts) -> str:

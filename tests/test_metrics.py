@@ -11,6 +11,7 @@ from dspark_batch.algorithm.metrics import (
     accepted_length,
     add,
     count_rounds,
+    drafted_rounds,
 )
 from dspark_batch.types import SpecCounts
 
@@ -66,3 +67,11 @@ def test_no_rounds_have_no_figures() -> None:
     assert accepted_length((0, 0)) == 0
     assert acceptance_rate((5, 0), 0) == 0
     assert acceptance_by_position((0, 0, 0)).tolist() == [0, 0]
+
+
+def test_rounds_that_drafted_are_told_from_plain_ones() -> None:
+    counts = SpecCounts(10, 8, 6, 4, (8, 0, 2))  # γ = 2: four rounds drafted, six were plain
+    assert drafted_rounds(counts) == 4
+    shares = acceptance_by_position(counts.accepted_histogram, num_rounds=4)
+    assert shares.tolist() == [0.5, 0.5]
+    assert drafted_rounds(SpecCounts(3, 0, 0, 0, (3,))) == 0

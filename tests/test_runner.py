@@ -743,7 +743,8 @@ def test_the_summary_adds_up(tmp_path):
     assert values["run"]["phase_seconds"]["verify"] == 6.0
     text = "\n".join(summary.lines())
     assert "12 ok, 0 errors" in text
-    assert "length 2.50, 60% of 120 verified" in text
+    assert "48 of 48 rounds of a row, 120 tokens verified" in text
+    assert "length 2.50 in those, 2.50 in all; 60% of the verified tokens" in text
     assert "by position 1: 75%, 2: 50%, 3: 25%" in text
     assert str(job.output_folder / "data") in text
 

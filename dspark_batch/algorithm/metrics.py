@@ -58,13 +58,23 @@ def acceptance_rate(accepted_histogram: Sequence[int], num_verified_tokens: int)
     return accepted / num_verified_tokens if num_verified_tokens else 0.0
 
 
-def acceptance_by_position(accepted_histogram: Sequence[int]) -> NDArray[np.float64]:
-    """Share [γ] of all rounds whose block was accepted up to each position; 0 without rounds.
+def acceptance_by_position(
+    accepted_histogram: Sequence[int], *, num_rounds: int | None = None
+) -> NDArray[np.float64]:
+    """Share [γ] of rounds whose block was accepted up to each position; 0 without rounds.
 
     Unconditional, so it falls along the block and τ = 1 + its sum. Rounds that verified less than
-    the position count as not reaching it.
+    the position count as not reaching it. `num_rounds` is of which rounds: all by default; those
+    that drafted are another choice, since one that drafted nothing accepted nothing.
     """
     rounds = np.asarray(accepted_histogram, dtype=np.float64)
     at_least = np.cumsum(rounds[::-1])[::-1]
-    shares: NDArray[np.float64] = at_least[1:] / max(rounds.sum(), 1.0)
+    of = rounds.sum() if num_rounds is None else num_rounds
+    shares: NDArray[np.float64] = at_least[1:] / max(of, 1.0)
     return shares
+
+
+def drafted_rounds(counts: SpecCounts) -> int:
+    """Rounds that drafted: a drafted block always has γ tokens."""
+    block_size = len(counts.accepted_histogram) - 1
+    return counts.num_draft_tokens // block_size if block_size > 0 else 0
