@@ -179,7 +179,7 @@ def run(
     from dspark_batch.runner import run as run_job
 
     def open_measured(folder: Path, *, max_rows: int | None = None) -> Engine:
-        engine = open_engine(folder, max_rows=max_rows)
+        engine = open_engine(folder, max_rows=max_rows, with_draft=job.spec != "off")
         if job.spec == "auto":
             ensure_costs(engine, progress=progress.phase)
         return engine

@@ -183,9 +183,10 @@ class Engine:
         self._runtime.close()
 
 
-def open_engine(folder: Path, *, max_rows: int | None = None) -> Engine:
+def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool = True) -> Engine:
     """Open an engine folder for up to `max_rows` concurrent rows (default: the manifest's).
 
+    Without its draft an engine decodes plainly and keeps no context for one.
     The cost table is the one measured on this machine, None where there is none.
 
     Raises:
@@ -194,6 +195,8 @@ def open_engine(folder: Path, *, max_rows: int | None = None) -> Engine:
     from dspark_batch.runtimes import RUNTIMES
 
     manifest = read_manifest(folder)
+    if not with_draft:
+        manifest = manifest.model_copy(update={"draft": None})
     rows = max_rows or manifest.limits.max_rows
     module = import_module(RUNTIMES[manifest.runtime])
     engine = Engine(

@@ -30,7 +30,10 @@ class Fakes:
         self.opened: list[tuple[Path, int | None]] = []
         self.exported: list[dict[str, object]] = []
 
-    def open_engine(self, folder: Path, *, max_rows: int | None = None) -> FakeEngine:
+    def open_engine(
+        self, folder: Path, *, max_rows: int | None = None, with_draft: bool = True
+    ) -> FakeEngine:
+        self.with_draft = with_draft
         self.opened.append((folder, max_rows))
         if folder.name == "missing":
             raise EngineError("no engine missing;\n  build it with: dspark-batch export missing")
@@ -347,3 +350,9 @@ def test_help_imports_nothing_heavy(command):
     )
     assert done.stderr.strip() == "[]"
     assert done.stdout
+
+
+@pytest.mark.parametrize(("spec", "with_draft"), [("off", False), ("on", True), ("auto", True)])
+def test_plain_decoding_does_not_load_the_draft(fakes, spec, with_draft):
+    assert invoke("run", write(["one"]), "--spec", spec).exit_code == 0
+    assert fakes.with_draft is with_draft

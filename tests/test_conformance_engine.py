@@ -107,3 +107,24 @@ def test_manifest_says_what_the_checkpoint_says(conformance: tuple[Engine, Path]
     assert draft.block_size == config["block_size"] == engine.block_size
     assert list(draft.target_layer_ids) == config["target_layer_ids"]
     assert draft.markov_rank == config["markov_rank"]
+
+
+def test_an_engine_opened_without_its_draft_decodes_plainly(
+    conformance: tuple[Engine, Path],
+) -> None:
+    engine, folder = conformance
+    prompt = prompt_arrays(folder)[0]["prompt_ids"].reshape(-1).tolist()
+    texts = []
+    for temperature in (0.0, 0.8):
+        params = SamplingParams(max_new_tokens=20, temperature=temperature, seed=3)
+        plain = open_engine(engine.folder, with_draft=False)
+        assert plain.block_size == 0
+        assert plain.fingerprint == engine.fingerprint
+        stats = DecodeStats()
+        (found,) = decode([Prompt(0, tuple(prompt), params)], plain, spec="auto", stats=stats)
+        assert stats.spec.num_draft_tokens == 0
+        texts.append(found.token_ids)
+        plain.close()
+    params = SamplingParams(max_new_tokens=20)
+    (found,) = decode([Prompt(0, tuple(prompt), params)], engine, spec="on", stats=DecodeStats())
+    assert found.token_ids == texts[0]

@@ -100,7 +100,8 @@ class OrtRuntime:
             most_tokens=manifest.limits.max_tokens + self._block_size,
         )
         self._rows: dict[int, _Row] = {}
-        draft_vocab_size = draft_info.vocab_size if draft_info else 1
+        inputs = {value.name: value for value in self._target.get_inputs()}
+        draft_vocab_size = inputs["draft_logits"].shape[2]
         self._no_logits = np.zeros((max_rows, self._block_size, draft_vocab_size), np.float32)
 
     def admit(self, slot: int) -> None:
