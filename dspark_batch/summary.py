@@ -187,7 +187,8 @@ class Summary:
 def _by_position(spec: SpecCounts) -> list[float]:
     """[γ] share of the rounds that drafted whose block was accepted up to each position."""
     drafted = metrics.drafted_rounds(spec)
-    return metrics.acceptance_by_position(spec.accepted_histogram, num_rounds=drafted).tolist()
+    shares = metrics.acceptance_by_position(spec.accepted_histogram, num_rounds=drafted)
+    return [float(share) for share in shares]
 
 
 def rows_line(counts: Counts) -> str:
