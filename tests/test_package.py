@@ -1,0 +1,97 @@
+"""What the package shows, and which module may import what."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import dspark_batch
+
+ROOT = Path(dspark_batch.__file__).parent
+HEAVY = {"onnx", "onnxruntime", "torch", "pyarrow", "polars", "gguf", "safetensors", "transformers"}
+OWNERS = {
+    "torch": ("training/",),
+    "onnxruntime": ("runtimes/",),
+    "pyarrow": ("parquet.py", "parts.py", "columns.py", "plan.py", "check.py", "shards.py"),
+    "onnx": ("models/", "drafters/", "export/", "plugin/"),
+    "gguf": ("weights/",),
+    "safetensors": ("weights/", "training/"),
+}
+
+
+def sources() -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py"))
+
+
+def imports(name: str) -> set[str]:
+    """Every module that a file imports, wherever the statement stands."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: relative import"
+            found.add(str(node.module))
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def top(modules: set[str]) -> set[str]:
+    return {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names)
+
+
+def test_the_public_surface_is_small() -> None:
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assigned = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert assigned <= {"__version__", "__all__"}
+    shown = set(getattr(dspark_batch, "__all__", ["__version__"]))
+    assert shown == {"__version__"}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in sources() if n.startswith("algorithm/") or n in ("types.py", "decode.py")]
+)
+def test_the_algorithm_needs_numpy_alone(name: str) -> None:
+    assert top(imports(name)) <= {"numpy", "dspark_batch"}
+    own = {module for module in imports(name) if module.startswith("dspark_batch.")}
+    allowed = ("dspark_batch.algorithm", "dspark_batch.types")
+    if name == "decode.py":
+        allowed = (*allowed, "dspark_batch.engine")  # for type checkers only
+    assert all(module.startswith(allowed) for module in own)
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_a_heavy_library_has_owners(library: str) -> None:
+    users = [name for name in sources() if library in top(imports(name))]
+    assert users
+    assert not [name for name in users if not name.startswith(OWNERS[library])]
+
+
+def test_the_loop_names_no_runtime_and_a_runtime_no_file_format() -> None:
+    loop = (ROOT / "decode.py").read_text().lower()
+    assert not [word for word in ("onnx", "tensorrt", "runtimes", "parquet") if word in loop]
+    for name in sources():
+        if name.startswith("runtimes/"):
+            text = (ROOT / name).read_text().lower()
+            assert not [word for word in ("parquet", "pyarrow", "polars") if word in text]
+            assert not imports(name) & {"dspark_batch.decode", "dspark_batch.engine"}
+
+
+def test_the_engine_knows_no_cache_and_no_library() -> None:
+    assert not top(imports("engine.py")) & HEAVY
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for name in sources():
+        assert ast.get_docstring(ast.parse((ROOT / name).read_text())), name
+    banned = {"utils.py", "common.py", "helpers.py", "misc.py"}
+    assert not banned & {Path(name).name for name in sources()}
