@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,15 @@ from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
 from dspark_batch.types import DraftBlock, VerifyResult
 
+_ROW_INPUTS = ("temperature", "top_k", "top_p", "uniforms")
+_TARGET_INPUTS = (
+    *("tokens", "starts", "token_index", "cell_index", "logit_tokens", "logit_rows"),
+    *("draft_tokens", "lengths", "draft_logits", *_ROW_INPUTS),
+)
+_DRAFT_INPUTS = (
+    *("context", "context_tokens", "context_index", "context_starts"),
+    *("anchors", "anchor_positions", *_ROW_INPUTS),
+)
 _MAX_PENDING = 4096  # context tokens kept before the draft takes them in
 
 
@@ -48,22 +57,27 @@ def _processor() -> str:
     return " ".join(values[key] for key in wanted if key in values) or platform.machine()
 
 
-def open_session(path: Path, *, threads: int) -> ort.InferenceSession:
-    """Open one graph on the CPU.
+def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> ort.InferenceSession:
+    """Open one graph on the CPU. `inputs` are those that it must have, its caches aside.
 
     Raises:
-        EngineError: the file is missing or ONNX Runtime refuses it.
+        EngineError: the file is missing, ONNX Runtime refuses it, or it has other inputs.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    again = "build the engine again: dspark-batch export model --force"
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as problem:  # ORT's exceptions have no common public base
         raise EngineError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; "
-            "build the engine again: dspark-batch export model --force"
+            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; {again}"
         ) from problem
+    found = {value.name for value in session.get_inputs() if not value.name.startswith("past_")}
+    if inputs and found != set(inputs):
+        differing = ", ".join(sorted(found ^ set(inputs)))
+        raise EngineError(f"{path} was built by another version ({differing} differ); {again}")
+    return session
 
 
 @dataclass(slots=True)
@@ -90,8 +104,12 @@ class OrtRuntime:
         """Open the pair in `folder`; `threads` 0 lets ONNX Runtime choose."""
         draft_info = manifest.draft
         draft_shape = draft_info.cache if draft_info else None
-        self._target = open_session(folder / "target.onnx", threads=threads)
-        self._draft = open_session(folder / "draft.onnx", threads=threads) if draft_shape else None
+        self._target = open_session(folder / "target.onnx", threads=threads, inputs=_TARGET_INPUTS)
+        self._draft = (
+            open_session(folder / "draft.onnx", threads=threads, inputs=_DRAFT_INPUTS)
+            if draft_shape
+            else None
+        )
         self._block_size = draft_info.block_size if draft_info else 1
         self._buckets = buckets_for(
             manifest.target.cache,
