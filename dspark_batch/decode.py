@@ -243,11 +243,18 @@ class Slots:
 
     def _hits_stop_string(self, sequence: Sequence) -> bool:
         """Whether the text now holds a stop string; keeps the text before the first one."""
-        tokenizer = self._engine.tokenizer if sequence.prompt.params.stop else None
+        stops = sequence.prompt.params.stop
+        tokenizer = self._engine.tokenizer if stops else None
         if tokenizer is None:
             return False
-        text = tokenizer.decode(sequence.tokens[sequence.num_prompt_tokens :])
-        found = [text.find(stop) for stop in sequence.prompt.params.stop if stop in text]
+        # A token adds a character or a part of one (at most four bytes), so the end of the row
+        # shows whether a stop can have come up; only then is the whole text looked at.
+        new = sequence.tokens[sequence.num_prompt_tokens :]
+        window = 4 * max(map(len, stops)) + 8
+        if not any(stop in tokenizer.decode(new[-window:]) for stop in stops):
+            return False
+        text = tokenizer.decode(new)
+        found = [text.find(stop) for stop in stops if stop in text]
         if found:
             sequence.text = text[: min(found)]
         return bool(found)

@@ -192,3 +192,25 @@ def test_an_engine_without_a_draft_and_a_tokenizer_decodes_plainly(tmp_path: Pat
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) == 7
     engine.close()
+
+
+def test_an_engine_for_very_short_rows_can_be_built_and_run(tmp_path: Path) -> None:
+    target = write_target(tmp_path / "target", target_config("llama"))
+    draft = write_draft(tmp_path / "draft", draft_config())
+    engine = open_engine(export_pair(tmp_path, target, draft, max_tokens=12))
+    prompts = [Prompt(0, (1, 2, 3, 4, 5, 6, 7), SamplingParams(max_new_tokens=5))]
+    texts = {
+        spec: [c.token_ids for c in decode(prompts, engine, spec=spec, stats=DecodeStats())]
+        for spec in ("off", "on", "auto")
+    }
+    assert texts["off"] == texts["on"] == texts["auto"]
+    engine.close()
+
+
+def test_another_drafter_or_source_is_another_engine(workspace: Path) -> None:
+    before = read_manifest(export_again(workspace))
+    shutil.copytree(workspace / "draft", workspace / "same-weights")
+    after = read_manifest(export_pair(workspace, workspace / "target", workspace / "same-weights"))
+    assert before.draft is not None
+    assert after.draft is not None
+    assert (after.draft.files, after.draft.source) != (before.draft.files, before.draft.source)

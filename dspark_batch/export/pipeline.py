@@ -52,6 +52,7 @@ from dspark_batch.weights import Weights, open_weights, sha256_of
 
 Progress = Callable[[str], None]
 _CHECK_PROMPTS = 4
+_LEAST_POSITIONS = 512
 
 
 def export(
@@ -135,9 +136,7 @@ class _Export:
             there = read_manifest(self._output)
         except EngineError:
             return False
-        same_draft = (there.draft is None) == (self._draft_info is None)
-        if there.draft is not None and self._draft_info is not None:
-            same_draft = there.draft.files == self._draft_info.files
+        same_draft = _origin(there.draft) == _origin(self._draft_info)
         return (
             same_draft
             and there.target == self._target_info
@@ -197,7 +196,9 @@ class _Export:
             smoothing=self._smoothing(),
         )
         taps = self._draft_spec.taps if self._draft_spec else (self._spec.num_layers - 1,)
-        reach = engine.max_tokens + (self._draft_spec.block_size if self._draft_spec else 0) + 1
+        gamma = self._draft_spec.block_size if self._draft_spec else 0
+        # Positions that a graph must know: the check and the measurements want a few of their own.
+        reach = max(engine.max_tokens, _LEAST_POSITIONS) + gamma + 1
         graph.build(taps=taps, draft_vocab=self._draft_vocab, max_tokens=reach)
         builder.save()
         if self._draft_spec is not None:
@@ -205,7 +206,9 @@ class _Export:
 
     def _example_prompts(self, folder: Path) -> list[tuple[int, ...]]:
         tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
-        return example_prompts(tokenizer, vocab_size=self._spec.vocab_size)
+        most = self._recipe.engine.max_tokens // 2
+        prompts = example_prompts(tokenizer, vocab_size=self._spec.vocab_size)
+        return [prompt[:most] for prompt in prompts]
 
     def _smoothing(self) -> Smoothing:
         """For int8: the factors that the example prompts ask for. fp32 needs none."""
@@ -295,6 +298,11 @@ class _Export:
             parity=parity,
         )
         (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=1) + "\n")
+
+
+def _origin(draft: DraftInfo | None) -> tuple[object, ...]:
+    """What a draft was built from, without what was measured of it."""
+    return () if draft is None else (draft.drafter, draft.source, draft.files)
 
 
 def _versions() -> dict[str, str]:
