@@ -51,7 +51,7 @@ def main(
 
     \b
     Example:
-      python benchmarks/precision.py engines/fp32 engines/model --limit 32
+      python benchmarks/precision.py engines/model-fp32 engines/model --limit 32
     """
     texts: list[list[int]] = []
     expected: list[NDArray[np.float32]] = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import identity
 import numpy as np
+import precision
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -225,3 +226,18 @@ def test_a_limited_workload_spreads_over_the_file(folder: Path) -> None:
     assert [prompt.row for prompt in again.prompts] == list(range(6))
     assert [len(p.token_ids) for p in found.spread(2).prompts] == [3, 11]
     engine.close()
+
+
+def test_precision_compares_an_engine_with_its_fp32_twin(folder: Path, tmp_path: Path) -> None:
+    candidate = export_pair(tmp_path, folder / "target", folder / "draft", precision="int8")
+    prompts = ["--prompts", str(folder / "prompts.parquet"), "--new-tokens", "8", "--limit", "6"]
+    engines = [str(folder / "engines/tiny"), str(candidate)]
+    result = CliRunner().invoke(precision.main, [*engines, *prompts])
+    assert result.exit_code == 0, result.output
+    fp32, int8 = last_json(result)["engines"]
+    assert (fp32["precision"], int8["precision"]) == ("fp32", "int8")
+    assert (fp32["agreement"], fp32["kl"]) == (1.0, 0.0)
+    assert 0.5 < int8["agreement"] <= 1.0
+    assert 0 < int8["kl"] < 0.1
+    assert int8["tokens_per_second"] > 0
+    assert fp32["num_tokens"] == int8["num_tokens"] > 6

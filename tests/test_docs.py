@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
     ROOT / "jobs" / "README.md",
+    ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "dspark_batch" / "cli.py",
 ]
@@ -43,10 +44,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(str(target / "tokenizer.json"))
     draft = write_draft(folder / "draft", tiny_draft_config())
     (folder / "export").mkdir()
-    (folder / "export" / "model.toml").write_text(
-        f'[target]\nweights = "{target}"\n[draft]\nweights = "{draft}"\n'
-        "[engine]\nmax_rows = 4\nmax_tokens = 400\n"
-    )
+    for recipe in (ROOT / "export").glob("*.toml"):
+        (folder / "export" / recipe.name).write_text(
+            f'[target]\nweights = "{target}"\n[draft]\nweights = "{draft}"\n'
+            "[engine]\nmax_rows = 4\nmax_tokens = 400\n"
+        )
     return folder
 
 
