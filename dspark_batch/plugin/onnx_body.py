@@ -1,7 +1,7 @@
 """`dspark::DSparkVerify` as a model-local ONNX function of standard ops.
 
 Contract (the same for every body; `algorithm.acceptance.verify` is the specification). R rows,
-K >= 1 draft columns of this round, N rows of logits, V vocabulary, D draft vocabulary:
+K >= 0 draft columns of this round, N rows of logits, V vocabulary, D draft vocabulary:
 
     logits        float [N, V]     the target's logits of the tokens in this pass
     logit_rows    int64 [R, K+1]   row of `logits` for the anchor and each draft token; padding: any
@@ -204,7 +204,6 @@ _BODY = f"""
             greedy_column = GatherElements <axis = 1> (choices, accepted_column)
             greedy_token = Squeeze (greedy_column, axis1)
             row_numbers = Range (zero, rows_scalar, one)
-            last_draft = Sub (drafts_scalar, one)
             num_cells = Add (drafts_scalar, one)
             row_cells = Mul (row_numbers, num_cells)
             target_cell = Add (row_cells, accepted_then)
@@ -212,13 +211,12 @@ _BODY = f"""
             flat_shape = Concat <axis = 0> (minus_ones, vocab_shape)
             flat_target = Reshape (target_probs, flat_shape)
             at_target = Gather (flat_target, target_cell)
-            row_drafts = Mul (row_numbers, drafts_scalar)
-            in_draft = Min (accepted_then, last_draft)
-            draft_cell = Add (row_drafts, in_draft)
+            nothing = Constant <value_ints = [0, 0, 0, 0, 1, 0]> ()
+            ended_probs = Pad (draft_probs, nothing)
             draft_vocab_shape = Shape <start = 2, end = 3> (draft_probs)
             flat_draft_shape = Concat <axis = 0> (minus_ones, draft_vocab_shape)
-            flat_draft = Reshape (draft_probs, flat_draft_shape)
-            at_draft0 = Gather (flat_draft, draft_cell)
+            flat_draft = Reshape (ended_probs, flat_draft_shape)
+            at_draft0 = Gather (flat_draft, target_cell)
             rejected = Less (accepted_then, lengths)
             rejected1 = Unsqueeze (rejected, axis1)
             at_draft = Where (rejected1, at_draft0, fzero)

@@ -336,7 +336,7 @@ def _logit_feeds(spans: list[Span], counts: Ints, lengths: Ints) -> dict[str, ND
     """Which tokens get logits (the last 1 + ℓ of each row), and the drafts among them."""
     wanted = lengths + 1
     ends, logit_ends = np.cumsum(counts), np.cumsum(wanted)
-    num_drafts = max(int(lengths.max()), 1)
+    num_drafts = int(lengths.max())
     columns = np.minimum(np.arange(num_drafts + 1)[None, :], lengths[:, None])
     draft_tokens = np.zeros((len(spans), num_drafts), np.int64)
     for r, (span, length) in enumerate(zip(spans, lengths.tolist(), strict=True)):
