@@ -66,6 +66,8 @@ def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> o
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # The pair's two thread pools take turns: one that spins on would hold the other's cores.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     again = "build the engine again: dspark-batch export model --force"
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
