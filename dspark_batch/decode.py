@@ -126,15 +126,20 @@ class Schedule:
         return VerifyPlan(lengths)
 
     def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
-        """Learn from a round that verified something; pause after a draft that nobody wanted.
+        """Learn from a round that drafted; pause after a draft that nobody wanted.
 
-        Such a round shows no acceptance, so the estimate alone would draft again, and again.
+        What counts is what drafting brought: a token that was not worth verifying brought as
+        little as a rejected one. Else only confident rounds would be seen, and every estimate
+        from them would be too good.
         """
+        if not self._drafted:
+            return
+        whole = np.full(len(plan.lengths), self._block_size)
+        self._estimate = self._estimate.observe(whole, result.num_accepted)
+        self._asked_rows = 0
         if plan.lengths.any():
-            self._estimate = self._estimate.observe(plan.lengths, result.num_accepted)
-            self._asked_rows = 0
             self._next_pause = 1
-        elif self._drafted:
+        else:
             self._pause = self._next_pause
             self._next_pause = min(2 * self._next_pause, _PROBE_ROUNDS)
 
