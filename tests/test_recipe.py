@@ -183,4 +183,4 @@ def test_the_default_recipe_of_the_repository_is_valid(monkeypatch: pytest.Monke
     assert recipe.target.license == "Apache-2.0"
     assert recipe.draft is not None
     assert recipe.draft.drafter == "dspark"
-    assert recipe.engine.max_tokens == 2048
+    assert recipe.engine.max_tokens == 4096
