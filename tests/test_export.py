@@ -214,3 +214,24 @@ def test_another_drafter_or_source_is_another_engine(workspace: Path) -> None:
     assert before.draft is not None
     assert after.draft is not None
     assert (after.draft.files, after.draft.source) != (before.draft.files, before.draft.source)
+
+
+def test_a_dflash_draft_is_built_and_drafts(tmp_path: Path) -> None:
+    target = write_target(tmp_path / "target", target_config("llama"))
+    plain_head = {"markov_rank": 0, "enable_confidence_head": False}
+    draft = write_draft(tmp_path / "draft", draft_config(**plain_head))
+    folder = export_pair(tmp_path, target, draft)
+    recipe = tmp_path / "export" / "tiny.toml"
+    recipe.write_text(recipe.read_text().replace("[draft]", '[draft]\ndrafter = "dflash"'))
+    engine = open_engine(pipeline.export(recipe, output=folder))
+    assert engine.manifest.draft is not None
+    assert engine.manifest.draft.drafter == "dflash"
+    prompts = [Prompt(0, (1, 2, 3, 4), SamplingParams(max_new_tokens=12))]
+    texts = {}
+    for spec in ("off", "on"):
+        stats = DecodeStats()
+        (found,) = decode(prompts, engine, spec=spec, stats=stats)
+        texts[spec] = found.token_ids
+    assert stats.spec.num_verified_tokens > 0
+    assert texts["on"] == texts["off"]
+    engine.close()

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 
 from dspark_batch import __version__
 from dspark_batch.drafters import DRAFTERS
-from dspark_batch.drafters.dspark import DSparkGraph
 from dspark_batch.drafters.spec import DraftSpec, check_taps, draft_spec
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
@@ -227,7 +227,9 @@ class _Export:
                 f"the draft's hidden_size {self._draft_spec.hidden_size} is not the target's "
                 f"{self._spec.hidden_size}: it cannot share the target's embedding"
             )
-        DSparkGraph(
+        assert self._recipe.draft is not None
+        drafter = import_module(DRAFTERS[self._recipe.draft.drafter])
+        drafter.DSparkGraph(
             builder, self._draft_spec, weights.tensor, precision=self._recipe.engine.precision
         ).build(
             embed=self._embedding(builder, weights, embed),
