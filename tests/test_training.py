@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -590,6 +591,16 @@ def test_training_lowers_the_loss_and_raises_accepted_length(
     assert evaluate(exported, held_out).tau_greedy == pytest.approx(log[-1]["tau_greedy"], rel=0.05)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Matrix products on several threads may add in another order each time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("bf16", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.2)])
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     target: Any, sequences: list[TrainingSequence], tmp_path: Path, bf16: bool, dropout: float
@@ -637,10 +648,37 @@ def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    options = TrainingOptions(num_steps=1000, learning_rate=2.0)
-    rates = [learning_rate_at(step, options) for step in range(1001)]
-    assert rates[0] == pytest.approx(2.0 / 40)
-    assert max(rates) == rates[39] == rates[40] == 2.0
+    options = TrainingOptions(num_steps=1000, learning_rate=2.0, warmup_share=0.04)
+    rates = [learning_rate_at(step / 1000, options) for step in range(1001)]
+    assert rates[0] == 0.0
+    assert rates[20] == pytest.approx(1.0)
+    assert max(rates) == rates[40] == 2.0
     assert rates[520] == pytest.approx(1.0)
     assert rates[1000] == pytest.approx(0.0, abs=1e-12)
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[40:]))
+
+
+def test_a_run_is_as_long_as_its_steps_or_its_seconds() -> None:
+    for wrong in ({}, {"num_steps": 3, "seconds": 3.0}):
+        with pytest.raises(ValueError, match="num_steps or seconds"):
+            TrainingOptions(**wrong)
+
+
+def test_a_run_by_the_clock_counts_the_time_before_a_restart(
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path
+) -> None:
+    options = TrainingOptions(seconds=3600.0, batch_size=2, num_anchors=4)
+
+    def trainer() -> Trainer:
+        source = FeatureSource(TargetTaps(target, (0,)), sequences, max_cache_bytes=0)
+        return Trainer(fitted_draft(target), source, options=options, folder=tmp_path)
+
+    first = trainer()
+    first.run(stop_at=2)
+    spent = first.seconds
+    assert 0.0 < spent < 3600.0
+    second = trainer()
+    second.run(stop_at=3)
+    assert second.step == 3
+    assert second.seconds > spent
+    assert second.progress == pytest.approx(second.seconds / 3600.0, abs=1e-3)

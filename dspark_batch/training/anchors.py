@@ -7,7 +7,7 @@ while every label up to it lies in the response.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class AnchorBatch:
     mask: Tensor
     """[b, A, γ] bool: slots that count; all false for a dummy."""
 
+    def to(self, device: torch.device) -> AnchorBatch:
+        """The same on another device."""
+        return AnchorBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
 
 def valid_anchors(loss_mask: Tensor) -> Tensor:
     """`[b, S]` bool: both this and the next position are response tokens."""
@@ -49,9 +53,9 @@ def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generat
 
 def anchor_batch(batch: FeatureBatch, anchors: Tensor, block_size: int) -> AnchorBatch:
     """Previous tokens, labels and mask of the blocks at `anchors [b, A]` (-1: a dummy)."""
-    rows = torch.arange(len(anchors))[:, None, None]
+    rows = torch.arange(len(anchors), device=anchors.device)[:, None, None]
     kept, anchors = anchors >= 0, anchors.clamp(min=0)
-    slots = anchors[..., None] + torch.arange(block_size)
+    slots = anchors[..., None] + torch.arange(block_size, device=anchors.device)
     last = batch.token_ids.shape[1] - 1
     inside = batch.loss_mask[rows, (slots + 1).clamp(max=last)] & (slots + 1 <= last)
     return AnchorBatch(
@@ -67,8 +71,8 @@ def aligned_target_probs(draft: DSparkDraft, batch: FeatureBatch, anchors: Tenso
 
     Normalised over the full vocabulary, so a row sums to the mass that the draft can cover.
     """
-    rows = torch.arange(len(anchors))[:, None, None]
-    slots = anchors[..., None] + torch.arange(draft.config.block_size)
+    rows = torch.arange(len(anchors), device=anchors.device)[:, None, None]
+    slots = anchors[..., None] + torch.arange(draft.config.block_size, device=anchors.device)
     slots = slots.clamp(max=batch.token_ids.shape[1] - 1)
     logits = functional.linear(
         batch.last_hidden[rows, slots], draft.head_weight.to(batch.last_hidden.dtype)

@@ -83,6 +83,7 @@ def evaluate(
     """Evaluate on the sequences at `indices` (all by default), one at a time, without dropout."""
     was_training = draft.training
     draft.eval()
+    device = draft.fc.weight.device
     generator = torch.Generator().manual_seed(seed)
     block_size = draft.config.block_size
     sums, counts = torch.zeros(block_size), torch.zeros(block_size)
@@ -90,11 +91,11 @@ def evaluate(
     rounds = committed = 0
     for index in range(len(source)) if indices is None else indices:
         batch = source.batch([index])
+        anchors = sample_anchors(batch.loss_mask, num_anchors, generator)
+        blocks = anchor_batch(batch, anchors[:, anchors[0] >= 0], block_size).to(device)
+        batch = batch.to(device)
         replay = replay_greedy(draft, batch)
         rounds, committed = rounds + replay.num_rounds, committed + replay.num_committed
-
-        anchors = sample_anchors(batch.loss_mask, num_anchors, generator)
-        blocks = anchor_batch(batch, anchors[:, anchors[0] >= 0], block_size)
         if blocks.anchors.numel() == 0:
             continue
         scores = draft.forward_packed(
@@ -109,9 +110,9 @@ def evaluate(
             weights=LossWeights(),
         )
         losses.append(float(terms.total))
-        kept = terms.acceptance * blocks.mask
+        kept = (terms.acceptance * blocks.mask).cpu()
         sums += kept.sum((0, 1))
-        counts += blocks.mask.sum((0, 1))
+        counts += blocks.mask.cpu().sum((0, 1))
         products += float(kept.cumprod(-1).sum())
         blocks_seen += blocks.anchors.numel()
     draft.train(was_training)

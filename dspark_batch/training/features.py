@@ -8,7 +8,7 @@ Symbols: b sequences, S positions (right-padded), m tapped layers, d hidden size
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol, cast
 
 import torch
@@ -56,6 +56,10 @@ class FeatureBatch:
     """[b, S, d] after the final norm; zero on prompt rows."""
     log_normalizer: Tensor
     """[b, S] fp32 logsumexp of the full-vocabulary logits; zero on prompt rows."""
+
+    def to(self, device: torch.device) -> FeatureBatch:
+        """The same on another device."""
+        return FeatureBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,16 @@ from dspark_batch.training.losses import LossWeights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingOptions:
-    """How to train. One step sees `batch_size` sequences with up to `num_anchors` blocks each."""
+    """How to train. One step sees `batch_size` sequences with up to `num_anchors` blocks each.
 
-    num_steps: int
+    Exactly one of `num_steps` and `seconds` says how long; ValueError otherwise. By the clock a
+    run ends when the machine has had its time, however loaded it was; only by steps does a
+    resumed run end with the weights of one that was never stopped.
+    """
+
+    num_steps: int | None = None
+    seconds: float | None = None
+    """Wall clock spent in training steps, evaluation and checkpoints included."""
     batch_size: int = 8
     num_anchors: int = 32
     learning_rate: float = 6e-4
@@ -31,11 +38,15 @@ class TrainingOptions:
     checkpoint_seconds: float = 180.0
     evaluate_seconds: float = 300.0
 
+    def __post_init__(self) -> None:
+        if (self.num_steps is None) == (self.seconds is None):
+            raise ValueError("give num_steps or seconds, not both")
 
-def learning_rate_at(step: int, options: TrainingOptions) -> float:
-    """Linear warm-up, then cosine to zero at `num_steps`."""
-    warmup = max(1, round(options.warmup_share * options.num_steps))
-    if step < warmup:
-        return options.learning_rate * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, options.num_steps - warmup))
-    return options.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+def learning_rate_at(progress: float, options: TrainingOptions) -> float:
+    """Linear warm-up, then cosine to zero; `progress` is the share of the run done, in [0, 1]."""
+    warmup = options.warmup_share
+    if progress < warmup:
+        return options.learning_rate * progress / warmup
+    done = min(1.0, (progress - warmup) / (1.0 - warmup))
+    return options.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))

@@ -1,8 +1,9 @@
 """The training loop: AdamW, warm-up and cosine, clipping, EMA, checkpoints that resume exactly.
 
-Everything random is derived from the seed and the step, so a run that was killed and resumed ends
-with the weights of one that was not. The folder holds `state.pt` (resume), `log.jsonl` (one JSON
-object per line) and `export/` (the best draft so far by greedy τ, deployable at any time).
+Everything random is derived from the seed and the step, so a run by steps that was killed and
+resumed ends with the weights of one that was not: bit by bit on one thread, to rounding on several.
+The folder holds `state.pt` (resume), `log.jsonl` (one JSON object per line) and `export/` (the best
+draft so far by greedy τ, deployable at any time).
 """
 
 from __future__ import annotations
@@ -61,38 +62,59 @@ class Trainer:
         if options.compile:
             self._hidden_packed = torch.compile(draft.hidden_packed, dynamic=True)
             self._loss = torch.compile(dspark_loss)
+        self.device = draft.fc.weight.device
         self.step = self.epoch = self.place = 0
         self.best_tau = 0.0
+        self._seconds_before = 0.0  # trained before this process
         self._last_checkpoint = self._last_evaluation = self._started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def seconds(self) -> float:
+        """Wall clock of the run so far, that of earlier processes included."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 1 at its end."""
+        if self.options.num_steps is not None:
+            return min(1.0, self.step / self.options.num_steps)
+        assert self.options.seconds is not None
+        return min(1.0, self.seconds / self.options.seconds)
+
     def run(self, *, stop_at: int | None = None) -> None:
-        """Train to `num_steps` (or `stop_at`, to be resumed), evaluating and saving on the way."""
+        """Train to the end (or to step `stop_at`, to be resumed); evaluate and save on the way."""
         self.resume()
-        end = min(self.options.num_steps, stop_at or self.options.num_steps)
-        while self.step < end:
-            for batch in self._epoch(end):
+        self._started = self._last_evaluation = self._last_checkpoint = time.monotonic()
+
+        def running() -> bool:
+            return self.progress < 1.0 and (stop_at is None or self.step < stop_at)
+
+        while running():
+            for batch in self._epoch(running):
                 terms, norm = self.train_step(batch)
                 if self.step % self.options.log_every == 0:
                     self._log_step(terms, norm)
                 self._when_due()
-        self.save_state()
-        if self.step == self.options.num_steps:
+        if self.progress >= 1.0:
             self.evaluate_and_export()
+        self.save_state()
 
     def train_step(self, batch: FeatureBatch) -> tuple[LossTerms, Tensor]:
         """One optimiser step on one batch; the loss terms and the gradient norm before clipping."""
         options, draft = self.options, self.draft
+        rate = learning_rate_at(self.progress, options)
         seed = options.seed * 1_000_003 + self.step
         generator = torch.Generator().manual_seed(seed)
         anchors = sample_anchors(batch.loss_mask, options.num_anchors, generator)
-        blocks = anchor_batch(batch, anchors, draft.config.block_size)
+        blocks = anchor_batch(batch, anchors, draft.config.block_size).to(self.device)
+        batch = batch.to(self.device)
         with torch.no_grad():
             target_probs = aligned_target_probs(draft, batch, blocks.anchors)
         draft.train()
         with (
             torch.random.fork_rng(devices=[]),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.bf16),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=options.bf16),
         ):
             torch.manual_seed(seed)  # of the dropout
             hidden = self._hidden_packed(batch.features, blocks.previous[..., 0], blocks.anchors)
@@ -109,7 +131,7 @@ class Trainer:
         terms.total.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, options)
+            group["lr"] = rate
         self.optimizer.step()
         self.step += 1
         self._update_average()
@@ -139,9 +161,9 @@ class Trainer:
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return [batches[i] for i in shuffled]
 
-    def _epoch(self, end: int) -> Iterator[FeatureBatch]:
+    def _epoch(self, running: Callable[[], bool]) -> Iterator[FeatureBatch]:
         batches = self.batches(self.epoch)
-        while self.place < len(batches) and self.step < end:
+        while self.place < len(batches) and running():
             self.place += 1
             yield self.source.batch(batches[self.place - 1])
         if self.place >= len(batches):
@@ -180,7 +202,7 @@ class Trainer:
             if self.held_out is None:
                 save_draft(self.draft, self.folder / "export")
                 return None
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.options.bf16):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.options.bf16):
                 result = evaluate(self.draft, self.held_out, seed=self.options.seed)
             if result.tau_greedy > self.best_tau:
                 self.best_tau = result.tau_greedy
@@ -192,6 +214,7 @@ class Trainer:
         """Write `state.pt`; it appears whole or not at all."""
         state = {
             "step": self.step,
+            "seconds": self.seconds,
             "epoch": self.epoch,
             "place": self.place,
             "num_sequences": len(self.source),
@@ -210,7 +233,7 @@ class Trainer:
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
         self.step, self.epoch, self.place = state["step"], state["epoch"], state["place"]
-        self.best_tau = state["best_tau"]
+        self.best_tau, self._seconds_before = state["best_tau"], state["seconds"]
         if state["num_sequences"] != len(self.source):
             self.epoch, self.place = self.epoch + 1, 0
         self._load(state["parameters"])
@@ -228,14 +251,13 @@ class Trainer:
                 "l1": float(terms.l1.detach()),
                 "confidence": float(terms.confidence.detach()),
                 "grad_norm": float(norm),
-                "learning_rate": learning_rate_at(self.step - 1, self.options),
+                "learning_rate": self.optimizer.param_groups[0]["lr"],
                 "cached_bytes": self.source.num_cached_bytes,
             }
         )
 
     def _log(self, entry: dict[str, Any]) -> None:
-        seconds = round(time.monotonic() - self._started, 1)
-        line = json.dumps({"step": self.step, "seconds": seconds, **entry})
+        line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **entry})
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(line + "\n")
         logger.info("%s", line)
