@@ -670,7 +670,7 @@ def test_a_run_by_the_clock_counts_the_time_before_a_restart(
     options = TrainingOptions(seconds=3600.0, batch_size=2, num_anchors=4)
 
     def trainer() -> Trainer:
-        source = FeatureSource(TargetTaps(target, (0,)), sequences, max_cache_bytes=0)
+        source = FeatureSource(TargetTaps(target, (-1, 1)), sequences, max_cache_bytes=0)
         return Trainer(fitted_draft(target), source, options=options, folder=tmp_path)
 
     first = trainer()
