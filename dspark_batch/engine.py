@@ -7,6 +7,7 @@ sees a cache tensor, logits or a runtime's name.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 from pathlib import Path
@@ -111,26 +112,29 @@ class Engine:
         Rows of a pass share it, so prompts of similar length cost the least.
         """
         first = np.zeros(len(sequences), np.int64)
-        done = [0] * len(sequences)
-        waiting = list(range(len(sequences)))
-        while waiting:
-            spans: list[Span] = []
-            rows, room = [], _PREFILL_TOKENS
-            for r in waiting:
-                tokens = sequences[r].tokens[done[r] : done[r] + _PREFILL_CHUNK]
-                if spans and len(tokens) > room:
-                    break
-                spans.append(Span(sequences[r].slot, done[r], np.array(tokens, np.int64)))
-                rows.append(r)
-                room -= len(tokens)
+        slots = [sequence.slot for sequence in sequences]
+        for rows, spans in _passes([sequence.tokens for sequence in sequences], slots):
             draws = self._draws([sequences[r] for r in rows])[1]
             result = self._runtime.verify(spans, np.zeros(len(rows), np.int64), draws)
-            for r, span, token in zip(rows, spans, result.bonus, strict=True):
-                done[r] += len(span.tokens)
-                if done[r] == len(sequences[r].tokens):
-                    first[r] = token
-                    waiting.remove(r)
+            first[rows] = result.bonus  # of a row's last chunk in the end
         return first
+
+    def context(self, rows: SequenceOf[SequenceOf[int]]) -> Iterator[NDArray[np.float32]]:
+        """Run rows of known tokens and give each one's context `[n, taps * hidden]`, in order.
+
+        What a draft is trained on. Rows of similar length cost the least.
+        """
+        for begin in range(0, len(rows), self.max_rows):
+            group = rows[begin : begin + self.max_rows]
+            parts: list[list[NDArray[np.float32]]] = [[] for _ in group]
+            for slot in range(len(group)):
+                self._runtime.admit(slot)
+            for found, spans in _passes(group, range(len(group))):
+                for r, part in zip(found, self._runtime.context(spans), strict=True):
+                    parts[r].append(part)
+            for slot, row in enumerate(parts):
+                self._runtime.release(slot)
+                yield np.concatenate(row)
 
     def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """Propose a block for every sequence; the confidence is calibrated."""
@@ -181,6 +185,28 @@ class Engine:
     def close(self) -> None:
         """Free the runtime."""
         self._runtime.close()
+
+
+def _passes(
+    rows: SequenceOf[SequenceOf[int]], slots: SequenceOf[int]
+) -> Iterator[tuple[list[int], list[Span]]]:
+    """Rows of tokens in chunks, as many in a pass as it has room for: their indices and spans."""
+    done = [0] * len(rows)
+    waiting = list(range(len(rows)))
+    while waiting:
+        spans: list[Span] = []
+        taken, room = [], _PREFILL_TOKENS
+        for r in waiting:
+            tokens = rows[r][done[r] : done[r] + _PREFILL_CHUNK]
+            if spans and len(tokens) > room:
+                break
+            spans.append(Span(slots[r], done[r], np.array(tokens, np.int64)))
+            taken.append(r)
+            room -= len(tokens)
+        yield taken, spans
+        for r, span in zip(taken, spans, strict=True):
+            done[r] += len(span.tokens)
+        waiting = [r for r in waiting if done[r] < len(rows[r])]
 
 
 def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool = True) -> Engine:

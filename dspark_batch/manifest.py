@@ -43,6 +43,8 @@ class TargetInfo(_Part):
     hidden_size: int
     cache: CacheInfo
     stop_token_ids: tuple[int, ...]
+    context_layer_ids: tuple[int, ...] = ()
+    """Layers whose outputs the graph gives as context to a training; a draft names its own."""
 
 
 class DraftInfo(_Part):

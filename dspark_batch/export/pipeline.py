@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
@@ -66,7 +66,22 @@ def export(
         UsageError: the recipe is wrong.
         EngineError: the sources are missing, do not fit each other, or the check fails.
     """
-    recipe = load_recipe(str(recipe_path))
+    return build(load_recipe(str(recipe_path)), output=output, force=force, progress=progress)
+
+
+def build(
+    recipe: Recipe,
+    *,
+    output: Path,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+    context_layer_ids: Sequence[int] = (),
+) -> Path:
+    """As `export`, for a recipe at hand.
+
+    Without a draft the target gives the outputs of `context_layer_ids` as context: what a draft is
+    trained on.
+    """
     if recipe.engine.runtime not in RUNTIMES:
         raise EngineError(
             f"{recipe.path}: engine.runtime {recipe.engine.runtime!r}; known: {', '.join(RUNTIMES)}"
@@ -74,7 +89,8 @@ def export(
     progress("opening weights")
     with open_weights(recipe.target_source) as target:
         if recipe.draft_source is None:
-            return _Export(recipe, target, None, output, progress).run(force=force)
+            plain = _Export(recipe, target, None, output, progress, tuple(context_layer_ids))
+            return plain.run(force=force)
         with open_weights(recipe.draft_source) as draft:
             return _Export(recipe, target, draft, output, progress).run(force=force)
 
@@ -89,9 +105,11 @@ class _Export:
         draft: Weights | None,
         output: Path,
         progress: Progress,
+        context_layer_ids: tuple[int, ...] = (),
     ) -> None:
         self._recipe, self._target, self._draft = recipe, target, draft
         self._output, self._progress = output, progress
+        self._context_layer_ids = context_layer_ids
         self._spec = decoder_spec(target.config)
         self._draft_spec: DraftSpec | None = None
         self._draft_vocab: NDArray[np.int64] = np.zeros(1, np.int64)
@@ -146,6 +164,10 @@ class _Export:
         )
 
     @property
+    def _taps(self) -> tuple[int, ...]:
+        return self._draft_spec.taps if self._draft_spec else self._context_layer_ids
+
+    @property
     def _limits(self) -> Limits:
         engine = self._recipe.engine
         return Limits(max_rows=engine.max_rows, max_tokens=engine.max_tokens)
@@ -161,6 +183,7 @@ class _Export:
             hidden_size=spec.hidden_size,
             cache=_cache(spec.num_layers, spec.num_kv_heads, spec.head_dim),
             stop_token_ids=self._target.stop_token_ids,
+            context_layer_ids=self._context_layer_ids,
         )
 
     def _describe_draft(self) -> DraftInfo | None:
@@ -195,7 +218,7 @@ class _Export:
             precision=engine.precision,
             smoothing=self._smoothing(),
         )
-        taps = self._draft_spec.taps if self._draft_spec else (self._spec.num_layers - 1,)
+        taps = self._taps or (self._spec.num_layers - 1,)
         gamma = self._draft_spec.block_size if self._draft_spec else 0
         # Positions that a graph must know: the check and the measurements want a few of their own.
         reach = max(engine.max_tokens, _LEAST_POSITIONS) + gamma + 1
@@ -266,7 +289,7 @@ class _Export:
             folder / "target.onnx",
             self._spec,
             self._target.tensor,
-            taps=self._draft_spec.taps if self._draft_spec else (),
+            taps=self._taps,
             prompts=self._prompts[:_CHECK_PROMPTS],
             precision=self._recipe.engine.precision,
         )

@@ -204,6 +204,23 @@ class OrtRuntime:
         return runs
 
     def _verify_run(self, spans: list[Span], lengths: Ints, draws: Draws) -> tuple[Ints, Ints]:
+        names = ("num_accepted", "bonus") + (("context",) if self._draft is not None else ())
+        results = self._target_run(spans, lengths, draws, names)
+        accepted, chosen = results[0], results[1]
+        counts = np.array([len(span.tokens) for span in spans])
+        ends = np.cumsum(counts)
+        for r, span in enumerate(spans):
+            row = self._rows[span.slot]
+            num_kept = int(counts[r] - lengths[r] + accepted[r])
+            row.num_cached = span.start + num_kept
+            if self._draft is not None:
+                begin = int(ends[r] - counts[r])
+                row.pending.append(results[2][begin : begin + num_kept])
+        return accepted, chosen
+
+    def _target_run(
+        self, spans: list[Span], lengths: Ints, draws: Draws, names: tuple[str, ...]
+    ) -> list[Any]:
         counts = np.array([len(span.tokens) for span in spans])
         starts = np.array([span.start for span in spans])
         token_index, cell_index = _layout(counts)
@@ -222,19 +239,8 @@ class OrtRuntime:
             "top_p": draws.top_p,
             "uniforms": draws.uniforms,
         }
-        names = ("num_accepted", "bonus") + (("context",) if self._draft is not None else ())
         first = bucket.slots.index(spans[0].slot)
-        results = self._run(self._target, bucket.target, first, len(spans), feeds, names)
-        accepted, chosen = results[0], results[1]
-        ends = np.cumsum(counts)
-        for r, span in enumerate(spans):
-            row = self._rows[span.slot]
-            num_kept = int(counts[r] - lengths[r] + accepted[r])
-            row.num_cached = span.start + num_kept
-            if self._draft is not None:
-                begin = int(ends[r] - counts[r])
-                row.pending.append(results[2][begin : begin + num_kept])
-        return accepted, chosen
+        return self._run(self._target, bucket.target, first, len(spans), feeds, names)
 
     def _proposed_from(self, spans: list[Span], lengths: Ints, draws: Draws) -> NDArray[np.float32]:
         """The logits that sampled rows' drafts were drawn from, `[R, γ, D]`; else anything."""

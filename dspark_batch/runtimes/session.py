@@ -66,5 +66,11 @@ class Runtime(Protocol):
         but the rejected drafts counts as committed from here on.
         """
 
+    def context(self, spans: list[Span]) -> list[Floats]:
+        """One target pass over known tokens: the context `[n, taps * hidden]` of each span.
+
+        As a step of prefill, but what the draft would take in comes back instead: for training.
+        """
+
     def close(self) -> None:
         """Free sessions and caches."""
