@@ -115,7 +115,7 @@ class Schedule:
         """Verify lengths [R]: Algorithm 1 under `auto`, everything under `on`."""
         if block is None:
             return VerifyPlan(np.zeros(len(running), np.int64))
-        limits = self._max_lengths(running)
+        limits = np.minimum(self._max_lengths(running), block.lengths)
         if self._spec == "on" or self._costs is None:
             return VerifyPlan(scheduler.fixed(limits))
         drafted = self._costs.draft(len(running))
@@ -209,7 +209,7 @@ class Slots:
             zip(self.running, result.bonus.tolist(), strict=True)
         ):
             sequence.num_rounds += 1
-            sequence.num_draft_tokens += self._engine.block_size if block is not None else 0
+            sequence.num_draft_tokens += int(block.lengths[r]) if block is not None else 0
             sequence.num_verified_tokens += lengths[r]
             sequence.num_accepted_tokens += counts[r]
             sequence.accepted_histogram[counts[r]] += 1

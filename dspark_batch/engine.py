@@ -142,7 +142,7 @@ class Engine:
         assert self.manifest.draft is not None
         temperatures = self.manifest.draft.confidence_temperatures
         confidence = calibration.apply(block.confidence, temperatures)
-        return DraftBlock(block.tokens, confidence.astype(np.float32))
+        return DraftBlock(block.tokens, confidence.astype(np.float32), block.lengths)
 
     def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """As `draft`, with the confidence head's logits: what calibration is fitted on."""

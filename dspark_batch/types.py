@@ -150,12 +150,14 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class DraftBlock:
-    """Proposed tokens of a round; the draft's distributions stay on the device."""
+    """Proposed tokens of a round; the draft's distributions stay with the runtime."""
 
     tokens: NDArray[np.int64]
     """[R, γ] in the target's vocabulary."""
     confidence: NDArray[np.float32]
     """[R, γ] calibrated c_k: probability that draft k is accepted given all before it were."""
+    lengths: NDArray[np.int64]
+    """[R] tokens proposed, 0..γ; what lies beyond them is padding."""
 
 
 @dataclass(frozen=True, slots=True)

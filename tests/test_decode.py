@@ -94,7 +94,7 @@ class Fake:
                 text.append(next_token(text) if right else int(self._rng.integers(VOCAB)))
                 tokens[r, k] = text[-1]
         confidence = np.full(tokens.shape, self.confidence, np.float32)
-        return DraftBlock(tokens, confidence)
+        return DraftBlock(tokens, confidence, np.full(len(tokens), self.block_size))
 
     def verify(
         self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan

@@ -164,7 +164,7 @@ class OrtRuntime:
             tokens[run], confidence[run] = self._draft_run(
                 [slots[i] for i in run], anchors[run], draws.of(run)
             )
-        return DraftBlock(tokens, confidence)
+        return DraftBlock(tokens, confidence, np.full(len(slots), self._block_size))
 
     def _settle(self, slot: int, needed: int) -> None:
         """Move a row on to the bucket that its length asks for."""
