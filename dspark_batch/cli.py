@@ -147,6 +147,44 @@ def export(recipe: str, output: Path | None, force: bool, progress_mode: str) ->
 
 
 @main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--overwrite", is_flag=True, help="Train anew, and replace a draft that is there.")
+@click.option("--deadline", type=float, help="Seconds after which to stop, to be continued.")
+@_progress_option
+@_json_option
+@click.pass_context
+def train(
+    ctx: click.Context,
+    /,
+    recipe: Path,
+    overwrite: bool,
+    deadline: float | None,
+    progress_mode: str,
+    as_json: bool,
+) -> None:
+    """Train a draft from a training RECIPE, export/drafts/NAME.toml.
+
+    The draft goes to export/drafts/NAME. The same command again continues where it was stopped.
+
+    \b
+    Example:
+      dspark-batch train export/drafts/smollm2-135m-instruct.toml
+    """
+    from dspark_batch.progress import open_progress
+    from dspark_batch.training.pipeline import train as train_draft
+
+    with open_progress(progress_mode) as progress:
+        summary = train_draft(
+            recipe,
+            progress=progress,
+            argv=ctx.meta[_ARGV],
+            overwrite=overwrite,
+            deadline=deadline,
+        )
+    _print(summary, as_json=as_json)
+
+
+@main.command()
 @click.argument("input")
 @_job_options
 @click.option("--overwrite", is_flag=True, help="Start over, and replace what the output holds.")

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self, TextIO
+from typing import Protocol, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -50,6 +50,21 @@ class RunState:
         return ", ".join(parts)
 
 
+class State(Protocol):
+    """What a display shows: `RunState`, or that of a training."""
+
+    @property
+    def num_rows(self) -> int:
+        """The whole."""
+
+    @property
+    def num_done(self) -> int:
+        """The part of it that is done."""
+
+    def text(self) -> str:
+        """In words."""
+
+
 class Progress:
     """Says nothing; the base of the displays that do. Closed where a `with` block ends."""
 
@@ -62,7 +77,7 @@ class Progress:
     def phase(self, text: str) -> None:
         """A phase begins, such as "loading engine"."""
 
-    def update(self, state: RunState) -> None:
+    def update(self, state: State) -> None:
         """A row is finished."""
 
     def close(self) -> None:
@@ -84,7 +99,7 @@ class PlainProgress(Progress):
         self._stream.write(f"{text}\n")
         self._stream.flush()
 
-    def update(self, state: RunState) -> None:
+    def update(self, state: State) -> None:
         """Print a line if the last one is old enough."""
         now = self._clock()
         if now >= self._next_line:
@@ -112,7 +127,7 @@ class BarProgress(Progress):
         """Put the phase before the bar."""
         self._bar.update(self._task, description=text)
 
-    def update(self, state: RunState) -> None:
+    def update(self, state: State) -> None:
         """Move the bar."""
         self._bar.update(
             self._task, total=state.num_rows, completed=state.num_done, text=state.text()

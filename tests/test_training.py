@@ -13,6 +13,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
+from hf_target import HFFeatures, tensors_and_spec  # noqa: E402
+
 from dspark_batch.errors import EngineError, InputError  # noqa: E402
 from dspark_batch.training.anchors import (  # noqa: E402
     aligned_target_probs,
@@ -20,7 +22,7 @@ from dspark_batch.training.anchors import (  # noqa: E402
     sample_anchors,
     valid_anchors,
 )
-from dspark_batch.training.backbone import rope_frequencies  # noqa: E402
+from dspark_batch.training.backbone import rope_of  # noqa: E402
 from dspark_batch.training.checkpoint import load_draft, save_draft  # noqa: E402
 from dspark_batch.training.draft import DraftCache, DSparkDraft  # noqa: E402
 from dspark_batch.training.draft_config import (  # noqa: E402
@@ -33,7 +35,6 @@ from dspark_batch.training.evaluation import evaluate, replay_greedy  # noqa: E4
 from dspark_batch.training.features import (  # noqa: E402
     FeatureBatch,
     FeatureSource,
-    TargetTaps,
     TrainingSequence,
 )
 from dspark_batch.training.initialise import frequent_ids, initialise_from_target  # noqa: E402
@@ -126,7 +127,7 @@ def fitted_draft(target: Any, config: DraftConfig = BASE, *, dropout: float = 0.
     embed = target.get_input_embeddings().weight
     torch.manual_seed(0)
     draft = DSparkDraft(config, embed_tokens=embed, lm_head=embed, dropout=dropout)
-    initialise_from_target(draft, target.get_decoder())
+    initialise_from_target(draft, *tensors_and_spec(target))
     return draft
 
 
@@ -228,8 +229,8 @@ def test_rope_frequencies_equal_those_of_transformers(rope: dict[str, Any]) -> N
         hidden_size=64, num_attention_heads=1, head_dim=64, rope_parameters=rope
     )
     module = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
-    ours = rope_frequencies(replace(BASE, head_dim=64, rope_parameters=rope))
-    torch.testing.assert_close(ours, module.inv_freq, rtol=1e-6, atol=0)
+    ours = rope_of(replace(BASE, head_dim=64, rope_parameters=rope)).inverse_frequencies
+    torch.testing.assert_close(torch.tensor(ours), module.inv_freq, rtol=1e-6, atol=0)
 
 
 def test_a_config_from_a_target_keeps_its_width_and_rotation() -> None:
@@ -255,13 +256,13 @@ def test_a_config_from_a_target_keeps_its_width_and_rotation() -> None:
     del raw["vocab_size"]
     with pytest.raises(EngineError, match="vocab_size"):
         draft_config_from_target(raw, **wanted)
-    with pytest.raises(EngineError, match="5 taps"):
-        spread_layer_ids(6)
+    assert [spread_layer_ids(n) for n in (2, 3, 6)] == [(-1, 0), (0, 1), (0, 1, 2, 3, 4)]
 
 
 def test_an_unknown_rope_type_is_refused() -> None:
-    with pytest.raises(EngineError, match="yarn"):
-        rope_frequencies(replace(BASE, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+    rope = {"rope_type": "longrope", "rope_theta": 1e4}
+    with pytest.raises(EngineError, match="longrope"):
+        rope_of(replace(BASE, rope_parameters=rope))
 
 
 @each_head
@@ -445,7 +446,7 @@ def test_blocks_see_the_tokens_after_their_anchor_and_stop_at_the_end() -> None:
 def test_features_are_the_raw_layer_outputs_of_every_row(
     target: Any, sequences: list[TrainingSequence]
 ) -> None:
-    source = FeatureSource(TargetTaps(target, (-1, 1)), sequences, max_cache_bytes=1 << 20)
+    source = FeatureSource(HFFeatures(target, (-1, 1)), sequences, max_bytes=1 << 20)
     batch = source.batch([3, 0, 7])
     for row, index in enumerate((3, 0, 7)):
         sequence = sequences[index]
@@ -464,14 +465,30 @@ def test_features_are_the_raw_layer_outputs_of_every_row(
         assert batch.loss_mask[row].nonzero().squeeze(-1).tolist() == list(range(prompt, length))
 
 
-def test_a_full_cache_changes_no_feature(target: Any, sequences: list[TrainingSequence]) -> None:
-    taps = TargetTaps(target, (0, 1))
-    wide = FeatureSource(taps, sequences, max_cache_bytes=1 << 24)
-    narrow = FeatureSource(taps, sequences, max_cache_bytes=20_000)
-    for indices in ([0, 1, 2], [2, 1, 0], [4, 5, 2], [0, 5, 2]):
-        first, second = wide.batch(indices), narrow.batch(indices)
+def test_what_is_held_fits_its_limit_and_changes_no_feature(
+    target: Any, sequences: list[TrainingSequence]
+) -> None:
+    features = HFFeatures(target, (0, 1))
+    wide = FeatureSource(features, sequences, max_bytes=1 << 24)
+    narrow = FeatureSource(features, sequences, max_bytes=20_000)
+    order = [7, 0, 3, *range(8, 20), 5, 6, 1, 2, 4]
+    assert wide.chunks(order) == [order]
+    chunks = narrow.chunks(order)
+    assert [index for chunk in chunks for index in chunk] == order
+    assert len(chunks) > 2
+    for chunk in chunks:
+        assert narrow.hold(chunk)
+        expected = sum(narrow.num_bytes(index) for index in chunk)
+        assert narrow.num_held_bytes == expected <= 20_000
+        first, second = wide.batch(chunk[::-1]), narrow.batch(chunk[::-1])
         torch.testing.assert_close(first.features, second.features, atol=1e-5, rtol=1e-5)
-    assert 0 < narrow.num_cached_bytes <= 20_000 < wide.num_cached_bytes
+    captured = narrow.num_captured
+    assert narrow.hold(chunks[-1][::-1])
+    assert narrow.num_captured == captured
+    assert not narrow.hold(order, running=lambda: False)
+    assert narrow.num_held_bytes == 0
+    with pytest.raises(InputError, match="memory_gb"):
+        FeatureSource(features, sequences, max_bytes=1000).chunks(order)
 
 
 def test_target_probs_of_a_reduced_vocabulary_keep_the_full_normaliser(
@@ -481,7 +498,7 @@ def test_target_probs_of_a_reduced_vocabulary_keep_the_full_normaliser(
     embed = target.get_input_embeddings().weight
     config = replace(BASE, draft_vocab_size=4)
     draft = DSparkDraft(config, embed_tokens=embed, lm_head=embed[vocab], draft_vocab=vocab)
-    source = FeatureSource(TargetTaps(target, (0,)), sequences, max_cache_bytes=0)
+    source = FeatureSource(HFFeatures(target, (0,)), sequences, max_bytes=1 << 24)
     batch = source.batch([2])
     anchor = sequences[2].num_prompt_tokens
     got = aligned_target_probs(draft, batch, torch.tensor([[anchor]]))[0, 0, :2]
@@ -506,7 +523,8 @@ def test_the_first_context_of_a_new_draft_is_the_targets_own(
     )
     draft = fitted_draft(target, config)
     ids = torch.tensor([sequences[0].token_ids])
-    features, _ = TargetTaps(target, config.target_layer_ids)(ids)
+    (features, _), *_ = HFFeatures(target, config.target_layer_ids)(ids.tolist())
+    features = features[None]
     positions = torch.arange(ids.shape[1])[None]
     keys, values = draft.layers[0].self_attn.keys_values(
         draft.context(features), draft.rotation(positions)
@@ -554,16 +572,19 @@ def test_replay_counts_the_rounds_of_a_real_greedy_decode(
     target: Any, sequences: list[TrainingSequence], tmp_path: Path
 ) -> None:
     draft = fitted_draft(target)
-    source = FeatureSource(TargetTaps(target, (-1, 1)), sequences, max_cache_bytes=1 << 24)
+    source = FeatureSource(HFFeatures(target, (-1, 1)), sequences, max_bytes=1 << 24)
     options = TrainingOptions(num_steps=25, batch_size=8, num_anchors=8, learning_rate=3e-3)
     Trainer(draft, source, options=options, folder=tmp_path).run()
     seen = set()
     for index in range(6):
         committed = decode_rounds(target, draft, sequences[index])
         replay = replay_greedy(draft, source.batch([index]))
-        assert replay.num_rounds == len(committed) == sum(replay.accepted_histogram)
+        assert replay.num_rounds == len(committed)
         assert replay.num_committed == sum(committed)
-        seen |= {count for count, n in enumerate(replay.accepted_histogram) if n}
+        assert replay.confidence_logits is not None
+        assert replay.confidence_logits.shape == (replay.num_rounds, BASE.block_size)
+        assert [a + 1 for a in replay.accepted.tolist()][:-1] == committed[:-1]
+        seen |= set(replay.accepted.tolist())
     assert len(seen) > 2  # the draft is neither useless nor perfect
 
 
@@ -571,9 +592,9 @@ def test_training_lowers_the_loss_and_raises_accepted_length(
     target: Any, sequences: list[TrainingSequence], tmp_path: Path
 ) -> None:
     draft = fitted_draft(target)
-    taps = TargetTaps(target, (-1, 1))
-    source = FeatureSource(taps, sequences[:16], max_cache_bytes=1 << 24)
-    held_out = FeatureSource(taps, sequences[16:], max_cache_bytes=1 << 24)
+    taps = HFFeatures(target, (-1, 1))
+    source = FeatureSource(taps, sequences[:16], max_bytes=1 << 24)
+    held_out = FeatureSource(taps, sequences[16:], max_bytes=1 << 24)
     before, held_before = evaluate(draft, source), evaluate(draft, held_out)
     options = TrainingOptions(
         num_steps=60, batch_size=8, num_anchors=12, learning_rate=3e-3, ema_decay=0.9
@@ -584,7 +605,8 @@ def test_training_lowers_the_loss_and_raises_accepted_length(
     assert after.tau_greedy > before.tau_greedy + 0.6
     assert after.tau_probabilistic > before.tau_probabilistic
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [entry["event"] for entry in log] == ["step"] * 3 + ["evaluation"]
+    assert [entry["event"] for entry in log] == ["evaluation", *["step"] * 3, "evaluation"]
+    assert log[0]["tau_greedy"] == held_before.tau_greedy
     assert log[-1]["tau_greedy"] > held_before.tau_greedy
     embed = draft.embed_weight
     exported = load_draft(tmp_path / "export", embed_tokens=embed, lm_head=embed)
@@ -605,12 +627,12 @@ def one_thread() -> Iterator[None]:
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     target: Any, sequences: list[TrainingSequence], tmp_path: Path, bf16: bool, dropout: float
 ) -> None:
-    taps = TargetTaps(target, (-1, 1))
+    taps = HFFeatures(target, (-1, 1))
     options = TrainingOptions(num_steps=9, batch_size=4, num_anchors=4, ema_decay=0.9, bf16=bf16)
     ends = []
     for folder, stops in ((tmp_path / "whole", [None]), (tmp_path / "parts", [2, 7, None])):
         for stop in stops:
-            source = FeatureSource(taps, sequences, max_cache_bytes=1 << 24)
+            source = FeatureSource(taps, sequences, max_bytes=1 << 24)
             draft = fitted_draft(target, dropout=dropout)
             trainer = Trainer(draft, source, options=options, folder=folder)
             trainer.run(stop_at=stop)
@@ -624,7 +646,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
 def test_dropout_acts_in_training_and_not_in_evaluation(
     target: Any, sequences: list[TrainingSequence]
 ) -> None:
-    source = FeatureSource(TargetTaps(target, (-1, 1)), sequences[:4], max_cache_bytes=1 << 24)
+    source = FeatureSource(HFFeatures(target, (-1, 1)), sequences[:4], max_bytes=1 << 24)
     plain, dropped = fitted_draft(target), fitted_draft(target, dropout=0.5)
     assert evaluate(plain, source) == evaluate(dropped, source)
     assert dropped.training
@@ -635,15 +657,20 @@ def test_dropout_acts_in_training_and_not_in_evaluation(
     assert not torch.allclose(first, second)
 
 
-def test_an_epoch_visits_every_sequence_once_in_an_order_of_its_own(
+def test_an_epoch_visits_every_sequence_in_every_pass_in_an_order_of_its_own(
     target: Any, sequences: list[TrainingSequence], tmp_path: Path
 ) -> None:
-    source = FeatureSource(TargetTaps(target, (0,)), sequences, max_cache_bytes=0)
-    options = TrainingOptions(num_steps=1, batch_size=3)
+    source = FeatureSource(HFFeatures(target, (-1, 1)), sequences, max_bytes=20_000)
+    options = TrainingOptions(num_steps=1, batch_size=3, num_passes=2)
     trainer = Trainer(fitted_draft(target), source, options=options, folder=tmp_path)
-    epochs = [trainer.batches(epoch) for epoch in (0, 1, 0)]
-    for batches in epochs:
-        assert sorted(i for batch in batches for i in batch) == list(range(len(sequences)))
+    epochs = []
+    for epoch in (0, 1, 0):
+        chunks = trainer.chunks(epoch)
+        assert sorted(i for chunk in chunks for i in chunk) == list(range(len(sequences)))
+        batches = [trainer.batches(chunk, epoch) for chunk in chunks]
+        for chunk, found in zip(chunks, batches, strict=True):
+            assert sorted(i for batch in found for i in batch) == sorted(2 * chunk)
+        epochs.append(batches)
     assert epochs[0] == epochs[2] != epochs[1]
 
 
@@ -670,7 +697,7 @@ def test_a_run_by_the_clock_counts_the_time_before_a_restart(
     options = TrainingOptions(seconds=3600.0, batch_size=2, num_anchors=4)
 
     def trainer() -> Trainer:
-        source = FeatureSource(TargetTaps(target, (-1, 1)), sequences, max_cache_bytes=0)
+        source = FeatureSource(HFFeatures(target, (-1, 1)), sequences, max_bytes=1 << 24)
         return Trainer(fitted_draft(target), source, options=options, folder=tmp_path)
 
     first = trainer()

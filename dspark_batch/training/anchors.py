@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dspark_batch.training.draft import DSparkDraft
-from dspark_batch.training.features import FeatureBatch
+from dspark_batch.training.features import FeatureBatch, capped
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,9 @@ def anchor_batch(batch: FeatureBatch, anchors: Tensor, block_size: int) -> Ancho
     )
 
 
-def aligned_target_probs(draft: DSparkDraft, batch: FeatureBatch, anchors: Tensor) -> Tensor:
+def aligned_target_probs(
+    draft: DSparkDraft, batch: FeatureBatch, anchors: Tensor, *, logit_cap: float | None = None
+) -> Tensor:
     """The target's probabilities of the draft's ids for every slot, `[b, A, γ, V']` fp32.
 
     Normalised over the full vocabulary, so a row sums to the mass that the draft can cover.
@@ -77,4 +79,5 @@ def aligned_target_probs(draft: DSparkDraft, batch: FeatureBatch, anchors: Tenso
     logits = functional.linear(
         batch.last_hidden[rows, slots], draft.head_weight.to(batch.last_hidden.dtype)
     )
-    return (logits.float() - batch.log_normalizer[rows, slots].unsqueeze(-1)).exp_()
+    logits = capped(logits.float(), logit_cap)
+    return (logits - batch.log_normalizer[rows, slots].unsqueeze(-1)).exp_()

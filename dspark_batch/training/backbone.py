@@ -5,7 +5,6 @@ Symbols: b sequences, S positions, A anchors, γ block size, d hidden size.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dspark_batch.errors import EngineError
+from dspark_batch.models.spec import RopeSpec, rope_from_parameters
 from dspark_batch.training.draft_config import DraftConfig
 
 
@@ -31,22 +31,16 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * wide.to(x.dtype)
 
 
-def rope_frequencies(config: DraftConfig) -> Tensor:
-    """Inverse frequencies `[head_dim / 2]` in fp32; `rope_type` default, linear or llama3."""
-    rope = config.rope_parameters
-    kind = rope.get("rope_type", "default")
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies: Tensor = 1.0 / (float(rope["rope_theta"]) ** exponents)
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / float(rope["factor"])
-    if kind == "llama3":
-        low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-        turns = float(rope["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-        return frequencies * (kept + (1 - kept) / float(rope["factor"]))
-    raise EngineError(f"draft config: rope_type {kind!r} is not supported in training")
+def rope_of(config: DraftConfig) -> RopeSpec:
+    """The rotation that the exported graph has too. Raises `EngineError` for an unknown kind."""
+    try:
+        return rope_from_parameters(
+            config.rope_parameters,
+            head_dim=config.head_dim,
+            max_positions=config.max_position_embeddings,
+        )
+    except (KeyError, ValueError) as error:
+        raise EngineError(f"draft config: rope_parameters: {error}") from error
 
 
 class Rotation(NamedTuple):

@@ -20,7 +20,7 @@ from dspark_batch.training.backbone import (
     DraftLayer,
     RMSNorm,
     Rotation,
-    rope_frequencies,
+    rope_of,
 )
 from dspark_batch.training.draft_config import DraftConfig
 from dspark_batch.training.heads import ConfidenceHead, MarkovHead
@@ -103,6 +103,8 @@ class DSparkDraft(nn.Module):
         self.confidence_head = ConfidenceHead(config) if config.enable_confidence_head else None
         if draft_vocab is None:
             draft_vocab = torch.arange(config.vocab_size)
+        rope = rope_of(config)
+        self.rope_factor = rope.attention_factor
         draft_ids = torch.full((config.vocab_size,), -1)
         draft_ids[draft_vocab] = torch.arange(config.num_draft_ids)
         for name, tensor in (
@@ -110,7 +112,7 @@ class DSparkDraft(nn.Module):
             ("head_weight", lm_head.detach()),
             ("draft_vocab", draft_vocab),
             ("draft_ids", draft_ids),
-            ("inverse_frequencies", rope_frequencies(config)),
+            ("inverse_frequencies", torch.tensor(rope.inverse_frequencies)),
         ):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -118,7 +120,7 @@ class DSparkDraft(nn.Module):
         """Rotation of positions `[...]`; angles in fp32 whatever the model's dtype."""
         angles = positions[..., None].float() * self.inverse_frequencies.float()
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
-        return Rotation(angles.cos(), angles.sin())
+        return Rotation(angles.cos() * self.rope_factor, angles.sin() * self.rope_factor)
 
     def context(self, features: Tensor) -> Tensor:
         """Target features `[..., m·d]` to the rows `[..., d]` that every layer attends to."""

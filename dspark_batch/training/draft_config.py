@@ -172,10 +172,11 @@ def config_from_json(path: Path) -> DraftConfig:
 def spread_layer_ids(num_target_layers: int, num_taps: int = 5) -> tuple[int, ...]:
     """Taps spread evenly from layer 1 to the last but one (the last is never tapped).
 
-    The last but one matters: its output is the input of the layer that a draft starts from.
+    The last but one matters: its output is the input of the layer that a draft starts from. A
+    target of few layers gives all of those before its last.
     """
-    if num_taps < 2 or num_target_layers < num_taps + 2:
-        raise EngineError(f"{num_taps} taps do not fit a target of {num_target_layers} layers")
+    if num_target_layers < num_taps + 2:
+        return tuple(range(-1 if num_target_layers < 3 else 0, num_target_layers - 1))
     span = num_target_layers - 3
     return tuple(1 + round(tap * span / (num_taps - 1)) for tap in range(num_taps))
 
@@ -189,15 +190,22 @@ def draft_config_from_target(
     mask_token_id: int,
     target_layer_ids: tuple[int, ...] | None = None,
     markov_head_type: MarkovHeadType = "vanilla",
+    enable_confidence_head: bool = True,
+    confidence_head_with_markov: bool = True,
     draft_vocab_size: int | None = None,
+    intermediate_size: int | None = None,
 ) -> DraftConfig:
-    """A draft of the target's own width, from the target's `config.json` (transformers 4 or 5)."""
+    """A draft of the target's own width, from the target's `config.json` (transformers 4 or 5).
+
+    Where layers differ in their rotation, the draft's is that of full attention.
+    """
     try:
         hidden, heads = target["hidden_size"], target["num_attention_heads"]
         rope = target.get("rope_parameters") or {
             "rope_type": "default",
             "rope_theta": target["rope_theta"],
         }
+        rope = rope.get("full_attention", rope)
         scaling = target.get("rope_scaling")
         if scaling:  # transformers 4; before 4.43 the kind was called `type`
             kind = scaling.get("rope_type") or scaling["type"]
@@ -205,7 +213,7 @@ def draft_config_from_target(
             rope.pop("type", None)
         return DraftConfig(
             hidden_size=hidden,
-            intermediate_size=target["intermediate_size"],
+            intermediate_size=intermediate_size or target["intermediate_size"],
             num_hidden_layers=num_layers,
             num_attention_heads=heads,
             num_key_value_heads=target.get("num_key_value_heads") or heads,
@@ -217,7 +225,8 @@ def draft_config_from_target(
             num_target_layers=target["num_hidden_layers"],
             markov_rank=markov_rank,
             markov_head_type=markov_head_type,
-            confidence_head_with_markov=markov_rank > 0,
+            enable_confidence_head=enable_confidence_head,
+            confidence_head_with_markov=markov_rank > 0 and confidence_head_with_markov,
             draft_vocab_size=draft_vocab_size,
             rms_norm_eps=target["rms_norm_eps"],
             rope_parameters=dict(rope),

@@ -1,22 +1,22 @@
 """What the frozen target says about training sequences: tapped layers and final hidden rows.
 
-Computed on demand in batches and kept in memory in the target's dtype up to a byte limit; what
-does not fit is computed again when it is next asked for. One position costs (m + 1)·d elements.
-Symbols: b sequences, S positions (right-padded), m tapped layers, d hidden size, V' draft ids.
+Captured on the way, in chunks that fit a byte limit: a chunk is captured, trained on, dropped. One
+position costs (m + 1)·d elements; nothing goes to disk. Symbols: b sequences, S positions
+(right-padded), m tapped layers, d hidden size, V' draft ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from dspark_batch.errors import EngineError, InputError
+from dspark_batch.errors import InputError
 
 LOGIT_ROWS = 512
 """Rows of full-vocabulary logits alive at once while normalisers are computed."""
@@ -31,6 +31,7 @@ class TrainingSequence:
 
     token_ids: tuple[int, ...]
     num_prompt_tokens: int
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.num_prompt_tokens < len(self.token_ids):
@@ -62,9 +63,24 @@ class FeatureBatch:
         return FeatureBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
+class TargetFeatures(Protocol):
+    """What the target gives: `training.target.EngineFeatures`, or another model in tests."""
+
+    head_weight: Tensor
+    """[V, d]"""
+    logit_cap: float | None
+    """The target's logits are cap * tanh(logit / cap)."""
+    feature_size: int
+    """m·d"""
+    hidden_size: int
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features `[S, m·d]` and final hidden rows `[S, d]` of each row of token ids."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One cached sequence; the last two start at its first response token."""
+    """One captured sequence; the last two start at its first response token."""
 
     features: Tensor  # [S, m·d]
     last_hidden: Tensor  # [S - P, d]
@@ -75,97 +91,106 @@ class _Row:
         return sum(t.nbytes for t in (self.features, self.last_hidden, self.log_normalizer))
 
 
-class CausalTarget(Protocol):
-    """The part of a transformers causal language model that is used here."""
-
-    def eval(self) -> object:
-        """Switch off dropout."""
-
-    def get_decoder(self) -> nn.Module:
-        """The model without its head."""
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
-
-
-class TargetTaps:
-    """Runs a transformers target and records raw layer outputs with forward hooks.
-
-    Hooks rather than `output_hidden_states`: its last entry is already normalised, and it would
-    keep every layer.
-    """
-
-    def __init__(self, target: CausalTarget, target_layer_ids: Sequence[int]) -> None:
-        target.eval()
-        self.decoder = target.get_decoder()
-        head = target.get_output_embeddings()
-        layers = getattr(self.decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or head is None:
-            raise EngineError("the target has no `layers` list or no head: not a decoder model")
-        self.head_weight = cast("Tensor", head.weight).detach()
-        self.embed_weight = cast("Tensor", target.get_input_embeddings().weight).detach()
-        self.ids = tuple(target_layer_ids)
-        if not self.ids or max(self.ids) >= len(layers) or min(self.ids) < -1:
-            raise EngineError(f"target_layer_ids {self.ids} do not fit {len(layers)} layers")
-        self._tapped: dict[int, Tensor] = {}
-        for index in self.ids:
-            module = target.get_input_embeddings() if index == -1 else layers[index]
-            module.register_forward_hook(self._recorder(index))
-
-    def _recorder(self, index: int) -> Callable[[nn.Module, object, object], None]:
-        def record(_module: nn.Module, _inputs: object, output: object) -> None:
-            # Older transformers return a tuple, hidden states first.
-            rows = output[0] if isinstance(output, tuple) else output
-            self._tapped[index] = cast("Tensor", rows)
-
-        return record
-
-    @torch.no_grad()
-    def __call__(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Features `[b, S, m·d]` and final hidden rows `[b, S, d]` of right-padded `[b, S]` ids.
-
-        No attention mask: under causal attention padding on the right reaches no real row.
-        """
-        output = self.decoder(input_ids=token_ids, use_cache=False)
-        features = torch.cat([self._tapped[index] for index in self.ids], dim=-1)
-        self._tapped.clear()
-        return features, output.last_hidden_state
-
-    @torch.no_grad()
-    def log_normalizer(self, last_hidden: Tensor) -> Tensor:
-        """Logsumexp over the full vocabulary in fp32, `[n, d]` to `[n]`."""
-        parts = [
-            functional.linear(rows, self.head_weight).float().logsumexp(-1)
-            for rows in torch.split(last_hidden, LOGIT_ROWS)
-        ]
-        return torch.cat(parts)
-
-
 class FeatureSource:
-    """Feature batches by sequence index, computed once per sequence while memory lasts."""
+    """Feature batches of the sequences that are held; `max_bytes` bounds what is.
+
+    Invariant: the same set is always captured in the same order, so what a batch holds does not
+    depend on how the set came to be asked for.
+    """
 
     def __init__(
         self,
-        taps: TargetTaps,
+        target: TargetFeatures,
         sequences: Sequence[TrainingSequence],
         *,
-        max_cache_bytes: int,
+        max_bytes: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
     ) -> None:
-        self.taps = taps
+        """`dtype` is what features are kept in; logits are computed on `device`."""
+        self.target = target
         self.sequences = sequences
-        self.max_cache_bytes = max_cache_bytes
-        self.num_cached_bytes = 0
-        self._cache: dict[int, _Row] = {}
+        self.max_bytes = max_bytes
+        self.dtype = dtype
+        self.num_captured = 0
+        """Positions captured so far."""
+        self._head = target.head_weight.to(device or torch.device("cpu"), dtype)
+        self._rows: dict[int, _Row] = {}
 
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def num_held_bytes(self) -> int:
+        """Features in memory."""
+        return sum(row.num_bytes for row in self._rows.values())
+
+    def num_bytes(self, index: int) -> int:
+        """Memory of one sequence."""
+        sequence = self.sequences[index]
+        width = len(sequence.token_ids) * self.target.feature_size
+        width += sequence.num_response_tokens * self.target.hidden_size
+        return width * self.dtype.itemsize + sequence.num_response_tokens * 4
+
+    def chunks(self, order: Sequence[int]) -> list[list[int]]:
+        """`order` cut into runs that fit the limit. Raises `InputError` for a longer sequence."""
+        chunks: list[list[int]] = [[]]
+        room = self.max_bytes
+        for index in order:
+            size = self.num_bytes(index)
+            if size > self.max_bytes:
+                raise InputError(
+                    f"the features of one sequence of {len(self.sequences[index].token_ids)} "
+                    f"tokens take {size:,} bytes, and {self.max_bytes:,} are allowed: raise "
+                    "[training] memory_gb"
+                )
+            if size > room:
+                chunks.append([])
+                room = self.max_bytes
+            chunks[-1].append(index)
+            room -= size
+        return [chunk for chunk in chunks if chunk]
+
+    def hold(self, indices: Sequence[int], *, running: Callable[[], bool] = lambda: True) -> bool:
+        """Capture exactly these sequences and drop all others; nothing to do if they are held.
+
+        False, and nothing is held, where `running` became false on the way.
+        """
+        if set(indices) == set(self._rows):
+            return True
+        self._rows = {}
+        # Rows of like length share a pass; the order is that of the set, whatever `indices`' is.
+        ordered = sorted(indices, key=lambda index: (len(self.sequences[index].token_ids), index))
+        captured = self.target([self.sequences[index].token_ids for index in ordered])
+        for index, (features, last_hidden) in zip(ordered, captured, strict=True):
+            tail = last_hidden[self.sequences[index].num_prompt_tokens :].to(self.dtype)
+            self._rows[index] = _Row(
+                features.to(self.dtype, copy=True), tail.clone(), self.log_normalizer(tail)
+            )
+            self.num_captured += len(features)
+            if not running():
+                self._rows = {}
+                return False
+        return True
+
+    @torch.no_grad()
+    def log_normalizer(self, last_hidden: Tensor) -> Tensor:
+        """Logsumexp over the full vocabulary in fp32, `[n, d]` to `[n]`.
+
+        In the dtype of the features: rounding of the likely tokens is then that of the logits
+        which are normalised with it, and cancels.
+        """
+        parts = []
+        for rows in torch.split(last_hidden.to(self._head.device), LOGIT_ROWS):
+            logits = functional.linear(rows, self._head)
+            parts.append(capped(logits.float(), self.target.logit_cap).logsumexp(-1))
+        return torch.cat(parts).cpu()
+
     def batch(self, indices: Sequence[int]) -> FeatureBatch:
-        """The sequences at `indices`, in that order."""
-        rows = self._rows(indices)
+        """The sequences at `indices`, in that order; captured now where they are not held."""
+        if not all(index in self._rows for index in indices):
+            self.hold(indices)
+        rows = [self._rows[index] for index in indices]
         chosen = [self.sequences[i] for i in indices]
         prompts = [s.num_prompt_tokens for s in chosen]
         tokens = [torch.tensor(s.token_ids) for s in chosen]
@@ -186,23 +211,7 @@ class FeatureSource:
             pad_sequence(normalizers, batch_first=True),
         )
 
-    def _rows(self, indices: Sequence[int]) -> list[_Row]:
-        missing = [i for i in dict.fromkeys(indices) if i not in self._cache]
-        fresh = dict(zip(missing, self._compute(missing), strict=True)) if missing else {}
-        for index, row in fresh.items():
-            if self.num_cached_bytes + row.num_bytes <= self.max_cache_bytes:
-                self._cache[index] = row
-                self.num_cached_bytes += row.num_bytes
-        return [fresh[i] if i in fresh else self._cache[i] for i in indices]
 
-    def _compute(self, indices: Sequence[int]) -> list[_Row]:
-        chosen = [self.sequences[i] for i in indices]
-        ids = [torch.tensor(s.token_ids) for s in chosen]
-        features, last_hidden = self.taps(pad_sequence(ids, batch_first=True))
-        rows = []
-        for place, sequence in enumerate(chosen):
-            prompt, length = sequence.num_prompt_tokens, len(sequence.token_ids)
-            tail = last_hidden[place, prompt:length].clone()
-            normalizer = self.taps.log_normalizer(tail)
-            rows.append(_Row(features[place, :length].clone(), tail, normalizer))
-        return rows
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits under a soft cap, where the target has one."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap

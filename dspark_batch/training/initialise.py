@@ -16,40 +16,63 @@ import torch
 from torch import Tensor, nn
 
 from dspark_batch.errors import EngineError
+from dspark_batch.models.spec import DecoderSpec
 from dspark_batch.training.backbone import DraftLayer, RMSNorm
 from dspark_batch.training.draft import DSparkDraft
+from dspark_batch.training.target import NamedTensor, tensor
+
+
+def initialise_from_target(draft: DSparkDraft, read: NamedTensor, spec: DecoderSpec) -> None:
+    """Copy what fits from the target's last layers; `read` gives its tensors by name.
+
+    Norms that the draft has not (Gemma's after attention and MLP) cannot be copied; there each
+    half layer starts by adding nothing. Raises `EngineError` where the shapes do not fit.
+    """
+    initialise_heads(draft)
+    with torch.no_grad():
+        first = spec.num_layers - len(draft.layers)
+        for i, layer in enumerate(draft.layers):
+            assert isinstance(layer, DraftLayer)
+            try:
+                _copy_layer(layer, read, f"model.layers.{first + i}", spec)
+            except (EngineError, RuntimeError) as error:
+                raise EngineError(
+                    f"the draft cannot start from the target's layer {first + i} ({error}); "
+                    'set [training] start = "random"'
+                ) from error
+        draft.norm.weight.copy_(tensor(read, "model.norm.weight") + spec.norm_offset)
+
+
+def _copy_layer(layer: DraftLayer, read: NamedTensor, name: str, spec: DecoderSpec) -> None:
+    attention = layer.self_attn
+    scale = tensor(read, f"{name}.input_layernorm.weight") + spec.norm_offset
+    for projection in ("q_proj", "k_proj", "v_proj"):
+        linear = cast("nn.Linear", getattr(attention, projection))
+        linear.weight.copy_(tensor(read, f"{name}.self_attn.{projection}.weight") * scale)
+    attention.o_proj.weight.copy_(tensor(read, f"{name}.self_attn.o_proj.weight"))
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        linear = cast("nn.Linear", getattr(layer.mlp, projection))
+        linear.weight.copy_(tensor(read, f"{name}.mlp.{projection}.weight"))
+    before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
+    layer.post_attention_layernorm.weight.copy_(
+        tensor(read, f"{name}.{before}.weight") + spec.norm_offset
+    )
+    if spec.sandwich_norms:
+        attention.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    for norm, linear, kind in (
+        (attention.q_norm, attention.q_proj, "q_norm"),
+        (attention.k_norm, attention.k_proj, "k_norm"),
+    ):
+        if isinstance(norm, RMSNorm) and spec.qk_norm:
+            norm.weight.copy_(tensor(read, f"{name}.self_attn.{kind}.weight") + spec.norm_offset)
+        elif isinstance(norm, RMSNorm):
+            norm.weight.fill_(float(linear.weight.pow(2).sum(1).mean().sqrt()))
 
 
 @torch.no_grad()
-def initialise_from_target(draft: DSparkDraft, decoder: nn.Module) -> None:
-    """Copy what fits from a Llama-like `decoder` (q, k, v, o, gate, up, down and two norms)."""
-    layers = cast("nn.ModuleList", decoder.layers)
-    chosen = list(layers)[-len(draft.layers) :]
-    for layer, source in zip(draft.layers, chosen, strict=True):
-        assert isinstance(layer, DraftLayer)
-        tensors = {name: value.float() for name, value in source.state_dict().items()}
-        try:
-            scale = tensors["input_layernorm.weight"]
-            for name in ("q_proj", "k_proj", "v_proj"):
-                projection = cast("nn.Linear", getattr(layer.self_attn, name))
-                projection.weight.copy_(tensors[f"self_attn.{name}.weight"] * scale)
-            layer.self_attn.o_proj.weight.copy_(tensors["self_attn.o_proj.weight"])
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                cast("nn.Linear", getattr(layer.mlp, name)).weight.copy_(
-                    tensors[f"mlp.{name}.weight"]
-                )
-            layer.post_attention_layernorm.weight.copy_(tensors["post_attention_layernorm.weight"])
-        except (KeyError, RuntimeError) as error:
-            raise EngineError(
-                f"the draft cannot start from the target's layers: {error}"
-            ) from error
-        for norm, projection in (
-            (layer.self_attn.q_norm, layer.self_attn.q_proj),
-            (layer.self_attn.k_norm, layer.self_attn.k_proj),
-        ):
-            if isinstance(norm, RMSNorm):
-                norm.weight.fill_(float(projection.weight.pow(2).sum(1).mean().sqrt()))
-    draft.norm.weight.copy_(cast("Tensor", cast("nn.Module", decoder.norm).weight).float())
+def initialise_heads(draft: DSparkDraft) -> None:
+    """`fc` as the identity on the last tap, heads that say nothing yet."""
     size = draft.config.hidden_size
     draft.fc.weight.zero_()
     draft.fc.weight[:, -size:].copy_(torch.eye(size))
@@ -61,6 +84,24 @@ def initialise_from_target(draft: DSparkDraft, decoder: nn.Module) -> None:
     if draft.confidence_head is not None:
         draft.confidence_head.proj.weight.zero_()
         draft.confidence_head.proj.bias.zero_()
+
+
+@torch.no_grad()
+def initialise_from_draft(draft: DSparkDraft, start: DSparkDraft) -> None:
+    """Go on from another draft of the same shape; the draft vocabularies may differ.
+
+    Ids that the older one has not start without a Markov bias.
+    """
+    kept = {name: value for name, value in start.state_dict().items() if "markov_w2" not in name}
+    missing = set(draft.load_state_dict(kept, strict=False).missing_keys)
+    if draft.markov_head is not None and start.markov_head is not None:
+        missing.discard("markov_head.markov_w2.weight")
+        rows = start.draft_ids[draft.draft_vocab]
+        old = start.markov_head.markov_w2.weight
+        new = torch.where(rows[:, None] >= 0, old[rows.clamp(min=0)], 0.0)
+        draft.markov_head.markov_w2.weight.copy_(new)
+    if missing:
+        raise EngineError(f"the draft to start from has no {', '.join(sorted(missing))}")
 
 
 def principal_rows(embedding: Tensor, rank: int) -> Tensor:

@@ -22,6 +22,8 @@ class TrainingOptions:
     """Wall clock spent in training steps, evaluation and checkpoints included."""
     batch_size: int = 8
     num_anchors: int = 32
+    num_passes: int = 1
+    """Times that a chunk of captured sequences is trained on before the next is captured."""
     learning_rate: float = 6e-4
     warmup_share: float = 0.04
     max_grad_norm: float = 1.0

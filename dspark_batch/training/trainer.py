@@ -14,13 +14,14 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dspark_batch.summary import duration
 from dspark_batch.training.anchors import aligned_target_probs, anchor_batch, sample_anchors
 from dspark_batch.training.checkpoint import save_draft
 from dspark_batch.training.draft import DSparkDraft
@@ -35,10 +36,43 @@ POOL_BATCHES = 16
 """Batches are cut from pools of this many, sorted by length inside a pool: little padding."""
 
 
+@dataclass(slots=True)
+class TrainState:
+    """How far a training is; the trainer counts, a progress display reads."""
+
+    progress: float = 0.0
+    step: int = 0
+    seconds: float = 0.0
+    loss: float | None = None
+    tau: float | None = None
+    """Greedy, on the held-out responses, when they were last measured."""
+    best_tau: float = 0.0
+    num_rows: int = 1000
+    """Of the display's bar, which then moves by thousandths."""
+
+    @property
+    def num_done(self) -> int:
+        """Thousandths that are done."""
+        return round(self.num_rows * self.progress)
+
+    def text(self) -> str:
+        """Share, time left, step, loss, accepted length."""
+        parts = [f"{self.progress:.1%}"]
+        if self.progress:
+            parts.append(f"{duration(self.seconds / self.progress - self.seconds)} left")
+        parts.append(f"step {self.step:,}")
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.3f}")
+        if self.tau is not None:
+            parts.append(f"accepted length {self.tau:.2f}, best {self.best_tau:.2f}")
+        return ", ".join(parts)
+
+
 class Trainer:
     """Trains `draft` in place; `run` continues from the folder's checkpoint if there is one.
 
-    Invariant between steps: `epoch` and `place` name the next batch, `step` counts those taken.
+    Invariant between steps: `epoch`, `chunk` and `place` name the next batch, `step` counts those
+    taken.
     """
 
     def __init__(
@@ -49,6 +83,7 @@ class Trainer:
         options: TrainingOptions,
         folder: Path,
         held_out: FeatureSource | None = None,
+        report: Callable[[TrainState], None] = lambda _: None,
     ) -> None:
         self.draft, self.source, self.held_out = draft, source, held_out
         self.options, self.folder = options, folder
@@ -63,8 +98,10 @@ class Trainer:
             self._hidden_packed = torch.compile(draft.hidden_packed, dynamic=True)
             self._loss = torch.compile(dspark_loss)
         self.device = draft.fc.weight.device
-        self.step = self.epoch = self.place = 0
+        self.step = self.epoch = self.chunk = self.place = 0
         self.best_tau = 0.0
+        self._report = report
+        self._state = TrainState()
         self._seconds_before = 0.0  # trained before this process
         self._last_checkpoint = self._last_evaluation = self._started = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,23 +119,39 @@ class Trainer:
         assert self.options.seconds is not None
         return min(1.0, self.seconds / self.options.seconds)
 
-    def run(self, *, stop_at: int | None = None) -> None:
-        """Train to the end (or to step `stop_at`, to be resumed); evaluate and save on the way."""
+    def run(
+        self, *, stop_at: int | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Train to the end, evaluating and saving on the way.
+
+        Ends early, to be resumed, at step `stop_at` or when `stopped` becomes true.
+        """
         self.resume()
         self._started = self._last_evaluation = self._last_checkpoint = time.monotonic()
+        if self.step == 0 and self.held_out is not None:
+            self.evaluate_and_export()
 
         def running() -> bool:
-            return self.progress < 1.0 and (stop_at is None or self.step < stop_at)
+            if stopped() or (stop_at is not None and self.step >= stop_at):
+                return False
+            return self.progress < 1.0
 
         while running():
             for batch in self._epoch(running):
                 terms, norm = self.train_step(batch)
                 if self.step % self.options.log_every == 0:
                     self._log_step(terms, norm)
+                self._state.loss = float(terms.total.detach())
+                self._tell()
                 self._when_due()
         if self.progress >= 1.0:
             self.evaluate_and_export()
         self.save_state()
+
+    def _tell(self) -> None:
+        self._state.progress, self._state.step = self.progress, self.step
+        self._state.seconds = self.seconds
+        self._report(self._state)
 
     def train_step(self, batch: FeatureBatch) -> tuple[LossTerms, Tensor]:
         """One optimiser step on one batch; the loss terms and the gradient norm before clipping."""
@@ -110,7 +163,9 @@ class Trainer:
         blocks = anchor_batch(batch, anchors, draft.config.block_size).to(self.device)
         batch = batch.to(self.device)
         with torch.no_grad():
-            target_probs = aligned_target_probs(draft, batch, blocks.anchors)
+            target_probs = aligned_target_probs(
+                draft, batch, blocks.anchors, logit_cap=self.source.target.logit_cap
+            )
         draft.train()
         with (
             torch.random.fork_rng(devices=[]),
@@ -148,26 +203,42 @@ class Trainer:
                 list(self.average.values()), list(self.parameters.values()), 1 - decay
             )
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """Sequence indices of every batch of an epoch, a function of seed and epoch alone."""
+    def chunks(self, epoch: int) -> list[list[int]]:
+        """Sequence indices of every chunk of an epoch, a function of seed and epoch alone."""
         generator = torch.Generator().manual_seed(self.options.seed + epoch)
-        order = torch.randperm(len(self.source), generator=generator).tolist()
+        return self.source.chunks(torch.randperm(len(self.source), generator=generator).tolist())
+
+    def batches(self, chunk: list[int], epoch: int) -> list[list[int]]:
+        """Sequence indices of every batch of a chunk, pass by pass; functions of their arguments
+        and the seed.
+        """
         size, sequences = self.options.batch_size, self.source.sequences
-        batches = []
-        for start in range(0, len(order), size * POOL_BATCHES):
-            pool = order[start : start + size * POOL_BATCHES]
-            pool.sort(key=lambda index: len(sequences[index].token_ids))
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-        shuffled = torch.randperm(len(batches), generator=generator).tolist()
-        return [batches[i] for i in shuffled]
+        generator = torch.Generator().manual_seed(self.options.seed + epoch)
+        passes = []
+        for _ in range(self.options.num_passes):
+            order = [chunk[i] for i in torch.randperm(len(chunk), generator=generator).tolist()]
+            batches = []
+            for start in range(0, len(order), size * POOL_BATCHES):
+                pool = order[start : start + size * POOL_BATCHES]
+                pool.sort(key=lambda index: len(sequences[index].token_ids))
+                batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+            shuffled = torch.randperm(len(batches), generator=generator).tolist()
+            passes += [batches[i] for i in shuffled]
+        return passes
 
     def _epoch(self, running: Callable[[], bool]) -> Iterator[FeatureBatch]:
-        batches = self.batches(self.epoch)
-        while self.place < len(batches) and running():
-            self.place += 1
-            yield self.source.batch(batches[self.place - 1])
-        if self.place >= len(batches):
-            self.epoch, self.place = self.epoch + 1, 0
+        chunks = self.chunks(self.epoch)
+        while self.chunk < len(chunks):
+            batches = self.batches(chunks[self.chunk], self.epoch)
+            if not self.source.hold(chunks[self.chunk], running=running):
+                return
+            while self.place < len(batches) and running():
+                self.place += 1
+                yield self.source.batch(batches[self.place - 1])
+            if self.place < len(batches):
+                return
+            self.chunk, self.place = self.chunk + 1, 0
+        self.epoch, self.chunk = self.epoch + 1, 0
 
     def _when_due(self) -> None:
         now = time.monotonic()
@@ -207,6 +278,8 @@ class Trainer:
             if result.tau_greedy > self.best_tau:
                 self.best_tau = result.tau_greedy
                 save_draft(self.draft, self.folder / "export")
+        self._state.tau, self._state.best_tau = result.tau_greedy, self.best_tau
+        self._tell()
         self._log({"event": "evaluation", **asdict(result), "best_tau_greedy": self.best_tau})
         return result
 
@@ -216,8 +289,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "epoch": self.epoch,
+            "chunk": self.chunk,
             "place": self.place,
-            "num_sequences": len(self.source),
             "best_tau": self.best_tau,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average if self.options.ema_decay is not None else {},
@@ -227,15 +300,14 @@ class Trainer:
         os.replace(self.folder / "state.pt.new", self.folder / "state.pt")
 
     def resume(self) -> None:
-        """Take up `state.pt` if it exists. More sequences than then: a new epoch begins."""
+        """Take up `state.pt` if it exists."""
         path = self.folder / "state.pt"
         if not path.exists():
             return
         state: dict[str, Any] = torch.load(path, weights_only=True)
-        self.step, self.epoch, self.place = state["step"], state["epoch"], state["place"]
+        self.step, self.epoch = state["step"], state["epoch"]
+        self.chunk, self.place = state["chunk"], state["place"]
         self.best_tau, self._seconds_before = state["best_tau"], state["seconds"]
-        if state["num_sequences"] != len(self.source):
-            self.epoch, self.place = self.epoch + 1, 0
         self._load(state["parameters"])
         self.average = state["average"] or self.average
         self.optimizer.load_state_dict(state["optimizer"])
@@ -252,7 +324,7 @@ class Trainer:
                 "confidence": float(terms.confidence.detach()),
                 "grad_norm": float(norm),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
-                "cached_bytes": self.source.num_cached_bytes,
+                "held_bytes": self.source.num_held_bytes,
             }
         )
 

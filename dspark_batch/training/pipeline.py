@@ -1,0 +1,318 @@
+"""From a training recipe to a draft, step by step; the same command goes on where one stopped.
+
+engine      the target with the training's taps       `engine/`      kept while it fits the recipe
+responses   the target's answers to the prompts       `responses/`   kept part by part
+start       the draft that training starts from       `start/`       written once
+training    steps, evaluations, checkpoints           `training/`    kept every few minutes
+finish      evaluate, calibrate, describe             the draft folder appears whole or not at all
+
+All but the last are in the work folder, `NAME.training/` beside the recipe `NAME.toml`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from dspark_batch.engine import Engine, open_engine
+from dspark_batch.errors import OutputLocked, StoppedEarly, UsageError
+from dspark_batch.export.pipeline import build
+from dspark_batch.plan import difference
+from dspark_batch.progress import Progress
+from dspark_batch.recipe import Recipe
+from dspark_batch.stop import Stop
+from dspark_batch.training.card import Facts, TrainingSummary, write_draft_folder
+from dspark_batch.training.checkpoint import load_draft, save_draft
+from dspark_batch.training.draft import DSparkDraft
+from dspark_batch.training.evaluation import calibrate, evaluate
+from dspark_batch.training.features import FeatureSource
+from dspark_batch.training.recipe import TrainingRecipe, load_training_recipe
+from dspark_batch.training.responses import Responses, Sequences
+from dspark_batch.training.start import resolved_taps, start_draft
+from dspark_batch.training.target import EngineFeatures, TargetTables, context_layer_ids
+from dspark_batch.training.trainer import Trainer
+from dspark_batch.weights import Weights, open_weights
+
+_CAPTURE_ROWS = 4  # more would not run faster, and every row reserves cache
+_HELD_OUT_SHARE = 0.25  # of the memory for features, at most
+
+
+def train(
+    recipe_path: Path,
+    *,
+    progress: Progress,
+    argv: Sequence[str],
+    overwrite: bool = False,
+    deadline: float | None = None,
+) -> TrainingSummary:
+    """Train the draft of a recipe, or what is left of it, and say what came of it.
+
+    With `overwrite` training starts again; the engine and the responses are kept as far as the
+    recipe still asks for the same.
+
+    Raises:
+        UsageError: the recipe is wrong, or not the one that the work folder was begun with.
+        InputError: the prompts or responses cannot be used.
+        EngineError: the target, or the draft to start from, cannot be used.
+        StoppedEarly: SIGTERM or the deadline; what was trained is kept.
+    """
+    recipe = load_training_recipe(recipe_path)
+    stop = Stop(deadline=deadline, clock=time.monotonic)
+    with stop.on_sigterm(), _locked(recipe):
+        work = _Training(recipe, progress=progress, argv=argv, stop=stop, overwrite=overwrite)
+        return work.run()
+
+
+@contextmanager
+def _locked(recipe: TrainingRecipe) -> Iterator[None]:
+    folder = recipe.work_folder
+    is_new = not folder.exists()
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputLocked(f"another process trains in {folder}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if is_new and [path.name for path in folder.iterdir()] in ([], ["lock"]):
+            shutil.rmtree(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The names in a work folder."""
+
+    folder: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.folder / "recipe.json"
+
+    @property
+    def engine(self) -> Path:
+        return self.folder / "engine"
+
+    @property
+    def start(self) -> Path:
+        return self.folder / "start"
+
+    @property
+    def training(self) -> Path:
+        return self.folder / "training"
+
+    @property
+    def finished(self) -> Path:
+        return self.folder / "finished.json"
+
+
+class _Training:
+    """One training; the steps in their order."""
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        *,
+        progress: Progress,
+        argv: Sequence[str],
+        stop: Stop,
+        overwrite: bool,
+    ) -> None:
+        self._recipe, self._progress, self._argv = recipe, progress, argv
+        self._stop, self._overwrite = stop, overwrite
+        self._files = _Files(recipe.work_folder)
+        self._options = recipe.training.options
+        self._device = _device(recipe.training.device)
+
+    def run(self) -> TrainingSummary:
+        """Every step that is not done yet."""
+        self._begin()
+        if self._files.finished.exists():
+            values = json.loads(self._files.finished.read_text())
+            self._progress.phase(f"{self._recipe.draft_folder} is trained; --overwrite trains anew")
+            return TrainingSummary.from_json(values)
+        with open_weights(self._recipe.target_source) as weights:
+            taps = resolved_taps(self._recipe, weights)
+            self._build_engine(taps, num_layers=weights.config["num_hidden_layers"])
+            sequences = self._sequences()
+            tables = TargetTables.of(weights)
+            if not (self._files.start / "config.json").exists():
+                self._progress.phase("making the draft to start from")
+                draft = start_draft(
+                    self._recipe, weights, tables, sequences, engine_folder=self._files.engine
+                )
+                save_draft(draft, self._files.start, dtype=torch.float32)
+            with closing(self._open_engine()) as engine:
+                return self._train(weights, engine, tables, sequences, num_taps=len(taps))
+
+    def _begin(self) -> None:
+        """Check that the work folder is this recipe's; empty it where training starts again."""
+        files, draft_folder = self._files, self._recipe.draft_folder
+        settings = {key: json.dumps(value) for key, value in self._recipe.settings().items()}
+        if self._overwrite:
+            for path in (files.settings, files.finished):
+                path.unlink(missing_ok=True)
+            for path in (files.start, files.training):
+                shutil.rmtree(path, ignore_errors=True)
+        elif not files.settings.exists() and draft_folder.exists():
+            raise UsageError(
+                f"{draft_folder} holds a draft that was not trained here: rename the recipe, or "
+                f"replace the draft with --overwrite"
+            )
+        if files.settings.exists():
+            changed = difference(json.loads(files.settings.read_text()), settings)
+            if changed:
+                raise UsageError(
+                    f"{self._recipe.path} is not the recipe that {files.folder} was begun with "
+                    f"({changed}): change it back, rename it, or start again with --overwrite"
+                )
+        else:
+            _write_json(files.settings, settings)
+
+    def _build_engine(self, taps: Sequence[int], *, num_layers: int) -> None:
+        target = self._recipe.target
+        recipe = Recipe.model_validate(
+            {
+                "target": {"weights": self._recipe.target_source, "license": target.license},
+                "engine": {
+                    "precision": target.precision,
+                    "max_rows": target.max_rows,
+                    "max_tokens": target.max_tokens,
+                },
+                "path": self._recipe.path,
+            }
+        )
+        build(
+            recipe,
+            output=self._files.engine,
+            progress=self._progress.phase,
+            context_layer_ids=context_layer_ids(taps, num_layers),
+        )
+
+    def _open_engine(self) -> Engine:
+        return open_engine(self._files.engine, max_rows=_CAPTURE_ROWS)
+
+    def _sequences(self) -> Sequences:
+        with closing(self._open_engine()) as engine:
+            responses = Responses(
+                self._recipe,
+                self._files.engine,
+                engine,
+                progress=self._progress,
+                argv=self._argv,
+                overwrite=self._overwrite,
+            )
+            return responses.sequences()
+
+    def _train(
+        self,
+        weights: Weights,
+        engine: Engine,
+        tables: TargetTables,
+        sequences: Sequences,
+        *,
+        num_taps: int,
+    ) -> TrainingSummary:
+        features = EngineFeatures(engine, tables, num_taps=num_taps)
+        dtype = torch.bfloat16 if self._options.bf16 else torch.float32
+        limit = round(self._recipe.training.memory_gb * 1e9)
+        held_limit = round(limit * _HELD_OUT_SHARE)
+        held_out = FeatureSource(
+            features, sequences.held_out, max_bytes=held_limit, dtype=dtype, device=self._device
+        )
+        source = FeatureSource(
+            features,
+            sequences.training,
+            max_bytes=limit - held_limit,
+            dtype=dtype,
+            device=self._device,
+        )
+        draft = self._load(self._files.start, tables)
+        draft.dropout.p = self._recipe.training.dropout
+        trainer = Trainer(
+            draft,
+            source,
+            options=self._options,
+            folder=self._files.training,
+            held_out=held_out,
+            report=self._progress.update,
+        )
+        words = f"{len(source):,} responses on {self._device}"
+        self._progress.phase(f"training on {words}")
+        trainer.run(stopped=lambda: self._stop.reason is not None)
+        if trainer.progress < 1.0:
+            raise self._stopped_early(trainer)
+        self._progress.phase("evaluating and calibrating")
+        best = self._load(self._files.training / "export", tables)
+        facts = Facts.gather(
+            self._recipe,
+            weights,
+            sequences,
+            best,
+            log=self._files.training / "log.jsonl",
+            num_steps=trainer.step,
+            seconds=trainer.seconds,
+            device=str(self._device),
+            evaluation=evaluate(best, held_out, seed=self._options.seed),
+            by_source={
+                name: evaluate(best, held_out, indices=indices, seed=self._options.seed)
+                for name, indices in _by_source(sequences).items()
+            },
+            temperatures=calibrate(best, held_out),
+        )
+        summary = write_draft_folder(
+            self._recipe, facts, draft=best, log=self._files.training / "log.jsonl"
+        )
+        _write_json(self._files.finished, summary.to_json())
+        return summary
+
+    def _load(self, folder: Path, tables: TargetTables) -> DSparkDraft:
+        draft = load_draft(folder, embed_tokens=tables.embed, lm_head=tables.head)
+        return draft.to(self._device)
+
+    def _stopped_early(self, trainer: Trainer) -> StoppedEarly:
+        words = [word for word in self._argv if word != "--overwrite"]
+        again = shlex.join(["dspark-batch", *words])
+        return StoppedEarly(
+            f"stopped early for {self._stop.reason} at step {trainer.step:,} "
+            f"({trainer.progress:.0%}); continue with: {again}"
+        )
+
+
+def _by_source(sequences: Sequences) -> dict[str, list[int]]:
+    """Held-out sequences by where they come from; empty where there is one source only."""
+    found: dict[str, list[int]] = {}
+    for index, sequence in enumerate(sequences.held_out):
+        found.setdefault(sequence.source, []).append(index)
+    return dict(sorted(found.items())) if len(found) > 1 else {}
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"[training] device {name!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"[training] device {name!r}: torch finds no CUDA device here")
+    return device
+
+
+def _write_json(path: Path, values: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, path)

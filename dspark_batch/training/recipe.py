@@ -1,0 +1,384 @@
+"""Training recipes: what a draft is trained on, and how (`export/drafts/*.toml`).
+
+`export/drafts/NAME.toml` makes the draft `export/drafts/NAME/`, and keeps what it needs on the way
+in `export/drafts/NAME.training/`. Unknown keys are errors with a suggestion. Paths are relative to
+the workspace (the folder that holds `export/`), or to the recipe's own folder.
+"""
+
+from __future__ import annotations
+
+import glob
+import tomllib
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dspark_batch.errors import InputError, UsageError
+from dspark_batch.job import invalid_params
+from dspark_batch.recipe import RECIPE_FOLDER
+from dspark_batch.training.losses import LossWeights
+from dspark_batch.training.options import TrainingOptions
+from dspark_batch.types import SamplingParams
+from dspark_batch.weights.source import PACKAGE_PREFIX, suggestion
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Files = Annotated[tuple[Text, ...], Field(strict=False)]
+
+_OPTIONS = TrainingOptions(num_steps=1)
+_LOSS = LossWeights()
+_DEFAULT_SECONDS = 3600.0
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TargetSection(_Section):
+    """`[target]`: the model that the draft is for, as it will be served."""
+
+    weights: Text
+    """A GGUF file, a Hugging Face folder or `package:DISTRIBUTION/path`."""
+    license: str | None = None
+    precision: Literal["fp32", "int8"] = "int8"
+    """Of the engine that the draft will serve in: its features are what the draft sees."""
+    max_rows: Count = 32
+    """Rows generated at a time."""
+    max_tokens: Annotated[int, Field(ge=16)] = 2048
+    """Prompt and response of one row."""
+
+
+class _Rows(_Section):
+    """Parquet files and the columns to read, as `run` has them."""
+
+    files: Files
+    """Files, folders or glob patterns."""
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    token_ids_column: str | None = None
+    chat_template: bool = True
+    system: str | None = None
+    source_column: str | None = None
+    """Names where a row comes from; results are given by source as well."""
+    limit: Count | None = None
+    """Rows read of each entry of `files`."""
+
+
+class PromptsSection(_Rows):
+    """`[prompts]`: what the target responds to."""
+
+
+class ImportedSection(_Rows):
+    """`[[imported]]`: prompts with the target's responses, as `run --token-ids` writes them."""
+
+    output_column: Text = "output_token_ids"
+
+
+class ResponsesSection(_Section):
+    """`[[responses]]`: one way to sample responses; every prompt gets `samples` of them."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    samples: Count = 1
+    max_new_tokens: Count = 256
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problem = invalid_params(
+            SamplingParams(
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                seed=self.seed,
+            )
+        )
+        if problem:
+            raise ValueError(problem)
+        if not self.temperature and self.samples > 1:
+            raise ValueError("greedy responses are all the same: samples must be 1")
+        return self
+
+
+class DraftSection(_Section):
+    """`[draft]`: the network. None means: from the target, or from the draft it starts from."""
+
+    layers: Count | None = None
+    block_size: Count | None = None
+    taps: Annotated[tuple[int, ...], Field(strict=False)] | None = None
+    """Target layers whose outputs the draft reads; -1 is the embedding."""
+    markov_head: Literal["vanilla", "gated", "rnn", "none"] | None = None
+    """`none` is DFlash."""
+    markov_rank: Count | None = None
+    confidence_head: bool | None = None
+    confidence_with_markov: bool | None = None
+    vocab_size: Count | Literal["full"] | None = None
+    """Most frequent ids of the responses that the draft can propose."""
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None
+    intermediate_size: Count | None = None
+
+
+class TrainingSection(_Section):
+    """`[training]`: how long, how, and from where."""
+
+    steps: Count | None = None
+    seconds: Positive | None = None
+    batch_size: Count = _OPTIONS.batch_size
+    anchors: Count = 64
+    """Blocks per sequence and step."""
+    passes: Count = 2
+    """Times that captured sequences are trained on, with fresh anchors, before they are dropped."""
+    memory_gb: Positive = 2.0
+    """Captured features held at a time, in 10^9 bytes."""
+    learning_rate: Positive = _OPTIONS.learning_rate
+    warmup_share: Share = _OPTIONS.warmup_share
+    max_grad_norm: Positive = _OPTIONS.max_grad_norm
+    cross_entropy: Annotated[float, Field(ge=0)] = _LOSS.cross_entropy
+    l1: Annotated[float, Field(ge=0)] = _LOSS.l1
+    confidence: Annotated[float, Field(ge=0)] = _LOSS.confidence
+    decay: Positive = _LOSS.decay
+    dropout: Share = 0.0
+    ema_decay: Share = 0.995
+    """0 keeps no average."""
+    seed: int = _OPTIONS.seed
+    bf16: bool = True
+    compile: bool = False
+    device: Text = "auto"
+    """`cpu`, `cuda`, or `auto`: CUDA where torch finds it."""
+    start: Text = "target"
+    """`target`: its last layers; `random`; or the folder of a draft."""
+    log_every: Count = _OPTIONS.log_every
+    checkpoint_seconds: Positive = _OPTIONS.checkpoint_seconds
+    evaluate_seconds: Positive = _OPTIONS.evaluate_seconds
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.steps is not None and self.seconds is not None:
+            raise ValueError("give steps or seconds, not both")
+        return self
+
+    @property
+    def options(self) -> TrainingOptions:
+        """What the trainer takes."""
+        seconds = self.seconds
+        if self.steps is None and seconds is None:
+            seconds = _DEFAULT_SECONDS
+        return TrainingOptions(
+            num_steps=self.steps,
+            seconds=seconds,
+            batch_size=self.batch_size,
+            num_anchors=self.anchors,
+            num_passes=self.passes,
+            learning_rate=self.learning_rate,
+            warmup_share=self.warmup_share,
+            max_grad_norm=self.max_grad_norm,
+            loss=LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay),
+            bf16=self.bf16,
+            compile=self.compile,
+            ema_decay=self.ema_decay or None,
+            seed=self.seed,
+            log_every=self.log_every,
+            checkpoint_seconds=self.checkpoint_seconds,
+            evaluate_seconds=self.evaluate_seconds,
+        )
+
+
+class HeldOutSection(_Section):
+    """`[held_out]`: prompts that are never trained on; `files` as for `[[imported]]`."""
+
+    count: Count | None = None
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_new_tokens: Count = 256
+    """Of the greedy responses that are generated for them."""
+    files: Files = ()
+    prompt_column: str | None = None
+    messages_column: str | None = None
+    token_ids_column: str | None = None
+    chat_template: bool = True
+    system: str | None = None
+    source_column: str | None = None
+    limit: Count | None = None
+    output_column: Text = "output_token_ids"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if sum(bool(given) for given in (self.count, self.share, self.files)) > 1:
+            raise ValueError("give one of count, share and files")
+        return self
+
+    @property
+    def imported(self) -> ImportedSection | None:
+        """The held-out responses that are there already."""
+        if not self.files:
+            return None
+        return ImportedSection(**self.model_dump(exclude={"count", "share", "max_new_tokens"}))
+
+    def number(self, num_prompts: int) -> int:
+        """How many of `num_prompts` are held out."""
+        if self.share is not None:
+            return max(1, round(self.share * num_prompts))
+        return self.count or min(64, max(1, num_prompts // 10))
+
+
+class TrainingRecipe(_Section):
+    """One training recipe."""
+
+    target: TargetSection
+    prompts: PromptsSection | None = None
+    responses: Annotated[tuple[ResponsesSection, ...], Field(strict=False)] = ()
+    imported: Annotated[tuple[ImportedSection, ...], Field(strict=False)] = ()
+    draft: DraftSection = DraftSection()
+    training: TrainingSection = TrainingSection()
+    held_out: HeldOutSection = HeldOutSection()
+    path: Path = Field(exclude=True)
+    """The file it was read from; no key of it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prompts is None and not self.imported:
+            raise ValueError("[prompts] or [[imported]] must say what to train on")
+        if self.prompts is None and self.responses:
+            raise ValueError("[[responses]] needs [prompts] to respond to")
+        return self
+
+    @property
+    def sampled(self) -> tuple[ResponsesSection, ...]:
+        """The ways to sample responses; by default a greedy one and one at temperature 0.7."""
+        if self.prompts is None:
+            return ()
+        return self.responses or (ResponsesSection(), ResponsesSection(temperature=0.7))
+
+    @property
+    def draft_folder(self) -> Path:
+        """Where the draft goes."""
+        return self.path.with_suffix("")
+
+    @property
+    def work_folder(self) -> Path:
+        """Where everything on the way to it is kept."""
+        return self.path.with_suffix(".training")
+
+    @property
+    def workspace(self) -> Path:
+        """The folder that holds `export/`; the recipe's own where there is none."""
+        folder = self.path.resolve().parent
+        names = [parent.name for parent in (folder, *folder.parents)]
+        if RECIPE_FOLDER in names:
+            return folder.parents[names.index(RECIPE_FOLDER)]
+        return folder
+
+    @property
+    def target_source(self) -> str:
+        """What to give to `open_weights`."""
+        if self.target.weights.startswith(PACKAGE_PREFIX):
+            return self.target.weights
+        return str(self.find(self.target.weights, "[target] weights"))
+
+    @property
+    def start_folder(self) -> Path | None:
+        """The draft to start from, if it is one."""
+        if self.training.start in ("target", "random"):
+            return None
+        return self.find(self.training.start, "[training] start")
+
+    def find(self, name: str, key: str) -> Path:
+        """An existing path of the recipe. Raises `UsageError`."""
+        found = [path for path in self._candidates(name) if path.exists()]
+        if not found:
+            looked = " and ".join(map(str, self._candidates(name)))
+            raise UsageError(f"{self.path}: {key} is not there; looked for {looked}")
+        return found[0]
+
+    def find_files(self, pattern: str, key: str) -> str:
+        """A path or glob pattern under which there are files. Raises `InputError`."""
+        candidates = [str(path) for path in self._candidates(pattern)]
+        for candidate in candidates:
+            if Path(candidate).exists() or glob.glob(candidate, recursive=True):
+                return candidate
+        raise InputError(f"{self.path}: {key}: no file {' and none '.join(candidates)}")
+
+    def _candidates(self, name: str) -> list[Path]:
+        bases = dict.fromkeys([self.workspace, self.path.resolve().parent])
+        return [base / Path(name).expanduser() for base in bases]
+
+    def settings(self) -> dict[str, object]:
+        """Every key that decides what comes out, as `section.key` -> plain value."""
+        flat: dict[str, object] = {}
+        for section, value in self.model_dump(mode="json").items():
+            if isinstance(value, dict):
+                flat |= {f"{section}.{key}": item for key, item in value.items()}
+            else:
+                flat[section] = value
+        return {key: value for key, value in flat.items() if key not in _FREE}
+
+
+_FREE = {
+    *("target.license", "target.max_rows", "training.device", "training.log_every"),
+    *("training.checkpoint_seconds", "training.evaluate_seconds"),
+}
+"""Keys that may change while a training is under way."""
+
+
+def load_training_recipe(path: Path) -> TrainingRecipe:
+    """Read a training recipe; `UsageError` names the file and every wrong key."""
+    if not path.is_file():
+        there = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none"
+        raise UsageError(f"no training recipe {path}; recipes in {path.parent}/: {there}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    problems = []
+    if "path" in table:
+        problems.append(_unknown_key(("path",)))
+        del table["path"]
+    try:
+        recipe = TrainingRecipe.model_validate({**table, "path": path})
+    except ValidationError as error:
+        problems += [_problem(detail) for detail in error.errors()]
+    if problems:
+        raise UsageError(f"{path}: " + "; ".join(problems))
+    return recipe
+
+
+def _problem(detail: Any) -> str:
+    location = tuple(detail["loc"])
+    words = [str(part) for part in location if isinstance(part, str)]
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(location)
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if not words:
+        return message
+    where = f"[{words[0]}] " + " ".join(words[1:])
+    if detail["type"] == "missing":
+        return f"{where.strip()} is missing"
+    if detail["type"] == "value_error":
+        return f"{where.strip()}: {message}"
+    return f"{where.strip()} = {detail['input']!r}: {message}"
+
+
+def _unknown_key(location: tuple[Any, ...]) -> str:
+    section: type[BaseModel] = TrainingRecipe
+    for part in location[:-1]:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _model(section.model_fields[part].annotation) or section
+    words = [str(part) for part in location if isinstance(part, str)]
+    where = f"[{words[0]}] " if len(words) > 1 else ""
+    known = [name for name in section.model_fields if name != "path"]
+    return f"{where}unknown key {words[-1]}{suggestion(words[-1], known)}"
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The section behind an annotation: itself, optional, or the items of a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+        found = [_model(part) for part in get_args(annotation)]
+        return next((model for model in found if model is not None), None)
+    return None

@@ -1,0 +1,79 @@
+"""The frozen target of a training: its tables in torch, and its features from our own engine.
+
+The engine's graph runs the responses teacher-forced and gives the outputs of the tapped layers and
+of the last one. So a draft is trained on what it will see when it serves, in the served precision,
+for every family and weight format that exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dspark_batch.engine import Engine
+from dspark_batch.models import decoder_spec
+from dspark_batch.models.spec import DecoderSpec
+from dspark_batch.weights import Weights
+
+NamedTensor = Callable[[str], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetTables:
+    """What a draft shares with its target, fp32."""
+
+    spec: DecoderSpec
+    embed: Tensor
+    """[V, d] as the first layer gets it, any scale applied."""
+    head: Tensor
+    """[V, d]"""
+    norm: Tensor
+    """[d] weight of the final norm."""
+
+    @classmethod
+    def of(cls, weights: Weights) -> Self:
+        """Read the tables of an opened target."""
+        spec = decoder_spec(weights.config)
+        embed = tensor(weights.tensor, "model.embed_tokens.weight")
+        head = embed if spec.tied_head else tensor(weights.tensor, "lm_head.weight")
+        if spec.embedding_scale != 1.0:
+            embed = embed * spec.embedding_scale
+        return cls(
+            spec, embed, head, tensor(weights.tensor, "model.norm.weight") + spec.norm_offset
+        )
+
+
+def tensor(read: NamedTensor, name: str) -> Tensor:
+    """A weight in fp32."""
+    return torch.from_numpy(np.array(read(name), dtype=np.float32))
+
+
+def context_layer_ids(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """What the engine must give for a draft with these taps: them, and the last layer."""
+    return tuple(sorted({*taps, num_layers - 1}))
+
+
+class EngineFeatures:
+    """`features.TargetFeatures` of an engine that was built with `context_layer_ids`."""
+
+    def __init__(self, engine: Engine, tables: TargetTables, *, num_taps: int) -> None:
+        size = tables.spec.hidden_size
+        self.head_weight, self.logit_cap = tables.head, tables.spec.logit_cap
+        self.feature_size, self.hidden_size = num_taps * size, size
+        self._engine, self._tables = engine, tables
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features `[S, m·d]` and final hidden rows `[S, d]`, fp32, of each row of token ids."""
+        for context in self._engine.context(rows):
+            streams = torch.from_numpy(context)
+            yield streams[:, : self.feature_size], self._final_norm(streams[:, -self.hidden_size :])
+
+    def _final_norm(self, stream: Tensor) -> Tensor:
+        variance = stream.pow(2).mean(-1, keepdim=True)
+        return stream * torch.rsqrt(variance + self._tables.spec.epsilon) * self._tables.norm
