@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +24,7 @@ from dspark_batch.shards import Shard
 _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
 _SAMPLE_BYTES, _NUM_SAMPLES = 1 << 20, 64
+_OWN_METADATA = b"dspark_batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +220,31 @@ def _value(scalar: pa.Scalar) -> object:
         return scalar.as_py()
     except UnicodeDecodeError:
         return b""
+
+
+def write_columns(
+    path: Path, columns: Mapping[str, Sequence[object]], *, metadata: Mapping[str, object]
+) -> None:
+    """Write a small table of our own, with `metadata` as JSON in its footer.
+
+    A list of arrays becomes a column of lists. Raises `StorageError`.
+    """
+    table = pa.table({name: pa.array(values) for name, values in columns.items()})
+    table = table.replace_schema_metadata({_OWN_METADATA: json.dumps(metadata)})
+    try:
+        pq.write_table(table, path, compression="zstd")
+    except OSError as exc:
+        raise StorageError(f"cannot write {path}: {exc.strerror or exc}") from exc
+
+
+def read_columns(path: Path) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """The columns and the metadata of `write_columns`; no metadata in a file of another origin.
+
+    Raises `InputError` where there is no Parquet file.
+    """
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as exc:
+        raise InputError(f"cannot read {path}: {exc}") from exc
+    about = (table.schema.metadata or {}).get(_OWN_METADATA, b"{}")
+    return table.to_pydict(), json.loads(about)
