@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dspark_batch.algorithm import calibration, sampling
 from dspark_batch.algorithm.costs import CostTable
+from dspark_batch.drafters import LOOKUPS, Lookup
 from dspark_batch.manifest import EngineManifest, read_manifest
 from dspark_batch.runtimes.session import Draws, Runtime, Span
 from dspark_batch.types import DraftBlock, Sequence, VerifyPlan, VerifyResult
@@ -44,6 +45,7 @@ class Engine:
         folder: Path,
         max_rows: int,
         hardware_key: str,
+        lookup: Lookup | None = None,
     ) -> None:
         self.manifest = manifest
         self.folder = folder
@@ -51,6 +53,7 @@ class Engine:
         self.costs: CostTable | None = None
         self.hardware_key = hardware_key
         self._runtime = runtime
+        self._lookup = lookup
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -105,6 +108,8 @@ class Engine:
     def release(self, sequence: Sequence) -> None:
         """Free the sequence's slot."""
         self._runtime.release(sequence.slot)
+        if self._lookup is not None:
+            self._lookup.release(sequence.slot)
 
     def prefill(self, sequences: SequenceOf[Sequence]) -> NDArray[np.int64]:
         """Run the prompts, in chunks, and return the first token of each, [R]; -1 as in `bonus`.
@@ -145,7 +150,9 @@ class Engine:
         return DraftBlock(block.tokens, confidence.astype(np.float32), block.lengths)
 
     def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
-        """As `draft`, with the confidence head's logits: what calibration is fitted on."""
+        """As `draft`, with the confidence as logits: what calibration is fitted on."""
+        if self._lookup is not None:
+            return self._lookup.draft(sequences)
         anchors = np.array([s.tokens[-1] for s in sequences], np.int64)
         return self._runtime.draft([s.slot for s in sequences], anchors, self._draws(sequences)[0])
 
@@ -223,6 +230,10 @@ def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool =
     manifest = read_manifest(folder)
     if not with_draft:
         manifest = manifest.model_copy(update={"draft": None})
+    draft = manifest.draft
+    lookup = None
+    if draft is not None and draft.drafter in LOOKUPS:
+        lookup = import_module(LOOKUPS[draft.drafter]).open_lookup(draft)
     rows = max_rows or manifest.limits.max_rows
     module = import_module(RUNTIMES[manifest.runtime])
     engine = Engine(
@@ -231,8 +242,9 @@ def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool =
         folder=folder,
         max_rows=rows,
         hardware_key=module.hardware_key(),
+        lookup=lookup,
     )
-    if manifest.draft is not None:
+    if draft is not None:
         engine.costs = read_costs(folder, engine.hardware_key)
     return engine
 

@@ -47,20 +47,32 @@ class TargetInfo(_Part):
     """Layers whose outputs the graph gives as context to a training; a draft names its own."""
 
 
+class LookupInfo(_Part):
+    """A draft that is looked up in the row's own tokens: `drafters/ngram.py`."""
+
+    shortest_match: int
+    longest_match: int
+    acceptance: tuple[tuple[float, ...], ...]
+    """[longest - shortest + 1, γ] conditional acceptance by match and position, of greedy text."""
+
+
 class DraftInfo(_Part):
-    """The draft model."""
+    """What proposes: a model, built into a graph from its checkpoint, or a lookup."""
 
     drafter: str
-    source: str
+    source: str | None
+    """None, and no files, without weights."""
     files: dict[str, str]
     block_size: int
-    mask_token_id: int
-    vocab_size: int
+    mask_token_id: int | None = None
+    vocab_size: int | None = None
     """Draft vocabulary; smaller than the target's where the checkpoint has a `d2t` map."""
-    target_layer_ids: tuple[int, ...]
-    markov_head: str | None
-    markov_rank: int
-    cache: CacheInfo
+    target_layer_ids: tuple[int, ...] = ()
+    markov_head: str | None = None
+    markov_rank: int = 0
+    cache: CacheInfo | None = None
+    """Of the draft's graph; None where there is none."""
+    lookup: LookupInfo | None = None
     confidence_temperatures: tuple[float, ...]
     """[γ] sequential temperature scaling of the confidence logits."""
     acceptance: tuple[float, ...]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from dspark_batch.algorithm import calibration
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.drafters import LOOKUPS
 from dspark_batch.engine import Engine, write_costs
+from dspark_batch.manifest import DraftInfo
 from dspark_batch.types import (
     DraftBlock,
     Prompt,
@@ -121,20 +124,23 @@ class _Recorder:
         return result
 
 
-def calibrate(
-    engine: Engine, prompts: Sequence[Sequence[int]]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Confidence temperatures and conditional acceptance, each [γ], from greedy rounds.
+def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
+    """The engine's draft with the confidence and acceptance that greedy rounds justify.
 
     Every round verifies its whole block, so that no position is seen only when it looked good.
     """
+    draft = engine.manifest.draft
+    assert draft is not None
     recorder = _Recorder(engine)
     new_tokens = min(_CALIBRATION_TOKENS, engine.max_tokens - max(len(p) for p in prompts))
     params = SamplingParams(max_new_tokens=new_tokens)
     source = [Prompt(i, tuple(ids), params) for i, ids in enumerate(prompts)]
     stats = DecodeStats()
-    for _ in decode(source, recorder, spec="on", stats=stats):  # type: ignore[arg-type]
-        pass
+    completions = list(decode(source, recorder, spec="on", stats=stats))  # type: ignore[arg-type]
+    if draft.drafter in LOOKUPS:
+        texts = [(prompts[c.row], c.token_ids) for c in completions]
+        lookup: DraftInfo = import_module(LOOKUPS[draft.drafter]).calibrated(draft, texts)
+        return lookup
     logits = np.concatenate(recorder.logits)
     accepted = np.concatenate(recorder.accepted)
     positions = np.arange(engine.block_size)
@@ -143,4 +149,8 @@ def calibrate(
     # One virtual success and failure, so that a position never reached is not taken for certain.
     acceptance = (passed + 1.0) / (reached + 2.0)
     temperatures = calibration.fit(logits, accepted) if len(logits) else np.ones(len(positions))
-    return tuple(map(float, temperatures)), tuple(map(float, acceptance))
+    found = {
+        "confidence_temperatures": tuple(map(float, temperatures)),
+        "acceptance": tuple(map(float, acceptance)),
+    }
+    return draft.model_copy(update=found)

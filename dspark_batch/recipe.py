@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from dspark_batch.drafters import LOOKUPS
 from dspark_batch.errors import UsageError
 from dspark_batch.weights.source import PACKAGE_PREFIX, suggestion
 
 RECIPE_FOLDER = "export"
+NO_DRAFT = "none"
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -33,11 +43,36 @@ class TargetSection(_Section):
 
 
 class DraftSection(_Section):
-    """`[draft]`: the network that proposes, and the method it was trained for."""
+    """`[draft]`: what proposes. A network, and the method it was trained for, or a lookup."""
 
-    weights: Text
-    """As for the target."""
     drafter: Text = "dspark"
+    """`none` for an engine that never drafts."""
+    weights: Text | None = None
+    """As for the target; a lookup has none."""
+    block_size: Annotated[int, Field(ge=1)] = 7
+    """γ of a lookup; a network brings its own."""
+    shortest_match: Annotated[int, Field(ge=1)] = 1
+    """Tokens of the row that must have occurred before, for a lookup to propose what followed."""
+    longest_match: Annotated[int, Field(ge=1)] = 8
+    """Longer matches are preferred up to here."""
+
+    @model_validator(mode="after")
+    def _fits_the_drafter(self) -> Self:
+        given = self.model_fields_set - {"drafter"}
+        if self.drafter == NO_DRAFT:
+            wrong = given
+        elif self.drafter in LOOKUPS:
+            wrong = given & {"weights"}
+        else:
+            wrong = given - {"weights"}
+            if self.weights is None:
+                raise PydanticCustomError("draft", "weights is missing")
+        if wrong:
+            message = f"{sorted(wrong)[0]} is not for drafter {self.drafter!r}"
+            raise PydanticCustomError("draft", "{text}", {"text": message})
+        if self.shortest_match > self.longest_match:
+            raise PydanticCustomError("draft", "shortest_match is above longest_match")
+        return self
 
 
 class EngineSection(_Section):
@@ -52,13 +87,19 @@ class EngineSection(_Section):
 
 
 class Recipe(_Section):
-    """One recipe file. Without `draft` the engine decodes plainly."""
+    """One recipe file. A target without a draft of its own gets a lookup, which costs nothing."""
 
     target: TargetSection
-    draft: DraftSection | None = None
+    draft: DraftSection | None = DraftSection(drafter="ngram")
+    """None (in a file: drafter `none`): the engine decodes plainly."""
     engine: EngineSection = EngineSection()
     path: Path = Field(exclude=True)
     """The file it was read from; no key of it."""
+
+    @field_validator("draft")
+    @classmethod
+    def _none_is_none(cls, draft: DraftSection | None) -> DraftSection | None:
+        return None if draft is None or draft.drafter == NO_DRAFT else draft
 
     @property
     def name(self) -> str:
@@ -72,8 +113,9 @@ class Recipe(_Section):
 
     @property
     def draft_source(self) -> str | None:
-        """What to give to `open_weights`, None without a draft; `UsageError` as above."""
-        return None if self.draft is None else self._source(self.draft.weights, "draft")
+        """What to give to `open_weights`, None without weights; `UsageError` as above."""
+        weights = self.draft.weights if self.draft else None
+        return None if weights is None else self._source(weights, "draft")
 
     def _source(self, weights: str, section: str) -> str:
         """A package source as it is, a path looked up from the workspace, then from the recipe."""
@@ -130,6 +172,8 @@ def _problem(detail: Any) -> str:
     location = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return _unknown_key(location)
+    if detail["type"] == "draft":
+        return f"[draft] {detail['msg']}"
     where = f"[{location[0]}] " if len(location) > 1 else ""
     if detail["type"] == "missing":
         is_table = len(location) == 1

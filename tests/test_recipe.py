@@ -42,7 +42,7 @@ def test_every_key_of_a_recipe_is_read(workspace: Path) -> None:
     recipe = load_recipe("mine")
     assert recipe.name == "mine"
     assert recipe.path == Path("export/mine.toml")
-    assert recipe.model_dump() == {
+    assert recipe.model_dump(exclude_unset=True) == {
         "target": {"weights": "models/target.gguf", "license": "Apache-2.0"},
         "draft": {"drafter": "dflash", "weights": "drafts/mine"},
         "engine": {
@@ -57,11 +57,41 @@ def test_every_key_of_a_recipe_is_read(workspace: Path) -> None:
 def test_only_the_target_is_required(workspace: Path) -> None:
     write(workspace, MINIMAL)
     recipe = load_recipe("mine")
-    assert recipe.draft is None
+    assert recipe.draft is not None
+    assert recipe.draft.drafter == "ngram"
     assert recipe.draft_source is None
     assert recipe.target_source == "package:tiny-weights/tiny.gguf"
     assert recipe.engine.runtime == "onnxruntime"
     assert recipe.engine.precision == "fp32"
+
+
+def test_a_recipe_may_ask_for_no_draft_or_for_another_lookup(workspace: Path) -> None:
+    write(workspace, MINIMAL + '[draft]\ndrafter = "none"\n')
+    recipe = load_recipe("mine")
+    assert recipe.draft is None
+    assert recipe.draft_source is None
+    write(workspace, MINIMAL + '[draft]\ndrafter = "ngram"\nblock_size = 4\nlongest_match = 3\n')
+    draft = load_recipe("mine").draft
+    assert draft is not None
+    assert (draft.block_size, draft.shortest_match, draft.longest_match) == (4, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        ('drafter = "ngram"\nweights = "drafts/mine"', "weights is not for drafter 'ngram'"),
+        ('drafter = "none"\nblock_size = 4', "block_size is not for drafter 'none'"),
+        ('weights = "drafts/mine"\nblock_size = 4', "block_size is not for drafter 'dspark'"),
+        ('drafter = "ngram"\nshortest_match = 9', "shortest_match is above longest_match"),
+        ('drafter = "ngram"\nblock_size = 0', r"block_size = 0: .*greater than or equal to 1"),
+    ],
+)
+def test_a_draft_takes_only_what_its_drafter_knows(
+    workspace: Path, draft: str, message: str
+) -> None:
+    write(workspace, f"{MINIMAL}[draft]\n{draft}\n")
+    with pytest.raises(UsageError, match=rf"^export/mine.toml: \[draft\] {message}"):
+        load_recipe("mine")
 
 
 def test_a_path_and_a_name_give_the_same_recipe(workspace: Path) -> None:

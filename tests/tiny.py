@@ -183,18 +183,24 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray])
 def export_pair(
     folder: Path,
     target: Path,
-    draft: Path | None,
+    draft: Path | str | None,
     *,
     precision: str = "fp32",
     max_rows: int = 4,
     max_tokens: int = 96,
 ) -> Path:
-    """Export into `folder/engines/tiny` from a recipe in `folder/export/tiny.toml`."""
+    """Export into `folder/engines/tiny` from a recipe in `folder/export/tiny.toml`.
+
+    `draft` is a checkpoint, or the lines of the recipe's section, or None for no draft at all.
+    """
     recipe = folder / "export" / "tiny.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     lines = [f'[target]\nweights = "{target}"\n']
-    if draft is not None:
-        lines.append(f'[draft]\nweights = "{draft}"\n')
+    if draft is None:
+        draft = 'drafter = "none"'
+    lines.append(
+        f"[draft]\n{draft}\n" if isinstance(draft, str) else f'[draft]\nweights = "{draft}"\n'
+    )
     lines.append(
         f'[engine]\nprecision = "{precision}"\nmax_rows = {max_rows}\nmax_tokens = {max_tokens}\n'
     )

@@ -1,5 +1,30 @@
-"""Drafters: methods of proposing a block; each builds one draft graph with the same contract."""
+"""Drafters: methods of proposing a block.
+
+Those of `DRAFTERS` build a graph from a checkpoint, all with the same contract; those of `LOOKUPS`
+have no weights, and propose from the rows' own tokens on the host.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from dspark_batch.types import DraftBlock
+    from dspark_batch.types import Sequence as Row
+
 DRAFTERS = {"dspark": "dspark_batch.drafters.dspark", "dflash": "dspark_batch.drafters.dspark"}
+LOOKUPS = {"ngram": "dspark_batch.drafters.ngram"}
+
+
+class Lookup(Protocol):
+    """What `open_lookup` of a module in `LOOKUPS` gives. What it proposes must be certain.
+
+    That is, a function of the row's past alone: it is verified as drawn with probability 1.
+    """
+
+    def draft(self, sequences: Sequence[Row]) -> DraftBlock:
+        """A block per row, the confidence as logits; length 0 where there is nothing to propose."""
+
+    def release(self, slot: int) -> None:
+        """The row in this slot has ended."""

@@ -54,7 +54,8 @@ class TargetProbe:
         cells = np.arange(counts.max())[None, :]
         index = (ends - counts)[:, None] + np.minimum(cells, counts[:, None] - 1)
         num_rows, inputs = len(rows), {i.name: i for i in self._session.get_inputs()}
-        draft_vocab = inputs["draft_logits"].shape[2]
+        any_vocab = "draft_vocab" in inputs
+        vocab_size = 1 if any_vocab else inputs["draft_logits"].shape[2]
         feeds: dict[str, NDArray[Any]] = {
             "tokens": np.concatenate([np.array(row, np.int64) for row in rows]),
             "starts": np.array(starts, np.int64),
@@ -64,11 +65,12 @@ class TargetProbe:
             "logit_rows": np.zeros((num_rows, 2), np.int64),
             "draft_tokens": np.zeros((num_rows, 1), np.int64),
             "lengths": np.zeros(num_rows, np.int64),
-            "draft_logits": np.zeros((num_rows, 1, draft_vocab), np.float32),
+            "draft_logits": np.zeros((num_rows, 1, vocab_size), np.float32),
             "temperature": np.zeros(num_rows, np.float32),
             "top_k": np.zeros(num_rows, np.int64),
             "top_p": np.ones(num_rows, np.float32),
             "uniforms": np.zeros((num_rows, 2), np.float32),
+            **({"draft_vocab": np.zeros(1, np.int64)} if any_vocab else {}),
         }
         names = [f"{kind}_{i}" for i in range(self._spec.num_layers) for kind in ("key", "value")]
         feeds.update({f"past_{n}": cache for n, cache in zip(names, caches, strict=True)})

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch import __version__
-from dspark_batch.drafters import DRAFTERS
+from dspark_batch.drafters import DRAFTERS, LOOKUPS
 from dspark_batch.drafters.spec import DraftSpec, check_taps, draft_spec
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
@@ -35,6 +35,7 @@ from dspark_batch.manifest import (
     DraftInfo,
     EngineManifest,
     Limits,
+    LookupInfo,
     TargetInfo,
     describe_file,
     read_manifest,
@@ -45,7 +46,7 @@ from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import FLOAT, GraphBuilder, StoredWeight
 from dspark_batch.models.smoothing import Smoothing, smoothing_factors
 from dspark_batch.models.spec import DecoderSpec
-from dspark_batch.recipe import Recipe, load_recipe
+from dspark_batch.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.runtimes import RUNTIMES
 from dspark_batch.tokenizer import Tokenizer, write_tokenizer
 from dspark_batch.weights import Weights, open_weights, sha256_of
@@ -112,11 +113,11 @@ class _Export:
         self._context_layer_ids = context_layer_ids
         self._spec = decoder_spec(target.config)
         self._draft_spec: DraftSpec | None = None
-        self._draft_vocab: NDArray[np.int64] = np.zeros(1, np.int64)
+        self._draft_vocab: NDArray[np.int64] | None = None
         if draft is not None:
             assert recipe.draft is not None
             if recipe.draft.drafter not in DRAFTERS:
-                known = ", ".join(DRAFTERS)
+                known = ", ".join([*DRAFTERS, *LOOKUPS, NO_DRAFT])
                 raise EngineError(
                     f"{recipe.path}: draft.drafter {recipe.draft.drafter!r}; known: {known}"
                 )
@@ -187,12 +188,15 @@ class _Export:
         )
 
     def _describe_draft(self) -> DraftInfo | None:
-        spec, weights = self._draft_spec, self._draft
-        if spec is None or weights is None or self._recipe.draft is None:
+        spec, weights, section = self._draft_spec, self._draft, self._recipe.draft
+        if section is None:
             return None
+        if spec is None or weights is None:
+            return _lookup_info(section)
+        assert self._draft_vocab is not None
         return DraftInfo(
-            drafter=self._recipe.draft.drafter,
-            source=self._recipe.draft.weights,
+            drafter=section.drafter,
+            source=section.weights,
             files={path.name: sha256_of(path) for path in weights.files},
             block_size=spec.block_size,
             mask_token_id=spec.mask_token_id,
@@ -219,7 +223,7 @@ class _Export:
             smoothing=self._smoothing(),
         )
         taps = self._taps or (self._spec.num_layers - 1,)
-        gamma = self._draft_spec.block_size if self._draft_spec else 0
+        gamma = self._draft_info.block_size if self._draft_info else 0
         # Positions that a graph must know: the check and the measurements want a few of their own.
         reach = max(engine.max_tokens, _LEAST_POSITIONS) + gamma + 1
         graph.build(taps=taps, draft_vocab=self._draft_vocab, max_tokens=reach)
@@ -242,6 +246,7 @@ class _Export:
     def _build_draft(self, folder: Path, embed: StoredWeight, reach: int) -> None:
         assert self._draft is not None
         assert self._draft_spec is not None
+        assert self._draft_vocab is not None
         self._progress("building draft.onnx")
         builder = GraphBuilder("draft", folder)
         weights = self._draft
@@ -281,6 +286,7 @@ class _Export:
         """`[D, hidden]`: the draft's own head, or the target's rows of the draft vocabulary."""
         if "lm_head.weight" in weights.names():
             return weights.tensor("lm_head.weight")
+        assert self._draft_vocab is not None
         name = "model.embed_tokens.weight" if self._spec.tied_head else "lm_head.weight"
         return np.asarray(self._target.tensor(name)[self._draft_vocab])
 
@@ -297,11 +303,7 @@ class _Export:
     def _measure(self, folder: Path, parity: dict[str, float]) -> None:
         engine = open_engine(folder)
         self._progress("calibrating the draft's confidence")
-        assert self._draft_info is not None
-        temperatures, acceptance = calibrate(engine, self._prompts)
-        self._draft_info = self._draft_info.model_copy(
-            update={"confidence_temperatures": temperatures, "acceptance": acceptance}
-        )
+        self._draft_info = calibrate(engine, self._prompts)
         self._write_manifest(folder, parity)
         ensure_costs(engine, progress=self._progress)
         engine.close()
@@ -327,7 +329,30 @@ class _Export:
 
 def _origin(draft: DraftInfo | None) -> tuple[object, ...]:
     """What a draft was built from, without what was measured of it."""
-    return () if draft is None else (draft.drafter, draft.source, draft.files)
+    if draft is None:
+        return ()
+    lookup = draft.lookup
+    sizes = (lookup.shortest_match, lookup.longest_match) if lookup else ()
+    return (draft.drafter, draft.source, draft.files, draft.block_size, *sizes)
+
+
+def _lookup_info(section: DraftSection) -> DraftInfo:
+    """A draft without weights, before it is calibrated."""
+    untold = (0.5,) * section.block_size
+    num_sizes = section.longest_match - section.shortest_match + 1
+    return DraftInfo(
+        drafter=section.drafter,
+        source=None,
+        files={},
+        block_size=section.block_size,
+        lookup=LookupInfo(
+            shortest_match=section.shortest_match,
+            longest_match=section.longest_match,
+            acceptance=(untold,) * num_sizes,
+        ),
+        confidence_temperatures=(1.0,) * section.block_size,
+        acceptance=untold,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -68,9 +68,12 @@ class DecoderGraph:
         self._ropes: dict[object, tuple[str, str]] = {}
 
     def build(
-        self, *, taps: Sequence[int], draft_vocab: NDArray[np.int64], max_tokens: int
+        self, *, taps: Sequence[int], draft_vocab: NDArray[np.int64] | None, max_tokens: int
     ) -> None:
-        """Emit every node. `taps` are layer indices, -1 the embedding (DeepSpec convention)."""
+        """Emit every node. `taps` are layer indices, -1 the embedding (DeepSpec convention).
+
+        Without a `draft_vocab` it is an input of every call: the proposed tokens are enough.
+        """
         b, spec = self.b, self.spec
         tokens = self._tokens = b.input("tokens", INT64, ["T"])
         self._starts = b.input("starts", INT64, ["R"])
@@ -241,17 +244,19 @@ class DecoderGraph:
             self._logits = linears.linear("lm_head", linears.activation(x, logit_tokens), matrix)
         self._logits = b.output(self._logits, "logits", FLOAT, ["N", spec.vocab_size])
 
-    def _verify(self, draft_vocab: NDArray[np.int64]) -> None:
+    def _verify(self, draft_vocab: NDArray[np.int64] | None) -> None:
         b = self.b
         b.function(onnx_body.verify_function())
-        size = len(draft_vocab)
+        size: Dim = "D" if draft_vocab is None else len(draft_vocab)
         inputs = [
             self._logits,
             b.input("logit_rows", INT64, ["R", "K1"]),
             b.input("draft_tokens", INT64, ["R", "K"]),
             b.input("lengths", INT64, ["R"]),
             b.input("draft_logits", FLOAT, ["R", "G", size]),
-            b.weight("draft_vocab", draft_vocab.astype(np.int64)),
+            b.input("draft_vocab", INT64, ["D"])
+            if draft_vocab is None
+            else b.weight("draft_vocab", draft_vocab.astype(np.int64)),
             b.input("temperature", FLOAT, ["R"]),
             b.input("top_k", INT64, ["R"]),
             b.input("top_p", FLOAT, ["R"]),

@@ -29,6 +29,7 @@ _TARGET_INPUTS = (
     *("tokens", "starts", "token_index", "cell_index", "logit_tokens", "logit_rows"),
     *("draft_tokens", "lengths", "draft_logits", *_ROW_INPUTS),
 )
+_DRAFT_VOCAB = "draft_vocab"  # input of a target without a draft graph
 _DRAFT_INPUTS = (
     *("context", "context_tokens", "context_index", "context_starts"),
     *("anchors", "anchor_positions", *_ROW_INPUTS),
@@ -76,6 +77,7 @@ def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> o
             f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; {again}"
         ) from problem
     found = {value.name for value in session.get_inputs() if not value.name.startswith("past_")}
+    found.discard(_DRAFT_VOCAB)
     if inputs and found != set(inputs):
         differing = ", ".join(sorted(found ^ set(inputs)))
         raise EngineError(f"{path} was built by another version ({differing} differ); {again}")
@@ -121,8 +123,9 @@ class OrtRuntime:
         )
         self._rows: dict[int, _Row] = {}
         inputs = {value.name: value for value in self._target.get_inputs()}
-        draft_vocab_size = inputs["draft_logits"].shape[2]
-        self._no_logits = np.zeros((max_rows, self._block_size, draft_vocab_size), np.float32)
+        self._takes_vocab = _DRAFT_VOCAB in inputs
+        vocab_size = 1 if self._takes_vocab else inputs["draft_logits"].shape[2]
+        self._no_logits = np.zeros((max_rows, self._block_size, vocab_size), np.float32)
 
     def admit(self, slot: int) -> None:
         """Begin a row in the first bucket."""
@@ -233,19 +236,24 @@ class OrtRuntime:
             "cell_index": cell_index,
             **_logit_feeds(spans, counts, lengths),
             "lengths": lengths,
-            "draft_logits": self._proposed_from(spans, lengths, draws),
             "temperature": draws.temperature,
             "top_k": draws.top_k,
             "top_p": draws.top_p,
             "uniforms": draws.uniforms,
         }
+        sampled = bool(lengths.any() and (draws.temperature > 0).any())
+        feeds["draft_logits"] = self._no_logits[: len(spans)]
+        if self._takes_vocab:
+            feeds[_DRAFT_VOCAB] = np.zeros(1, np.int64)
+            if sampled:
+                feeds |= _certain(feeds["draft_tokens"])
+        elif sampled:
+            feeds["draft_logits"] = self._proposed_from(spans)
         first = bucket.slots.index(spans[0].slot)
         return self._run(self._target, bucket.target, first, len(spans), feeds, names)
 
-    def _proposed_from(self, spans: list[Span], lengths: Ints, draws: Draws) -> NDArray[np.float32]:
-        """The logits that sampled rows' drafts were drawn from, `[R, γ, D]`; else anything."""
-        if not (lengths.any() and (draws.temperature > 0).any()):
-            return self._no_logits[: len(spans)]
+    def _proposed_from(self, spans: list[Span]) -> NDArray[np.float32]:
+        """The logits that sampled rows' drafts were drawn from, `[R, γ, D]`."""
         rows = [self._rows[span.slot].draft_logits for span in spans]
         return np.stack([self._no_logits[0] if row is None else row for row in rows])
 
@@ -326,6 +334,13 @@ def _bind(
         binding.bind_ortvalue_input(f"past_{name}", value)
         binding.bind_ortvalue_output(f"present_{name}", value)
     return binding
+
+
+def _certain(draft_tokens: Ints) -> dict[str, NDArray[Any]]:
+    """Drafts `[R, K]` as proposed with certainty, of a vocabulary of these tokens alone."""
+    vocab = np.unique(draft_tokens)
+    is_token = draft_tokens[..., None] == vocab
+    return {_DRAFT_VOCAB: vocab, "draft_logits": np.where(is_token, 0.0, -np.inf).astype("f4")}
 
 
 def _layout(counts: Ints) -> tuple[Ints, Ints]:

@@ -62,6 +62,7 @@ class Runtime(Protocol):
     def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
         """One target pass over `spans`, of which the last `lengths[r]` tokens are the last draft.
 
+        Without a draft of its own the runtime takes them as proposed with certainty.
         Length 0 is plain decoding, or prefill when the span is a piece of the prompt. Everything
         but the rejected drafts counts as committed from here on.
         """

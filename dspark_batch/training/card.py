@@ -163,7 +163,7 @@ def _engine_command(recipe: TrainingRecipe, scratch: Path) -> str:
     """What to type next: the export of a recipe that names this draft, written if there is none."""
     for path in sorted((recipe.workspace / RECIPE_FOLDER).glob("*.toml")):
         engine = load_recipe(str(path))
-        if engine.draft is None:
+        if engine.draft is None or engine.draft.weights is None:
             continue
         if (recipe.workspace / engine.draft.weights).resolve() == recipe.draft_folder.resolve():
             return f"dspark-batch export {path.stem}"

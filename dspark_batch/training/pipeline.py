@@ -187,6 +187,7 @@ class _Training:
         recipe = Recipe.model_validate(
             {
                 "target": {"weights": self._recipe.target_source, "license": target.license},
+                "draft": None,
                 "engine": {
                     "precision": target.precision,
                     "max_rows": target.max_rows,

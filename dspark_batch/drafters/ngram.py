@@ -1,0 +1,175 @@
+"""A draft without weights: what followed the last place where the row said the same.
+
+Prompt lookup (Saxena, 2023): the row's last n tokens are looked for earlier in the row, prompt and
+output alike, and what came after them is proposed. The longest match counts, and of equally long
+ones the most recent. A match that reaches the row's end goes on into the proposal itself, as in
+LZ77, so a row that repeats itself gets whole blocks. A row without a match proposes nothing.
+
+A proposal follows from the row's past alone: it is certain, and a sampled row accepts each of its
+tokens with the target's own probability. How much to trust it is a table by the match's length,
+read off greedy text at export: proposals can be checked against any finished text.
+
+A row is kept as a string, one character a token, because nothing searches as fast as `rfind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.manifest import DraftInfo
+from dspark_batch.types import DraftBlock, Sequence
+
+
+class Match(NamedTuple):
+    """An earlier occurrence of a row's last tokens."""
+
+    follows: int
+    """Index of the token that came after it."""
+    size: int
+    """Tokens that are alike."""
+
+
+class Round(NamedTuple):
+    """One round of a finished row as greedy decoding with this draft would have gone."""
+
+    size: int
+    """Of the match; 0 where there was none."""
+    num_accepted: int
+    num_known: int
+    """Proposed tokens that the row's own text can judge: fewer than γ near its end."""
+
+
+def text_of(tokens: Iterable[int]) -> str:
+    """Tokens as characters; ValueError beyond the 1,114,112 that there are."""
+    return "".join(map(chr, tokens))
+
+
+def longest_match(text: str, *, shortest: int, longest: int) -> Match | None:
+    """The most recent occurrence of the longest possible suffix of `text`, before its end.
+
+    Suffixes of `shortest` to `longest` tokens are tried; a longer match than that is not told from
+    one of `longest`.
+    """
+    match = None
+    for size in range(shortest, longest + 1):  # where n tokens do not occur, n + 1 do not either
+        found = text.rfind(text[-size:], 0, -1)
+        if found < 0:
+            break
+        match = Match(found + size, size)
+    return match
+
+
+def continuation(tokens: SequenceOf[int], follows: int, block_size: int) -> list[int]:
+    """`block_size` tokens from index `follows` on, again from there where the row ends."""
+    period = len(tokens) - follows
+    return [tokens[follows + k % period] for k in range(block_size)]
+
+
+def replay(
+    tokens: SequenceOf[int],
+    num_prompt_tokens: int,
+    *,
+    block_size: int,
+    shortest: int,
+    longest: int,
+) -> Iterator[Round]:
+    """The rounds that would have led to a finished row; its first new token is the first anchor."""
+    text = text_of(tokens)
+    end = num_prompt_tokens + 1
+    while end < len(tokens):
+        known = list(tokens[end : end + block_size])
+        match = longest_match(text[:end], shortest=shortest, longest=longest)
+        num_accepted = 0
+        if match is not None:
+            proposed = continuation(tokens[:end], match.follows, block_size)
+            equal = [a == b for a, b in zip(proposed, known, strict=False)]
+            num_accepted = (*equal, False).index(False)
+        yield Round(match.size if match else 0, num_accepted, len(known))
+        end += num_accepted + 1
+
+
+def acceptance(rounds: Iterable[Round], block_size: int) -> NDArray[np.float64]:
+    """Conditional acceptance [γ] by position over `rounds`; one without a match accepted nothing.
+
+    One virtual success and failure, so that a position never reached is not taken for certain.
+    """
+    passed, reached = np.ones(block_size), np.full(block_size, 2.0)
+    for round_ in rounds:
+        passed[: round_.num_accepted] += 1
+        reached[: min(round_.num_accepted + 1, round_.num_known)] += 1
+    conditional: NDArray[np.float64] = passed / reached
+    return conditional
+
+
+def calibrated(
+    info: DraftInfo, texts: Iterable[tuple[SequenceOf[int], SequenceOf[int]]]
+) -> DraftInfo:
+    """The draft with the acceptance that finished greedy rows (prompt, new tokens) show."""
+    lookup = info.lookup
+    assert lookup is not None
+    shortest, longest = lookup.shortest_match, lookup.longest_match
+    rounds = [
+        round_
+        for prompt, new in texts
+        for round_ in replay(
+            [*prompt, *new],
+            len(prompt),
+            block_size=info.block_size,
+            shortest=shortest,
+            longest=longest,
+        )
+    ]
+    by_match = (
+        acceptance([round_ for round_ in rounds if round_.size == size], info.block_size)
+        for size in range(shortest, longest + 1)
+    )
+    table = tuple(tuple(row.tolist()) for row in by_match)
+    return info.model_copy(
+        update={
+            "lookup": lookup.model_copy(update={"acceptance": table}),
+            "acceptance": tuple(acceptance(rounds, info.block_size).tolist()),
+        }
+    )
+
+
+def open_lookup(info: DraftInfo) -> NgramDrafter:
+    """The drafter of a manifest."""
+    return NgramDrafter(info)
+
+
+class NgramDrafter:
+    """Proposes for running rows. Invariant: `_texts[slot]` is a prefix of the row in that slot."""
+
+    def __init__(self, info: DraftInfo) -> None:
+        """Take the settings of a manifest."""
+        assert info.lookup is not None
+        self._block_size = info.block_size
+        self._shortest, self._longest = info.lookup.shortest_match, info.lookup.longest_match
+        table = np.array(info.lookup.acceptance, np.float64)
+        self._logits = np.log(table / (1.0 - table)).astype(np.float32)
+        self._texts: dict[int, str] = {}
+
+    def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
+        """A block for every row, with the logits of its confidence; `lengths` 0 without a match."""
+        shape = (len(sequences), self._block_size)
+        tokens, confidence = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
+        lengths = np.zeros(len(sequences), np.int64)
+        for r, sequence in enumerate(sequences):
+            text = self._texts.get(sequence.slot, "")
+            text += text_of(sequence.tokens[len(text) :])
+            self._texts[sequence.slot] = text
+            match = longest_match(text, shortest=self._shortest, longest=self._longest)
+            if match is not None:
+                tokens[r] = continuation(sequence.tokens, match.follows, self._block_size)
+                confidence[r] = self._logits[match.size - self._shortest]
+                lengths[r] = self._block_size
+        return DraftBlock(tokens, confidence, lengths)
+
+    def release(self, slot: int) -> None:
+        """The row in this slot has ended."""
+        self._texts.pop(slot, None)
