@@ -16,6 +16,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 from hf_target import HFFeatures, tensors_and_spec  # noqa: E402
 
 from dspark_batch.errors import EngineError, InputError  # noqa: E402
+from dspark_batch.training import fused_loss as fused  # noqa: E402
 from dspark_batch.training.anchors import (  # noqa: E402
     aligned_target_probs,
     anchor_batch,
@@ -36,6 +37,7 @@ from dspark_batch.training.features import (  # noqa: E402
     FeatureBatch,
     FeatureSource,
     TrainingSequence,
+    capped,
 )
 from dspark_batch.training.initialise import frequent_ids, initialise_from_target  # noqa: E402
 from dspark_batch.training.losses import LossWeights, dspark_loss  # noqa: E402
@@ -411,6 +413,55 @@ def test_slots_that_do_not_count_change_nothing() -> None:
     before = total_loss(inputs, LossWeights()).total
     inputs["logits"][~inputs["mask"]] += 3.0 * torch.arange(9)
     assert torch.equal(total_loss(inputs, LossWeights()).total, before)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("markov", [True, False])
+def test_the_fused_loss_equals_the_loss_over_whole_logits(
+    monkeypatch: pytest.MonkeyPatch, markov: bool, cap: float | None
+) -> None:
+    monkeypatch.setattr(fused, "_CHUNK_VALUES", 9 * 5)  # several chunks, the last one shorter
+    generator, shape = torch.Generator().manual_seed(7), (3, 4)
+
+    def random(*sizes: int) -> Any:
+        return torch.randn(*sizes, generator=generator)
+
+    leaves = [random(*shape, 6), random(*shape, 5), random(9, 5), random(*shape)]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    hidden, rows, w2, confidence = leaves
+    head, target_hidden = random(9, 6), random(*shape, 6)
+    mask = torch.rand(shape, generator=generator) > 0.2
+    labels = torch.randint(-1, 9, shape, generator=generator)
+    target_logits = capped(target_hidden @ head.T, cap)
+    normalizer = target_logits.logsumexp(-1) + 0.3  # some mass is outside
+    weights = LossWeights(0.3, 0.8, 0.5, 3.0)
+    logits = hidden @ head.T + (rows @ w2.T if markov else 0.0)
+    slow = dspark_loss(
+        logits,
+        confidence_logits=confidence,
+        target_probs=(target_logits - normalizer[..., None]).exp(),
+        labels=labels,
+        mask=mask,
+        weights=weights,
+    )
+    fast = fused.fused_loss(
+        hidden[mask],
+        rows[mask] if markov else None,
+        markov_w2=w2 if markov else None,
+        head=head,
+        target=fused.TargetRows(target_hidden[mask], normalizer[mask], labels[mask], cap),
+        confidence_logits=confidence[mask],
+        slots=torch.arange(4).expand(shape)[mask],
+        weights=weights,
+        dtype=torch.float32,
+    )
+    for term in ("total", "cross_entropy", "l1", "confidence"):
+        torch.testing.assert_close(getattr(fast, term), getattr(slow, term))
+    torch.testing.assert_close(fast.acceptance, slow.acceptance[mask])
+    used = leaves if markov else [hidden, confidence]
+    expected = torch.autograd.grad(2.0 * slow.total, used)
+    torch.testing.assert_close(torch.autograd.grad(2.0 * fast.total, used), expected)
 
 
 def test_anchors_are_valid_distinct_and_sorted() -> None:

@@ -42,13 +42,18 @@ class MarkovHead(nn.Module):
 
         Only the RNN kind has a state; the others pass it through.
         """
+        rows, state = self.step_rows(embedded, hidden, state)
+        return self.markov_w2(rows), state
+
+    def step_rows(self, embedded: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """As `step`, without `markov_w2`: `[..., r]`."""
         if self.kind == "rnn":
             joint = self.joint_proj(torch.cat([state, embedded, hidden], dim=-1))
             gate, candidate, output = joint.chunk(3, dim=-1)
             keep = torch.sigmoid(gate)
             state = keep * state + (1 - keep) * torch.tanh(candidate)
-            return self.markov_w2(torch.tanh(output)), state
-        return self.markov_w2(self.gated(embedded, hidden)), state
+            return torch.tanh(output), state
+        return self.gated(embedded, hidden), state
 
     def gated(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """What a stateless kind feeds to `markov_w2`, for any leading axes."""
@@ -59,13 +64,17 @@ class MarkovHead(nn.Module):
 
     def forward(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         """Biases `[..., γ, V']` of whole blocks, `embedded [..., γ, r]`, `hidden [..., γ, d]`."""
+        biases: Tensor = self.markov_w2(self.rows(embedded, hidden))
+        return biases
+
+    def rows(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        """As `forward`, without `markov_w2`: `[..., γ, r]`."""
         if self.kind != "rnn":
-            stateless: Tensor = self.markov_w2(self.gated(embedded, hidden))
-            return stateless
+            return self.gated(embedded, hidden)
         state, rows = self.initial_state(hidden), []
         for slot in range(hidden.shape[-2]):
-            bias, state = self.step(embedded[..., slot, :], hidden[..., slot, :], state)
-            rows.append(bias)
+            row, state = self.step_rows(embedded[..., slot, :], hidden[..., slot, :], state)
+            rows.append(row)
         return torch.stack(rows, dim=-2)
 
 

@@ -49,18 +49,17 @@ def dspark_loss(
     is mass that the draft cannot cover, so it counts in full towards L1. Cross-entropy skips
     labels that the draft has no id for.
     """
-    block_size = logits.shape[-2]
-    slots = torch.arange(block_size, device=logits.device, dtype=torch.float32)
-    slot_weights = mask.float() * torch.exp(-slots / weights.decay)
+    slots = torch.arange(logits.shape[-2], device=logits.device)
+    shares = mask.float() * slot_weights(slots, weights)
 
     log_probs = functional.log_softmax(logits.float(), dim=-1)
     known = labels >= 0
     picked = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    cross_entropy = weighted_mean(-picked, slot_weights * known)
+    cross_entropy = weighted_mean(-picked, shares * known)
 
     outside = (1.0 - target_probs.sum(-1)).clamp(min=0.0)
     distance = (log_probs.exp() - target_probs).abs().sum(-1) + outside
-    l1 = weighted_mean(distance, slot_weights)
+    l1 = weighted_mean(distance, shares)
     acceptance = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
 
     total = weights.cross_entropy * cross_entropy + weights.l1 * l1
@@ -69,9 +68,14 @@ def dspark_loss(
         entropy = functional.binary_cross_entropy_with_logits(
             confidence_logits.float(), acceptance, reduction="none"
         )
-        confidence = weighted_mean(entropy, slot_weights)
+        confidence = weighted_mean(entropy, shares)
         total = total + weights.confidence * confidence
     return LossTerms(total, cross_entropy, l1, confidence, acceptance)
+
+
+def slot_weights(slots: Tensor, weights: LossWeights) -> Tensor:
+    """exp(-k / decay) of slots k."""
+    return torch.exp(-slots.float() / weights.decay)
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

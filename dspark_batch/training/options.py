@@ -31,7 +31,7 @@ class TrainingOptions:
     bf16: bool = False
     """Autocast matrix products to bf16; weights and optimiser stay fp32."""
     compile: bool = False
-    """Compile the backbone and the loss: a quarter less CPU per step, minutes at the start."""
+    """Compile the backbone: less CPU per step, minutes at the start."""
     ema_decay: float | None = None
     """Evaluate and export a moving average of the weights."""
     seed: int = 42

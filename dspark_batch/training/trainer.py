@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from dspark_batch.summary import duration
-from dspark_batch.training.anchors import aligned_target_probs, anchor_batch, sample_anchors
+from dspark_batch.training.anchors import AnchorBatch, anchor_batch, sample_anchors
 from dspark_batch.training.checkpoint import save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import Evaluation, evaluate
 from dspark_batch.training.features import FeatureBatch, FeatureSource
-from dspark_batch.training.losses import LossTerms, dspark_loss
+from dspark_batch.training.fused_loss import TargetRows, fused_loss
+from dspark_batch.training.losses import LossTerms
 from dspark_batch.training.options import TrainingOptions, learning_rate_at
 
 logger = logging.getLogger(__name__)
@@ -93,10 +94,8 @@ class Trainer:
             self.parameters.values(), lr=options.learning_rate, weight_decay=0.0, fused=True
         )
         self._hidden_packed: Callable[[Tensor, Tensor, Tensor], Tensor] = draft.hidden_packed
-        self._loss: Callable[..., LossTerms] = dspark_loss
         if options.compile:
             self._hidden_packed = torch.compile(draft.hidden_packed, dynamic=True)
-            self._loss = torch.compile(dspark_loss)
         self.device = draft.fc.weight.device
         self.step = self.epoch = self.chunk = self.place = 0
         self.best_tau = 0.0
@@ -162,10 +161,6 @@ class Trainer:
         anchors = sample_anchors(batch.loss_mask, options.num_anchors, generator)
         blocks = anchor_batch(batch, anchors, draft.config.block_size).to(self.device)
         batch = batch.to(self.device)
-        with torch.no_grad():
-            target_probs = aligned_target_probs(
-                draft, batch, blocks.anchors, logit_cap=self.source.target.logit_cap
-            )
         draft.train()
         with (
             torch.random.fork_rng(devices=[]),
@@ -173,15 +168,7 @@ class Trainer:
         ):
             torch.manual_seed(seed)  # of the dropout
             hidden = self._hidden_packed(batch.features, blocks.previous[..., 0], blocks.anchors)
-            scores = draft.score(hidden, blocks.previous)
-        terms = self._loss(
-            scores.logits,
-            confidence_logits=scores.confidence_logits,
-            target_probs=target_probs,
-            labels=draft.draft_ids[blocks.labels],
-            mask=blocks.mask,
-            weights=options.loss,
-        )
+            terms = self._loss(hidden, batch, blocks)
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
@@ -191,6 +178,34 @@ class Trainer:
         self.step += 1
         self._update_average()
         return terms, norm
+
+    def _loss(self, hidden: Tensor, batch: FeatureBatch, blocks: AnchorBatch) -> LossTerms:
+        """The loss of the slots that count in blocks with hidden rows `[b, A, γ, d]`."""
+        draft, (rows, columns, slots) = self.draft, blocks.mask.nonzero(as_tuple=True)
+        chosen = (rows, columns, slots)
+        positions = blocks.anchors[rows, columns] + slots
+        embedded = markov = markov_w2 = None
+        if draft.markov_head is not None:
+            embedded = draft.markov_head.embed(blocks.previous)
+            markov = draft.markov_head.rows(embedded, hidden)[chosen]
+            markov_w2 = draft.markov_head.markov_w2.weight
+        confidence = draft.confidence(hidden, embedded)
+        return fused_loss(
+            hidden[chosen],
+            markov,
+            markov_w2=markov_w2,
+            head=draft.head_weight,
+            target=TargetRows(
+                batch.last_hidden[rows, positions],
+                batch.log_normalizer[rows, positions],
+                draft.draft_ids[blocks.labels[chosen]],
+                self.source.target.logit_cap,
+            ),
+            confidence_logits=None if confidence is None else confidence[chosen],
+            slots=slots,
+            weights=self.options.loss,
+            dtype=torch.bfloat16 if self.options.bf16 else torch.float32,
+        )
 
     def _update_average(self) -> None:
         decay = self.options.ema_decay
