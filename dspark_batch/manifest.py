@@ -7,6 +7,7 @@ beside it, in `costs.json`, because they belong to a machine and not to the engi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,30 @@ class _Part(BaseModel):
 
 
 class CacheInfo(_Part):
-    """One model's KV cache: layers, key/value heads, head size."""
+    """One model's KV cache: layers that have one, their key/value heads and head size."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    differing: dict[int, tuple[int, int]] = {}
+    """Heads and head size of the layers that have others."""
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]]) -> CacheInfo:
+        """From the key/value heads and head size of each layer."""
+        num_kv_heads, head_dim = shapes[0]
+        return cls(
+            num_layers=len(shapes),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            differing={i: shape for i, shape in enumerate(shapes) if shape != shapes[0]},
+        )
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Key/value heads and head size of each layer."""
+        usual = (self.num_kv_heads, self.head_dim)
+        return tuple(self.differing.get(i, usual) for i in range(self.num_layers))
 
 
 class TargetInfo(_Part):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from tiny import LAYERS, VOCAB, export_pair, target_config, write_target
 
+from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import TargetProbe
 from dspark_batch.models import decoder_spec
@@ -16,6 +18,7 @@ from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder
 from dspark_batch.models.reference import forward
 from dspark_batch.models.smoothing import Smoothing, smoothing_factors
+from dspark_batch.types import Prompt, SamplingParams
 from dspark_batch.weights import open_weights
 
 LLAMA3 = {
@@ -40,7 +43,10 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-rope-yarn": target_config("llama", rope_parameters=YARN),
     "llama-rope-linear": target_config("llama", rope_parameters=LINEAR),
     "qwen3": target_config("qwen3"),
+    "qwen3-rope-yarn": target_config("qwen3", rope_parameters=YARN),
     "gemma3": target_config("gemma3_text"),
+    "gemma3-untied": target_config("gemma3_text", tie_word_embeddings=False),
+    "gemma3-cap": target_config("gemma3_text", final_logit_softcapping=2.0),
 }
 TAPS = (-1, 0, LAYERS - 2)
 
@@ -55,12 +61,18 @@ def build(folder: Path, source: Path, precision: str) -> Path:
         return builder.save()
 
 
+def oracle(source: Path) -> Any:
+    """transformers' own model."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_graph_and_reference_equal_transformers(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
     source = write_target(tmp_path / "target", CASES[name])
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = oracle(source)
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, VOCAB, n).tolist() for n in (40, 7, 19)]
     path = build(tmp_path, source, "fp32")
@@ -80,8 +92,36 @@ def test_graph_and_reference_equal_transformers(name: str, tmp_path: Path) -> No
             )
 
 
+@pytest.mark.parametrize(
+    "name", ["llama-tied", "llama-rope-llama3", "llama-rope-yarn", "qwen3", "gemma3", "gemma3-cap"]
+)
+def test_greedy_text_is_that_of_transformers(name: str, tmp_path: Path) -> None:
+    """Through the engine, many rows at once; prompts on both sides of Gemma's window of 6."""
+    torch = pytest.importorskip("torch")
+    source = write_target(tmp_path / "target", CASES[name], seed=2)
+    engine = open_engine(export_pair(tmp_path, source, None))
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(1, VOCAB, n).tolist() for n in (3, 30, 6, 17, 25)]
+    prompts = [Prompt(r, tuple(t), SamplingParams(max_new_tokens=24)) for r, t in enumerate(texts)]
+    done = decode(prompts, engine, spec="off", stats=DecodeStats())
+    found = {c.row: list(c.token_ids) for c in done}
+    engine.close()
+    model = oracle(source)
+    for r, text in enumerate(texts):
+        ids = torch.tensor([text])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=24,
+            pad_token_id=0,
+        )
+        assert found[r] == output[0, len(text) :].tolist()
+    assert len({tuple(ids) for ids in found.values()}) > 1
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3-cap"])
 def test_logits_depend_neither_on_neighbours_nor_on_tokens_per_call(
     name: str, precision: str, tmp_path: Path
 ) -> None:
@@ -135,6 +175,14 @@ def test_a_weight_is_stored_once(tmp_path: Path) -> None:
         total = sum(4 * int(np.prod(weights.shape(name))) for name in weights.names())
     padding = 4096 * 60  # every weight starts on a page
     assert (tmp_path / "target.onnx.data").stat().st_size < total + padding
+
+
+def test_what_gemma3_cannot_do_is_refused() -> None:
+    for name in ("use_bidirectional_attention", "attention_bias", "attn_logit_softcapping"):
+        with pytest.raises(EngineError, match=name):
+            decoder_spec(target_config("gemma3_text", **{name: True}))
+    with pytest.raises(EngineError, match="'relu'"):
+        decoder_spec(target_config("gemma3_text", hidden_activation="relu"))
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "gemma3"])

@@ -37,13 +37,16 @@ class TargetProbe:
 
     def __init__(self, path: Path, spec: DecoderSpec | CacheInfo, *, capacity: int) -> None:
         self._session = open_session(path, threads=0)
-        self._spec = spec
+        self._shapes = spec.cache_shapes
         self._capacity = capacity
 
     def empty(self, num_rows: int) -> list[Array]:
         """Caches of rows without tokens."""
-        shape = (num_rows, self._spec.num_kv_heads, self._capacity, self._spec.head_dim)
-        return [np.zeros(shape, np.float32) for _ in range(2 * self._spec.num_layers)]
+        return [
+            np.zeros((num_rows, num_kv_heads, self._capacity, head_dim), np.float32)
+            for num_kv_heads, head_dim in self._shapes
+            for _ in ("key", "value")
+        ]
 
     def run(
         self, rows: Sequence[Sequence[int]], starts: Sequence[int], caches: list[Array]
@@ -72,7 +75,7 @@ class TargetProbe:
             "uniforms": np.zeros((num_rows, 2), np.float32),
             **({"draft_vocab": np.zeros(1, np.int64)} if any_vocab else {}),
         }
-        names = [f"{kind}_{i}" for i in range(self._spec.num_layers) for kind in ("key", "value")]
+        names = [f"{kind}_{i}" for i in range(len(self._shapes)) for kind in ("key", "value")]
         feeds.update({f"past_{n}": cache for n, cache in zip(names, caches, strict=True)})
         outputs = ["logits", "context", *(f"present_{name}" for name in names)]
         logits, context, *new = self._session.run(outputs, feeds)
@@ -97,7 +100,7 @@ def check_target(
     probe = TargetProbe(path, spec, capacity=longest + 8)
     logits, context, _ = probe.run(prompts, [0] * len(prompts), probe.empty(len(prompts)))
     found = {"kl": 0.0, "context_error": 0.0, "agreement": 0.0}
-    expected = forward(spec, tensor, prompts)
+    expected = forward(spec, tensor, prompts, taps=taps)
     for wanted, row_logits, row_context in zip(expected, logits, context, strict=True):
         found["kl"] += divergence(wanted.logits, row_logits) / len(prompts)
         same = (wanted.logits.argmax(-1) == row_logits.argmax(-1)).mean()

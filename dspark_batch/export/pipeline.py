@@ -182,7 +182,7 @@ class _Export:
             files={path.name: sha256_of(path) for path in self._target.files},
             vocab_size=spec.vocab_size,
             hidden_size=spec.hidden_size,
-            cache=_cache(spec.num_layers, spec.num_kv_heads, spec.head_dim),
+            cache=CacheInfo.of(spec.cache_shapes),
             stop_token_ids=self._target.stop_token_ids,
             context_layer_ids=self._context_layer_ids,
         )
@@ -204,7 +204,7 @@ class _Export:
             target_layer_ids=spec.taps,
             markov_head=spec.markov_head,
             markov_rank=spec.markov_rank,
-            cache=_cache(spec.num_layers, spec.num_kv_heads, spec.head_dim),
+            cache=CacheInfo.of(((spec.num_kv_heads, spec.head_dim),) * spec.num_layers),
             confidence_temperatures=(1.0,) * spec.block_size,
             acceptance=(0.5,) * spec.block_size,
         )
@@ -360,10 +360,6 @@ def _versions() -> dict[str, str]:
         "dspark-batch": __version__,
         **{name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
     }
-
-
-def _cache(num_layers: int, num_kv_heads: int, head_dim: int) -> CacheInfo:
-    return CacheInfo(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
 
 def _draft_vocab(draft: Weights, spec: DecoderSpec) -> NDArray[np.int64]:

@@ -13,6 +13,8 @@ FAMILIES = {
     "llama": "dspark_batch.models.llama",
     "qwen3": "dspark_batch.models.qwen3",
     "gemma3_text": "dspark_batch.models.gemma3",
+    "gemma4_text": "dspark_batch.models.gemma4",
+    "gemma4_unified_text": "dspark_batch.models.gemma4",
 }
 
 

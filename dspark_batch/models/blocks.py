@@ -7,7 +7,6 @@ S is the longest row of this call: `token_index` [R, S] says which flattened tok
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,30 @@ PRECISIONS = ("fp32", "int8")
 MASKED = -1.0e30  # added to the score of a key that a query must not see; finite, so never NaN
 
 Matrix = NDArray[Any]
-Load = Callable[[], Matrix]
+_BLOCK = 2**24  # weights that are quantized at a time
 
 
-def quantize_columns(matrix: Matrix) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric int8 per output channel: `[in, out]` -> int8 `[in, out]`, scales `[out]`."""
-    scales = np.maximum(np.abs(matrix).max(axis=0), 1e-12).astype(np.float32) / np.float32(127)
-    return np.rint(matrix / scales).astype(np.int8), scales
+def quantize_columns(
+    matrix: Matrix, rows: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric int8 per output channel: `[in, out]` -> int8 `[in, out]`, scales `[out]`.
+
+    `rows` [in] are factors on the rows of the matrix.
+    """
+    height, width = matrix.shape
+    quantized = np.empty((height, width), np.int8)
+    scales = np.empty(width, np.float32)
+    step = max(1, _BLOCK // height)
+    for begin in range(0, width, step):
+        columns = slice(begin, begin + step)
+        block = matrix[:, columns].astype(np.float32)
+        if rows is not None:
+            block *= rows[:, None]
+        largest = np.maximum(block.max(axis=0), -block.min(axis=0))
+        scales[columns] = np.maximum(largest, 1e-12) / np.float32(127)
+        block /= scales[columns]
+        quantized[:, columns] = np.rint(block, out=block)
+    return quantized, scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,36 +83,61 @@ class Linears:
         quantized = b.op("QuantizeLinear", value, scale, self._zero_points[like], axis=0)
         return Activation(value, quantized, b.op("Unsqueeze", scale, b.constant([1])))
 
-    def linear(self, name: str, x: Activation, matrix: Matrix, bias: Matrix | None = None) -> str:
-        """`[T, in] @ [in, out] (+ bias)`; `matrix` is `[in, out]`."""
-        b = self.b
+    def linear(
+        self, name: str, x: Activation, matrix: Matrix, rows: NDArray[np.float32] | None = None
+    ) -> str:
+        """`[T, in] @ [in, out]`; `matrix` is `[in, out]`, `rows` [in] factors on its rows."""
         if self.precision == "fp32":
-            y = b.op("MatMul", x.value, b.weight(name, matrix.astype(np.float32)))
-        else:
-            assert x.quantized is not None
-            assert x.scale is not None
-            weights, scales = quantize_columns(matrix.astype(np.float32))
-            product = b.op(
-                "MatMulIntegerToFloat",
-                x.quantized,
-                b.weight(name, weights),
-                b.constant(1.0, np.float32),
-                b.weight(f"{name}.scale", scales),
-                b.constant(128, np.uint8),
-                domain="com.microsoft",
-            )
-            y = b.op("Mul", product, x.scale)
-        return (
-            b.op("Add", y, b.weight(f"{name}.bias", bias.astype(np.float32)))
-            if (bias is not None)
-            else y
+            scaled = matrix if rows is None else matrix * rows[:, None]
+            return self.b.op("MatMul", x.value, self.b.weight(name, scaled, np.float32))
+        b = self.b
+        if not b.has(name):
+            weights, scales = quantize_columns(matrix, rows)
+            b.weight(name, weights)
+            b.weight(f"{name}.scale", scales)
+        assert x.quantized is not None
+        assert x.scale is not None
+        product = b.op(
+            "MatMulIntegerToFloat",
+            x.quantized,
+            name,
+            b.constant(1.0, np.float32),
+            f"{name}.scale",
+            b.constant(128, np.uint8),
+            domain="com.microsoft",
         )
+        return b.op("Mul", product, x.scale)
+
+    def head(
+        self, name: str, x: Activation, table: Matrix, rows: NDArray[np.float32] | None = None
+    ) -> str:
+        """`[T, in] @ tableᵀ`, table `[out, in]`; `rows` [in] as in `linear`, for int8 only.
+
+        In fp32 it is stored as it is, so that an embedding can be a head too.
+        """
+        if self.precision == "fp32":
+            return self.b.op("Gemm", x.value, self.b.weight(name, table, np.float32), transB=1)
+        return self.linear(name, x, table.T, rows)
 
 
 def rms_norm(b: GraphBuilder, x: str, name: str, weight: Matrix, epsilon: float) -> str:
     """RMSNorm over the last axis."""
-    scale = b.weight(name, weight.astype(np.float32))
+    scale = b.weight(name, weight, np.float32)
     return b.op("RMSNormalization", x, scale, axis=-1, epsilon=epsilon)
+
+
+def plain_norm(b: GraphBuilder, x: str, size: int, epsilon: float) -> str:
+    """RMSNorm without a weight over the last axis, of `size`."""
+    ones = b.constant(np.ones(size), np.float32)
+    return b.op("RMSNormalization", x, ones, axis=-1, epsilon=epsilon)
+
+
+def soft_cap(b: GraphBuilder, x: str, cap: float | None) -> str:
+    """cap * tanh(x / cap); None caps nothing."""
+    if cap is None:
+        return x
+    size = b.constant(cap, np.float32)
+    return b.op("Mul", b.op("Tanh", b.op("Div", x, size)), size)
 
 
 def embedding(b: GraphBuilder, table: str, tokens: str, data_type: int) -> str:

@@ -7,7 +7,9 @@ Inputs, for R rows with T tokens in all, S the most tokens of one row, C the cac
     token_index   int64 [R, S]    flattened token of each cell; padding points to any token
     cell_index    int64 [T]       cell (row * S + s) of each flattened token
     logit_tokens  int64 [N]       flattened tokens whose logits are computed
-    past_key_i, past_value_i      float [R, kv, C, d]: bind to the same buffers as present_*
+    past_key_i, past_value_i      float [R, kv, C, d]: bind to the same buffers as present_*;
+                                  kv and d may differ by i, which counts the layers with keys and
+                                  values of their own
 
 and those of `plugin.onnx_body` (N rows of logits). A cell of padding writes keys beyond its row's
 length, where they are masked and later overwritten, so C >= max(starts) + S must hold. Outputs:
@@ -33,9 +35,11 @@ from dspark_batch.models.blocks import (
     embedding,
     fold_queries,
     folded_scores,
+    plain_norm,
     rms_norm,
     rotate,
     rows_from_tokens,
+    soft_cap,
     tokens_from_rows,
     unfold_queries,
 )
@@ -64,7 +68,7 @@ class DecoderGraph:
         self.spec = spec
         self._tensor = tensor
         self._linears = Linears(builder, precision)
-        self._masks: dict[int | None, str] = {}
+        self._masks: dict[tuple[int | None, int], str] = {}
         self._ropes: dict[object, tuple[str, str]] = {}
 
     def build(
@@ -75,7 +79,7 @@ class DecoderGraph:
         Without a `draft_vocab` it is an input of every call: the proposed tokens are enough.
         """
         b, spec = self.b, self.spec
-        tokens = self._tokens = b.input("tokens", INT64, ["T"])
+        self._tokens = b.input("tokens", INT64, ["T"])
         self._starts = b.input("starts", INT64, ["R"])
         self._token_index = b.input("token_index", INT64, ["R", "S"])
         self._cell_index = b.input("cell_index", INT64, ["T"])
@@ -83,21 +87,21 @@ class DecoderGraph:
         self._max_tokens = max_tokens
         self._caches = [
             tuple(
-                b.input(f"past_{kind}_{i}", FLOAT, ["R", spec.num_kv_heads, "C", spec.head_dim])
+                b.input(f"past_{kind}_{n}", FLOAT, ["R", num_kv_heads, "C", head_dim])
                 for kind in ("key", "value")
             )
-            for i in range(spec.num_layers)
+            for n, (num_kv_heads, head_dim) in enumerate(spec.cache_shapes)
         ]
+        self._keys_values: dict[int, tuple[str, str]] = {}
         self._index_positions()
-        table = self._embedding_table()
-        x = embedding(b, table, tokens, self._embedding_type)
-        if spec.embedding_scale != 1.0:
-            x = b.op("Mul", x, b.constant(np.float32(spec.embedding_scale), np.float32))
+        x = self._embedded("model.embed_tokens", spec.embedding_scale)
+        if spec.layer_input_size:
+            self._inputs = self._layer_inputs(x)
         streams = {-1: x}
         for i, layer in enumerate(spec.layers):
             x = self._layer(i, layer, x)
             streams[i] = x
-        self._head(b.op("Gather", x, logit_tokens), logit_tokens, table)
+        self._head(b.op("Gather", x, logit_tokens), logit_tokens)
         context = [streams[i] for i in taps]
         joined = b.op("Concat", *context, axis=1) if len(context) > 1 else context[0]
         b.output(joined, "context", FLOAT, ["T", len(taps) * spec.hidden_size])
@@ -117,9 +121,10 @@ class DecoderGraph:
         keys = b.op("Range", zero, capacity, one)
         self._key_positions = b.op("Unsqueeze", keys, b.constant([0, 1]))  # [1, 1, C]
 
-    def _mask(self, window: int | None) -> str:
+    def _mask(self, layer: LayerSpec) -> str:
         """Additive mask `[R, 1, G * S, C]`: causal, and inside the window of a sliding layer."""
-        if window not in self._masks:
+        window, group = layer.window, self.spec.group(layer)
+        if (window, group) not in self._masks:
             b = self.b
             queries = b.op("Unsqueeze", self._cell_positions, b.constant([2]))
             seen = b.op("LessOrEqual", self._key_positions, queries)
@@ -128,9 +133,9 @@ class DecoderGraph:
                 inside = b.op("GreaterOrEqual", self._key_positions, oldest)
                 seen = b.op("And", seen, inside)
             added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
-            group = b.op("Concat", *[added] * self.spec.group, axis=1)
-            self._masks[window] = b.op("Unsqueeze", group, b.constant([1]))
-        return self._masks[window]
+            folded = b.op("Concat", *[added] * group, axis=1)
+            self._masks[window, group] = b.op("Unsqueeze", folded, b.constant([1]))
+        return self._masks[window, group]
 
     def _rope(self, layer: LayerSpec) -> tuple[str, str]:
         if layer.rope not in self._ropes:
@@ -163,86 +168,155 @@ class DecoderGraph:
         y = self._mlp(f"{name}.mlp", y)
         if spec.sandwich_norms:
             y = self._norm(y, f"{name}.post_feedforward_layernorm")
-        return b.op("Add", x, y)
+        x = b.op("Add", x, y)
+        if spec.layer_input_size:
+            x = b.op("Add", x, self._layer_input(i, x))
+        if spec.layer_scalar:
+            scalar = self._tensor(f"{name}.layer_scalar")
+            x = b.op("Mul", x, b.constant(scalar.astype(np.float32), np.float32))
+        return x
 
     def _mlp(self, name: str, x: str) -> str:
         b, linears = self.b, self._linears
         wide, narrow = f"{name}.gate_up_proj", f"{name}.down_proj"
         columns = self._smooth.divide(narrow, self._matrix(f"{name}.up_proj"))
         both = np.concatenate([self._matrix(f"{name}.gate_proj"), columns], axis=1)
-        both = self._smooth.multiply_rows(wide, both)
-        merged = linears.linear(wide, linears.activation(x, self._tokens), both)
+        activation = linears.activation(x, self._tokens)
+        merged = linears.linear(wide, activation, both, self._smooth.rows(wide))
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, self.spec.activation), up)
-        matrix = self._smooth.multiply_rows(narrow, self._matrix(narrow))
-        return linears.linear(narrow, linears.activation(product, self._tokens), matrix)
+        activation = linears.activation(product, self._tokens)
+        return linears.linear(narrow, activation, self._matrix(narrow), self._smooth.rows(narrow))
 
     def _attention(self, i: int, layer: LayerSpec, x: str) -> str:
         b, spec, linears = self.b, self.spec, self._linears
-        name = f"model.layers.{i}.self_attn"
-        wq, wk, wv = (self._matrix(f"{name}.{p}_proj") for p in "qkv")
-        if not spec.qk_norm:  # else the norm's weight carries the scale
-            wq = wq * np.float32(spec.scale)
-        wv = self._smooth.divide_values(f"{name}.o_proj", wv, spec)
-        x = self._norm(x, f"model.layers.{i}.input_layernorm", feeds=f"{name}.qkv_proj")
-        merged = self._smooth.multiply_rows(
-            f"{name}.qkv_proj", np.concatenate([wq, wk, wv], axis=1)
-        )
-        qkv = linears.linear(f"{name}.qkv_proj", linears.activation(x, self._tokens), merged)
-        heads, kv_heads = spec.num_heads, spec.num_kv_heads
+        name, heads, size = f"model.layers.{i}.self_attn", spec.num_heads, layer.head_dim
+        q = self._queries(i, layer, x)
+        keys, values = self._keys_values[i if layer.shares_with is None else layer.shares_with]
+        q = fold_queries(b, q, num_kv_heads=layer.num_kv_heads, head_dim=size)
+        scores = b.op("Add", folded_scores(b, q, keys), self._mask(layer))
+        mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
+        mixed = unfold_queries(b, mixed, num_heads=heads, head_dim=size)
+        flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * size)
+        activation = linears.activation(flat, self._tokens)
+        out = f"{name}.o_proj"
+        return linears.linear(out, activation, self._matrix(out), self._smooth.rows(out))
+
+    def _queries(self, i: int, layer: LayerSpec, x: str) -> str:
+        """Rotated and scaled queries `[R, heads, S, d]`; keys and values of its own go into the
+        layer's cache on the way."""
+        b, spec = self.b, self.spec
+        name, heads, kv_heads = f"model.layers.{i}.self_attn", spec.num_heads, layer.num_kv_heads
+        sizes = [heads, kv_heads, kv_heads][: len(layer.projections)]
         rows = rows_from_tokens(
-            b, qkv, self._token_index, num_heads=heads + 2 * kv_heads, head_dim=spec.head_dim
+            b,
+            self._projected(i, layer, x),
+            self._token_index,
+            num_heads=sum(sizes),
+            head_dim=layer.head_dim,
         )
         if spec.qk_norm:
-            q, k, v = b.ops(
-                "Split", rows, b.constant([heads, kv_heads, kv_heads]), outputs=3, axis=1
-            )
-            q = self._norm(q, f"{name}.q_norm", factor=spec.scale)
-            qk = b.op("Concat", q, self._norm(k, f"{name}.k_norm"), axis=1)
+            turning, *kv = b.ops("Split", rows, b.constant(sizes), outputs=len(sizes), axis=1)
+            turning = self._norm(turning, f"{name}.q_norm", factor=spec.scale(layer))
+            if kv:
+                turning = b.op("Concat", turning, self._norm(kv[0], f"{name}.k_norm"), axis=1)
         else:
-            qk, v = b.ops(
-                "Split", rows, b.constant([heads + kv_heads, kv_heads]), outputs=2, axis=1
-            )
-        qk = rotate(b, qk, self._rope(layer), self._rope_positions)
-        q, k = b.ops("Split", qk, b.constant([heads, kv_heads]), outputs=2, axis=1)
+            assert layer.projections == "qkv"
+            split = b.constant([heads + kv_heads, kv_heads])
+            turning, *kv = b.ops("Split", rows, split, outputs=2, axis=1)
+        turned = rotate(b, turning, self._rope(layer), self._rope_positions)
+        if not kv:
+            return turned
+        q, k = b.ops("Split", turned, b.constant([heads, kv_heads]), outputs=2, axis=1)
+        v = plain_norm(b, kv[-1], layer.head_dim, spec.epsilon) if spec.v_norm else kv[-1]
+        self._keys_values[i] = self._cached(layer, (k, v))
+        return q
+
+    def _projected(self, i: int, layer: LayerSpec, x: str) -> str:
+        """`[T, (heads + ...) * d]`: queries, and the layer's own keys and values."""
+        linears, name = self._linears, f"model.layers.{i}.self_attn"
+        matrices = {part: self._matrix(f"{name}.{part}_proj") for part in layer.projections}
+        if not self.spec.qk_norm:  # else the norm's weight carries the scale
+            matrices["q"] = matrices["q"] * np.float32(self.spec.scale(layer))
+        if not self.spec.v_norm:
+            values = self._smooth.divide_values(f"{name}.o_proj", matrices["v"], self.spec, layer)
+            matrices["v"] = values
+        wide = f"{name}.qkv_proj"
+        x = self._norm(x, f"model.layers.{i}.input_layernorm", feeds=wide)
+        merged = np.concatenate(list(matrices.values()), axis=1)
+        activation = linears.activation(x, self._tokens)
+        return linears.linear(wide, activation, merged, self._smooth.rows(wide))
+
+    def _cached(self, layer: LayerSpec, new: tuple[str, str]) -> tuple[str, str]:
+        """Keys and values `[R, kv, S, d]` written into the next cache, `[R, kv, C, d]` each."""
+        b, n = self.b, len(self._keys_values)
+        shape: list[Dim] = ["R", layer.num_kv_heads, "C", layer.head_dim]
         keys, values = (
-            b.op("TensorScatter", past, new, self._starts, axis=2)
-            for past, new in zip(self._caches[i], (k, v), strict=True)
+            b.output(
+                b.op("TensorScatter", past, part, self._starts, axis=2),
+                f"present_{kind}_{n}",
+                FLOAT,
+                shape,
+            )
+            for kind, past, part in zip(("key", "value"), self._caches[n], new, strict=True)
         )
-        cache_shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
-        keys = b.output(keys, f"present_key_{i}", FLOAT, cache_shape)
-        values = b.output(values, f"present_value_{i}", FLOAT, cache_shape)
-        q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-        scores = b.op("Add", folded_scores(b, q, keys), self._mask(layer.window))
-        mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
-        mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
-        flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * spec.head_dim)
-        matrix = self._smooth.multiply_rows(f"{name}.o_proj", self._matrix(f"{name}.o_proj"))
-        return linears.linear(f"{name}.o_proj", linears.activation(flat, self._tokens), matrix)
+        return keys, values
 
     @property
     def _embedding_type(self) -> int:
         return FLOAT if self._linears.precision == "fp32" else FLOAT16
 
-    def _embedding_table(self) -> str:
-        """`[V, hidden]`: fp32 serves a tied head too; beside an int8 head, fp16 is enough."""
-        table = self._tensor("model.embed_tokens.weight")
-        dtype = np.float32 if self._embedding_type == FLOAT else np.float16
-        return self.b.weight("model.embed_tokens", table.astype(dtype))
+    def _embedded(self, name: str, scale: float) -> str:
+        """Rows of table `name` `[V, n]`, fp32: a tied head uses it too. Beside int8, fp16 will do.
 
-    def _head(self, x: str, logit_tokens: str, table: str) -> None:
+        The scale is that of the family.
+        """
+        b = self.b
+        dtype = np.float32 if self._embedding_type == FLOAT else np.float16
+        table = b.weight(name, self._tensor(f"{name}.weight"), dtype)
+        rows = embedding(b, table, self._tokens, self._embedding_type)
+        return b.op("Mul", rows, b.constant(scale, np.float32)) if scale != 1.0 else rows
+
+    def _layer_inputs(self, embedded: str) -> str:
+        """What every layer gets of its own from the tokens, `[T, layers, n]`."""
         b, spec, linears = self.b, self.spec, self._linears
-        x = self._norm(x, "model.norm", feeds="lm_head")
-        if linears.precision == "fp32":
-            name = "lm_head"
-            if not spec.tied_head:
-                table = b.weight(name, self._tensor("lm_head.weight").astype(np.float32))
-            self._logits = b.op("Gemm", x, table, transB=1)
-        else:
-            source = "model.embed_tokens" if spec.tied_head else "lm_head"
-            matrix = self._smooth.multiply_rows("lm_head", self._matrix(source))
-            self._logits = linears.linear("lm_head", linears.activation(x, logit_tokens), matrix)
-        self._logits = b.output(self._logits, "logits", FLOAT, ["N", spec.vocab_size])
+        size, name = spec.layer_input_size, "model.per_layer_model_projection"
+        activation = linears.activation(embedded, self._tokens)
+        projected = linears.linear(name, activation, self._matrix(name))
+        projected = b.op("Mul", projected, b.constant(spec.hidden_size**-0.5, np.float32))
+        rows = self._embedded("model.embed_tokens_per_layer", size**0.5)
+        shape = b.constant([0, spec.num_layers, size])
+        normed = self._norm(b.op("Reshape", projected, shape), "model.per_layer_projection_norm")
+        both = b.op("Add", normed, b.op("Reshape", rows, shape))
+        return b.op("Mul", both, b.constant(2**-0.5, np.float32))
+
+    def _layer_input(self, i: int, x: str) -> str:
+        """`[T, hidden]`: layer i's own input, gated by the stream."""
+        b, linears, name = self.b, self._linears, f"model.layers.{i}"
+        gate = linears.linear(
+            f"{name}.per_layer_input_gate",
+            linears.activation(x, self._tokens),
+            self._matrix(f"{name}.per_layer_input_gate"),
+        )
+        own = b.op("Gather", self._inputs, b.constant(i), axis=1)
+        y = linears.linear(
+            f"{name}.per_layer_projection",
+            linears.activation(
+                b.op("Mul", activate(b, gate, self.spec.activation), own), self._tokens
+            ),
+            self._matrix(f"{name}.per_layer_projection"),
+        )
+        return self._norm(y, f"{name}.post_per_layer_input_norm")
+
+    def _head(self, x: str, logit_tokens: str) -> None:
+        b, spec, linears = self.b, self.spec, self._linears
+        activation = linears.activation(self._norm(x, "model.norm", feeds="lm_head"), logit_tokens)
+        source = "model.embed_tokens" if spec.tied_head else "lm_head"
+        name = source if linears.precision == "fp32" else "lm_head"
+        table = self._tensor(f"{source}.weight")
+        logits = linears.head(name, activation, table, self._smooth.rows("lm_head"))
+        logits = soft_cap(b, logits, spec.logit_cap)
+        self._logits = b.output(logits, "logits", FLOAT, ["N", spec.vocab_size])
 
     def _verify(self, draft_vocab: NDArray[np.int64] | None) -> None:
         b = self.b

@@ -7,33 +7,37 @@ from dataclasses import replace
 from typing import Any
 
 from dspark_batch.models import llama
-from dspark_batch.models.spec import DecoderSpec, LayerSpec, rope_from_parameters
+from dspark_batch.models.spec import DecoderSpec, activation, rope_from_parameters
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
     """`DecoderSpec` of a `model_type: gemma3_text` config."""
-    if config.get("attn_logit_softcapping") or config.get("final_logit_softcapping"):
-        raise ValueError("soft caps are not supported for gemma3")
+    # No published model has a cap on its scores, and transformers ignores one.
+    for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
+        if config.get(name):
+            raise ValueError(f"{name} is not supported")
     parameters = config["rope_parameters"]
-    ropes = {
-        kind: rope_from_parameters(
-            parameters[kind],
-            head_dim=config["head_dim"],
-            max_positions=config["max_position_embeddings"],
-        )
-        for kind in ("full_attention", "sliding_attention")
+    plain = llama.spec({**config, "rope_parameters": parameters["full_attention"]})
+    full = plain.layers[0]
+    rope = rope_from_parameters(
+        parameters["sliding_attention"],
+        head_dim=full.head_dim,
+        max_positions=config["max_position_embeddings"],
+    )
+    kinds = {
+        "full_attention": full,
+        "sliding_attention": replace(full, rope=rope, window=config["sliding_window"]),
     }
-    windows = {"full_attention": None, "sliding_attention": config["sliding_window"]}
-    plain = {**config, "rope_parameters": parameters["full_attention"]}
     return replace(
-        llama.spec(plain),
+        plain,
         family="gemma3",
-        layers=tuple(LayerSpec(ropes[kind], windows[kind]) for kind in config["layer_types"]),
-        activation="gelu_tanh",
+        layers=tuple(kinds[kind] for kind in config["layer_types"]),
+        activation=activation(config["hidden_activation"]),
         qk_norm=True,
         sandwich_norms=True,
         norm_offset=1.0,
         embedding_scale=config["hidden_size"] ** 0.5,
         attention_scale=config["query_pre_attn_scalar"] ** -0.5,
+        logit_cap=config.get("final_logit_softcapping"),
         tied_head=bool(config.get("tie_word_embeddings", True)),
     )

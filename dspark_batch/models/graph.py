@@ -1,11 +1,13 @@
 """A small ONNX graph writer: nodes by name, weights streamed to an external file.
 
-Weights go to `<graph>.onnx.data` the moment they are added, so that a build holds one tensor at a
-time, and a second graph may refer to a weight that the first one wrote (`share`).
+Weights go to `<graph>.onnx.data` the moment they are added, a block of rows at a time, so that a
+build never holds more than what it is writing, and a second graph may refer to a weight that the
+first one wrote (`share`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 OPSET = 24
 IR_VERSION = 11
 _ALIGNMENT = 4096  # bytes; a multiple of the page size lets the runtime map a weight in place
+_BLOCK = 2**26  # bytes of a weight that are converted and written at a time
 FLOAT, FLOAT16, INT64, BOOL = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -87,24 +90,32 @@ class GraphBuilder:
             self._constants[key] = name
         return self._constants[key]
 
-    def weight(self, name: str, array: NDArray[Any]) -> str:
-        """Write `array` to the data file and declare it as initializer `name`, once per name."""
+    def weight(self, name: str, array: NDArray[Any], dtype: Any = None) -> str:
+        """Write `array` to the data file and declare it as initializer `name`, once per name.
+
+        `dtype` is what it is stored as; default: what it is.
+        """
         if name in self._stored:
             return name
         location = f"{self.name}.onnx.data"
-        data = np.ascontiguousarray(array)
+        stored_as = np.dtype(dtype or array.dtype)
+        row_bytes = stored_as.itemsize * math.prod(array.shape[1:])
+        num_rows = max(1, _BLOCK // max(1, row_bytes))
         offset = -(-self._size // _ALIGNMENT) * _ALIGNMENT
         # Opened per weight: a build that fails half-way leaves no file open.
         with (self._folder / location).open("r+b" if self._size else "wb") as file:
             file.seek(offset)
-            file.write(data.view(np.uint8).data)
-        self._size = offset + data.nbytes
+            for begin in range(0, len(array), num_rows):
+                block = np.ascontiguousarray(array[begin : begin + num_rows], stored_as)
+                file.write(block.view(np.uint8).data)
+        length = row_bytes * len(array)
+        self._size = offset + length
         stored = StoredWeight(
             location=location,
             offset=offset,
-            length=data.nbytes,
-            data_type=helper.np_dtype_to_tensor_dtype(data.dtype),
-            shape=data.shape,
+            length=length,
+            data_type=helper.np_dtype_to_tensor_dtype(stored_as),
+            shape=array.shape,
         )
         return self.share(name, stored)
 
@@ -120,6 +131,10 @@ class GraphBuilder:
         self._initializers.append(tensor)
         self._stored[name] = stored
         return name
+
+    def has(self, name: str) -> bool:
+        """Whether the graph has a weight of that name, written or shared."""
+        return name in self._stored
 
     def stored(self, name: str) -> StoredWeight:
         """Where weight `name` lies, for `share` in another graph."""

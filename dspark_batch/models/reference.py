@@ -6,7 +6,7 @@ The export compares the two, and tests compare both with transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from dspark_batch.models.spec import DecoderSpec, LayerSpec
 
 Array = NDArray[np.float32]
 Tensor = Callable[[str], NDArray[Any]]
-Observe = Callable[[str, Array, Sequence[Array]], None]
+Observe = Callable[[str, Array, Sequence[NDArray[Any]]], None]
+_BLOCK = 2**24  # weights that are turned to fp32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """`logits` [T, V] and the residual stream after each layer: -1 (embedding) .. layers - 1."""
+    """`logits` [T, V] and the residual stream after each tapped layer (-1: the embedding)."""
 
     logits: Array
     streams: dict[int, Array]
@@ -33,55 +34,177 @@ def forward(
     tensor: Tensor,
     sequences: Sequence[Sequence[int]],
     *,
-    observe: Observe = lambda name, x, matrices: None,
+    taps: Sequence[int] = (),
 ) -> list[Forward]:
-    """Run the decoder over each sequence by itself; reads every weight once and keeps none.
-
-    `observe(name, x, matrices)` sees the input `[tokens, in]` of every linear layer, and the
-    weights `[out, in]` that are applied to it.
-    """
-
-    def weight(name: str) -> Array:
-        return np.asarray(tensor(f"{name}.weight"), dtype=np.float32)
-
-    ends = np.cumsum([len(ids) for ids in sequences])
-    every = [token for ids in sequences for token in ids]
-    x = weight("model.embed_tokens")[every] * np.float32(spec.embedding_scale)
-    streams = {-1: x}
-    for i, layer in enumerate(spec.layers):
-        name = f"model.layers.{i}"
-        y = _norm(spec, weight, f"{name}.input_layernorm", x)
-        parts = np.split(y, ends[:-1])
-        y = _attention(spec, layer, weight, f"{name}.self_attn", parts, observe)
-        if spec.sandwich_norms:
-            y = _norm(spec, weight, f"{name}.post_attention_layernorm", y)
-        x = x + y
-        before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
-        y = _norm(spec, weight, f"{name}.{before}", x)
-        gate_up = [weight(f"{name}.mlp.{p}_proj") for p in ("gate", "up")]
-        observe(f"{name}.mlp.gate_up_proj", y, gate_up)
-        y = _activate(spec.activation, y @ gate_up[0].T) * (y @ gate_up[1].T)
-        down = weight(f"{name}.mlp.down_proj")
-        observe(f"{name}.mlp.down_proj", y, [down])
-        y = y @ down.T
-        if spec.sandwich_norms:
-            y = _norm(spec, weight, f"{name}.post_feedforward_layernorm", y)
-        x = x + y
-        streams[i] = x
-    head = weight("model.embed_tokens" if spec.tied_head else "lm_head")
-    x = _norm(spec, weight, "model.norm", x)
-    observe("lm_head", x, [head])
-    logits = np.split(x @ head.T, ends[:-1])
+    """Run the decoder over each sequence by itself; reads every weight once and keeps none."""
+    decoder = _Decoder(spec, tensor, sequences, observe=lambda name, x, matrices: None)
+    streams = {}
+    for i, stream in decoder.streams():
+        if i in taps:
+            streams[i] = decoder.split(stream)
+    logits = decoder.split(_cap(_product(decoder.normed(stream), decoder.head), spec.logit_cap))
     return [
-        Forward(row, {i: np.split(stream, ends[:-1])[r] for i, stream in streams.items()})
-        for r, row in enumerate(logits)
+        Forward(row, {i: parts[r] for i, parts in streams.items()}) for r, row in enumerate(logits)
     ]
 
 
-def _norm(spec: DecoderSpec, weight: Callable[[str], Array], name: str, x: Array) -> Array:
-    variance = np.mean(np.square(x, dtype=np.float32), axis=-1, keepdims=True)
-    scaled = x / np.sqrt(variance + np.float32(spec.epsilon))
-    return np.asarray(scaled * (weight(name) + np.float32(spec.norm_offset)), dtype=np.float32)
+def linear_inputs(
+    spec: DecoderSpec, tensor: Tensor, sequences: Sequence[Sequence[int]], *, observe: Observe
+) -> None:
+    """`observe(name, x, matrices)` sees the input `[tokens, in]` of every linear layer, and the
+    weights `[out, in]`, as stored, that are applied to it."""
+    decoder = _Decoder(spec, tensor, sequences, observe=observe)
+    for _, stream in decoder.streams():
+        last = stream
+    observe("lm_head", decoder.normed(last), [decoder.head])
+
+
+def row_blocks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Array]]:
+    """The matrix in fp32, some rows at a time."""
+    step = max(1, _BLOCK // matrix.shape[1])
+    for begin in range(0, len(matrix), step):
+        rows = slice(begin, begin + step)
+        yield rows, np.asarray(matrix[rows], dtype=np.float32)
+
+
+class _Decoder:
+    """One pass over flattened sequences, layer by layer."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        tensor: Tensor,
+        sequences: Sequence[Sequence[int]],
+        *,
+        observe: Observe,
+    ) -> None:
+        self._spec, self._tensor, self._observe = spec, tensor, observe
+        self._tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
+        self._ends = np.cumsum([len(ids) for ids in sequences])[:-1]
+        self._positions = np.concatenate([np.arange(len(ids)) for ids in sequences])
+        self._keys_values: dict[int, tuple[Array, Array]] = {}
+
+    def split(self, x: Array) -> list[Array]:
+        """`[T, n]` by sequence."""
+        return np.split(x, self._ends)
+
+    def streams(self) -> Iterator[tuple[int, Array]]:
+        """The residual stream `[T, hidden]` after the embedding (-1) and after each layer."""
+        spec = self._spec
+        embedded = self._rows("model.embed_tokens") * np.float32(spec.embedding_scale)
+        x = embedded
+        yield -1, x
+        inputs = self._layer_inputs(embedded) if spec.layer_input_size else None
+        for i, layer in enumerate(spec.layers):
+            name = f"model.layers.{i}"
+            y = self._attention(i, layer, self._norm(f"{name}.input_layernorm", x))
+            if spec.sandwich_norms:
+                y = self._norm(f"{name}.post_attention_layernorm", y)
+            x = x + y
+            y = self._mlp(name, x)
+            if spec.sandwich_norms:
+                y = self._norm(f"{name}.post_feedforward_layernorm", y)
+            x = x + y
+            if inputs is not None:
+                gate = _activate(spec.activation, self._apply(f"{name}.per_layer_input_gate", x))
+                y = self._apply(f"{name}.per_layer_projection", gate * inputs[:, i])
+                x = x + self._norm(f"{name}.post_per_layer_input_norm", y)
+            if spec.layer_scalar:
+                x = x * np.asarray(self._tensor(f"{name}.layer_scalar"), dtype=np.float32)
+            yield i, x
+
+    def normed(self, x: Array) -> Array:
+        """The last stream, ready for the head."""
+        return self._norm("model.norm", x)
+
+    @property
+    def head(self) -> NDArray[Any]:
+        """`[V, hidden]`, as stored."""
+        return self._weight("model.embed_tokens" if self._spec.tied_head else "lm_head")
+
+    def _weight(self, name: str) -> NDArray[Any]:
+        return self._tensor(f"{name}.weight")
+
+    def _rows(self, name: str) -> Array:
+        return np.asarray(self._weight(name)[self._tokens], dtype=np.float32)
+
+    def _apply(self, name: str, x: Array) -> Array:
+        return _product(x, self._weight(name))
+
+    def _observed(self, name: str, x: Array, layers: Sequence[str]) -> list[Array]:
+        matrices = [self._weight(layer) for layer in layers]
+        self._observe(name, x, matrices)
+        return [_product(x, matrix) for matrix in matrices]
+
+    def _norm(self, name: str, x: Array) -> Array:
+        scale = np.asarray(self._weight(name), dtype=np.float32)
+        return self._plain_norm(x) * (scale + np.float32(self._spec.norm_offset))
+
+    def _plain_norm(self, x: Array) -> Array:
+        variance = np.mean(np.square(x), axis=-1, keepdims=True)
+        return np.asarray(x / np.sqrt(variance + np.float32(self._spec.epsilon)))
+
+    def _layer_inputs(self, embedded: Array) -> Array:
+        """What every layer gets of its own from the tokens, `[T, layers, n]`."""
+        spec = self._spec
+        shape = (len(embedded), spec.num_layers, spec.layer_input_size)
+        projected = self._apply("model.per_layer_model_projection", embedded)
+        projected = (projected * np.float32(spec.hidden_size**-0.5)).reshape(shape)
+        rows = self._rows("model.embed_tokens_per_layer").reshape(shape)
+        rows = rows * np.float32(spec.layer_input_size**0.5)
+        return (self._norm("model.per_layer_projection_norm", projected) + rows) * np.float32(
+            2**-0.5
+        )
+
+    def _mlp(self, name: str, x: Array) -> Array:
+        before = (
+            "pre_feedforward_layernorm" if self._spec.sandwich_norms else "post_attention_layernorm"
+        )
+        x = self._norm(f"{name}.{before}", x)
+        wide = [f"{name}.mlp.{part}_proj" for part in ("gate", "up")]
+        gate, up = self._observed(f"{name}.mlp.gate_up_proj", x, wide)
+        y = _activate(self._spec.activation, gate) * up
+        return self._observed(f"{name}.mlp.down_proj", y, [f"{name}.mlp.down_proj"])[0]
+
+    def _attention(self, i: int, layer: LayerSpec, x: Array) -> Array:
+        """Attention of each sequence within itself, `[T, hidden]`."""
+        spec, name = self._spec, f"model.layers.{i}.self_attn"
+        names = [f"{name}.{part}_proj" for part in layer.projections]
+        parts = self._observed(f"{name}.qkv_proj", x, names)
+        q, *kv = (part.reshape(len(x), -1, layer.head_dim) for part in parts)
+        if spec.qk_norm:
+            q = self._norm(f"{name}.q_norm", q)
+        if kv:
+            k, v = kv[0], kv[-1]
+            if spec.qk_norm:
+                k = self._norm(f"{name}.k_norm", k)
+            if spec.v_norm:
+                v = self._plain_norm(v)
+            self._keys_values[i] = self._rotated(layer, k), v
+        source = i if layer.shares_with is None else layer.shares_with
+        triple = (self._rotated(layer, q), *self._keys_values[source])
+        rows = zip(*(self.split(part) for part in triple), strict=True)
+        mixed = np.concatenate([_mix(spec, layer, *parts) for parts in rows])
+        return self._observed(f"{name}.o_proj", mixed.reshape(len(x), -1), [f"{name}.o_proj"])[0]
+
+    def _rotated(self, layer: LayerSpec, x: Array) -> Array:
+        cos, sin = layer.rope.tables(int(self._positions.max()) + 1)
+        cos, sin = cos[self._positions, None], sin[self._positions, None]
+        half = x.shape[-1] // 2
+        first, second = x[..., :half], x[..., half:]
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _product(x: Array, matrix: NDArray[Any]) -> Array:
+    """`[T, in]` times `[out, in]` transposed."""
+    y = np.empty((len(x), len(matrix)), np.float32)
+    for rows, block in row_blocks(matrix):
+        y[:, rows] = x @ block.T
+    return y
+
+
+def _cap(x: Array, cap: float | None) -> Array:
+    return x if cap is None else np.asarray(cap * np.tanh(x / np.float32(cap)), dtype=np.float32)
 
 
 def _activate(kind: str, x: Array) -> Array:
@@ -91,51 +214,15 @@ def _activate(kind: str, x: Array) -> Array:
     return np.asarray(0.5 * x * (1 + np.tanh(inner)), dtype=np.float32)
 
 
-def _attention(
-    spec: DecoderSpec,
-    layer: LayerSpec,
-    weight: Callable[[str], Array],
-    name: str,
-    sequences: Sequence[Array],
-    observe: Observe,
-) -> Array:
-    """Attention of each sequence `[T, hidden]` within itself; all of them joined again."""
-    x = np.concatenate(sequences)
-    ends = np.cumsum([len(part) for part in sequences])[:-1]
-    positions = np.concatenate([np.arange(len(part)) for part in sequences])
-
-    qkv = [weight(f"{name}.{p}_proj") for p in "qkv"]
-    observe(f"{name}.qkv_proj", x, qkv)
-    q, k, v = ((x @ matrix.T).reshape(len(x), -1, spec.head_dim) for matrix in qkv)
-    if spec.qk_norm:
-        q, k = _norm(spec, weight, f"{name}.q_norm", q), _norm(spec, weight, f"{name}.k_norm", k)
-    cos, sin = layer.rope.tables(int(positions.max()) + 1)
-    q, k = _rotate(q, cos[positions], sin[positions]), _rotate(k, cos[positions], sin[positions])
-    mixed = [
-        _mix(spec, layer, *parts)
-        for parts in zip(np.split(q, ends), np.split(k, ends), np.split(v, ends), strict=True)
-    ]
-    flat = np.concatenate(mixed).reshape(len(x), -1)
-    out = weight(f"{name}.o_proj")
-    observe(f"{name}.o_proj", flat, [out])
-    return np.asarray(flat @ out.T, dtype=np.float32)
-
-
 def _mix(spec: DecoderSpec, layer: LayerSpec, q: Array, k: Array, v: Array) -> Array:
     """Causal softmax attention of one sequence, head by head: `[T, heads, d]`."""
     age = np.arange(len(q))[:, None] - np.arange(len(q))[None, :]
     seen = (age >= 0) & (age < (layer.window or len(q)))
+    scale = np.float32(spec.scale(layer))
     mixed = np.empty_like(q)
     for head in range(spec.num_heads):
-        group = head // spec.group
-        scores = np.where(seen, q[:, head] @ k[:, group].T * np.float32(spec.scale), -np.inf)
+        group = head // spec.group(layer)
+        scores = np.where(seen, q[:, head] @ k[:, group].T * scale, -np.inf)
         probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
         mixed[:, head] = (probs / probs.sum(axis=-1, keepdims=True)) @ v[:, group]
     return mixed
-
-
-def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    cos, sin = cos[:, None], sin[:, None]
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

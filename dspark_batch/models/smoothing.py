@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.models.reference import forward
-from dspark_batch.models.spec import DecoderSpec
+from dspark_batch.models.reference import linear_inputs, row_blocks
+from dspark_batch.models.spec import DecoderSpec, LayerSpec
 
 Array = NDArray[np.float32]
 Tensor = Callable[[str], NDArray[Any]]
@@ -25,46 +25,54 @@ _SMALLEST = np.float32(1e-5)
 def smoothing_factors(
     spec: DecoderSpec, tensor: Tensor, prompts: Sequence[Sequence[int]]
 ) -> dict[str, Array]:
-    """s `[in]` of every linear layer, by the name of its input in `reference.forward`.
+    """s `[in]` of every linear layer, by the name of its input in `reference.linear_inputs`.
 
-    The output projection's factors are equal within a group of query heads, which share a value.
+    The output projection's factors are equal within a group of query heads, which share a value,
+    and 1 where values are normed after their projection: no weight in front can take them.
     """
     largest: dict[str, Array] = {}
     weights: dict[str, Array] = {}
 
-    def observe(name: str, x: Array, matrices: Sequence[Array]) -> None:
+    def observe(name: str, x: Array, matrices: Sequence[NDArray[Any]]) -> None:
         largest[name] = np.abs(x).max(axis=0)
-        weights[name] = np.max([np.abs(m).max(axis=0) for m in matrices], axis=0)
+        weights[name] = np.max(
+            [np.abs(block).max(axis=0) for m in matrices for _, block in row_blocks(m)], axis=0
+        )
 
-    forward(spec, tensor, prompts, observe=observe)
+    linear_inputs(spec, tensor, prompts, observe=observe)
     factors = {
         name: np.sqrt(np.maximum(largest[name], _SMALLEST) / np.maximum(weights[name], _SMALLEST))
         for name in largest
     }
-    shape = (spec.num_kv_heads, spec.group, spec.head_dim)
-    for name in [name for name in factors if name.endswith(".o_proj")]:
+    for i, layer in enumerate(spec.layers):
+        name = f"model.layers.{i}.self_attn.o_proj"
+        shape = (layer.num_kv_heads, spec.group(layer), layer.head_dim)
         shared = factors[name].reshape(shape).max(axis=1, keepdims=True)
         factors[name] = np.broadcast_to(shared, shape).reshape(-1)
+        if spec.v_norm:
+            factors[name] = np.ones_like(factors[name])
     return factors
 
 
 class Smoothing:
-    """The factors of one target; without any, every method returns its argument."""
+    """The factors of one target; without any, nothing is scaled."""
 
     def __init__(self, factors: Mapping[str, Array] | None = None) -> None:
         self._factors = dict(factors or {})
 
-    def multiply_rows(self, name: str, matrix: NDArray[Any]) -> NDArray[Any]:
-        """`[in, out]` of the layer whose input is `name`."""
-        return matrix * self._factors[name][:, None] if self._factors else matrix
+    def rows(self, name: str) -> Array | None:
+        """Factors on the rows of the `[in, out]` weight of the layer whose input is `name`."""
+        return self._factors.get(name)
 
     def divide(self, name: str, weight: NDArray[Any]) -> NDArray[Any]:
         """`[.., n]` of what produces the `n` channels of `name`: a norm, or columns."""
         return weight / self._factors[name] if self._factors else weight
 
-    def divide_values(self, name: str, columns: NDArray[Any], spec: DecoderSpec) -> NDArray[Any]:
+    def divide_values(
+        self, name: str, columns: NDArray[Any], spec: DecoderSpec, layer: LayerSpec
+    ) -> NDArray[Any]:
         """The value projection `[in, kv * d]` in front of the output projection `name`."""
         if not self._factors:
             return columns
-        grouped = self._factors[name].reshape(spec.num_kv_heads, spec.group, spec.head_dim)
+        grouped = self._factors[name].reshape(layer.num_kv_heads, spec.group(layer), layer.head_dim)
         return columns / grouped[:, 0].reshape(-1)

@@ -28,10 +28,24 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer's attention: which RoPE, and the window of a sliding layer (None: all keys)."""
+    """One layer's attention."""
 
     rope: RopeSpec
+    num_kv_heads: int
+    head_dim: int
     window: int | None = None
+    """Newest keys that a query of a sliding layer sees, its own among them; None: all."""
+    keys_as_values: bool = False
+    """No value projection: values are the raw key projection (Gemma 4)."""
+    shares_with: int | None = None
+    """The layer whose keys and values this one reads; None: it has its own (Gemma 4)."""
+
+    @property
+    def projections(self) -> str:
+        """Which of q, k and v the layer computes."""
+        if self.shares_with is not None:
+            return "q"
+        return "qk" if self.keys_as_values else "qkv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,56 +55,81 @@ class DecoderSpec:
     family: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
     layers: tuple[LayerSpec, ...]
     epsilon: float
     activation: str = "silu"
     qk_norm: bool = False
-    """RMSNorm over each head's query and key before RoPE (Qwen3, Gemma 3)."""
+    """RMSNorm over each head's query and key before RoPE (Qwen3, Gemma)."""
+    v_norm: bool = False
+    """RMSNorm without a weight over each head's value (Gemma 4)."""
     sandwich_norms: bool = False
     """Norms after attention and after the MLP too (Gemma)."""
     norm_offset: float = 0.0
-    """Added to every norm weight (Gemma stores w - 1)."""
+    """Added to every norm weight (Gemma 3 stores w - 1)."""
+    layer_scalar: bool = False
+    """A stored factor on each layer's output (Gemma 4)."""
+    layer_input_size: int = 0
+    """Width of an input of its own that every layer gets from the tokens; 0: none (Gemma 4)."""
     embedding_scale: float = 1.0
     attention_scale: float | None = None
     """None: head_dim ** -0.5."""
+    logit_cap: float | None = None
+    """Soft cap of the logits: cap * tanh(logit / cap)."""
     tied_head: bool = False
     max_positions: int = 2048
 
-    @property
-    def scale(self) -> float:
+    def scale(self, layer: LayerSpec) -> float:
         """Factor on query times key."""
-        return self.attention_scale or self.head_dim**-0.5
+        return self.attention_scale or layer.head_dim**-0.5
 
-    @property
-    def group(self) -> int:
+    def group(self, layer: LayerSpec) -> int:
         """Query heads per key/value head."""
-        return self.num_heads // self.num_kv_heads
+        return self.num_heads // layer.num_kv_heads
 
     @property
     def num_layers(self) -> int:
         """Decoder layers."""
         return len(self.layers)
 
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Key/value heads and head size of every layer with keys and values of its own."""
+        return tuple(
+            (layer.num_kv_heads, layer.head_dim)
+            for layer in self.layers
+            if layer.shares_with is None
+        )
+
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def activation(name: str) -> str:
+    """The MLP's non-linearity by its name in a config; ValueError for one there is no graph of."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not supported")
+    return _ACTIVATIONS[name]
+
 
 def rope_from_parameters(
     parameters: Mapping[str, Any], *, head_dim: int, max_positions: int
 ) -> RopeSpec:
-    """Frequencies of a nested `rope_parameters`: default, linear, llama3 and YaRN.
+    """Frequencies of a nested `rope_parameters`: default, linear, proportional, llama3 and YaRN.
 
     Raises ValueError for another `rope_type`, rather than fall back to the default silently.
     """
     theta = float(parameters["rope_theta"])
     kind = parameters.get("rope_type", "default")
-    dim = int(head_dim * float(parameters.get("partial_rotary_factor", 1.0)))
-    if dim != head_dim:
-        raise ValueError("rope_parameters.partial_rotary_factor other than 1 is not supported")
-    powers = np.arange(0, dim, 2, dtype=np.float64) / dim
+    share = float(parameters.get("partial_rotary_factor") or 1.0)
+    powers = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = 1.0 / theta**powers
     factor = float(parameters.get("factor", 1.0) or 1.0)
+    if kind == "proportional":  # the slow end of the spectrum does not turn
+        frequencies[int(share * head_dim // 2) :] = 0.0
+        return _rope(frequencies / factor)
+    if share != 1.0:
+        raise ValueError(f"rope_parameters.partial_rotary_factor {share} is not supported")
     if kind == "default":
         return _rope(frequencies)
     if kind == "linear":

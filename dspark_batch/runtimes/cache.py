@@ -24,7 +24,7 @@ class Cache:
     """Keys and values of one model for the rows of one bucket."""
 
     def __init__(self, shape: CacheInfo, num_rows: int) -> None:
-        self._shape = shape
+        self._shapes = shape.cache_shapes
         self._num_rows = num_rows
         self.capacity = 0
         self.buffers: list[NDArray[np.float32]] = []
@@ -37,11 +37,11 @@ class Cache:
         if self.capacity >= capacity > self.capacity // 2:
             return
         kept = min(self.capacity, capacity)
-        shape = (self._num_rows, self._shape.num_kv_heads, capacity, self._shape.head_dim)
         grown = []
-        for i in range(2 * self._shape.num_layers):
+        for i in range(2 * len(self._shapes)):
+            num_kv_heads, head_dim = self._shapes[i // 2]
             # Zeroed: a masked key must be finite, since 0 * NaN would reach the output.
-            buffer = np.zeros(shape, np.float32)
+            buffer = np.zeros((self._num_rows, num_kv_heads, capacity, head_dim), np.float32)
             if num_live and kept:
                 buffer[:num_live, :, :kept] = self.buffers[i][:num_live, :, :kept]
                 self.buffers[i] = buffer

@@ -15,6 +15,7 @@ from dspark_batch.errors import EngineError
 
 # A sliding layer stands in every position but each sixth.
 _GEMMA_PATTERN = 6
+_GLOBAL_HEAD_DIM = 512
 
 # What the configuration classes of transformers supply, by `model_type`: a file may leave any of
 # these out. Keys without which there is no model (sizes) are not guessed, but for Gemma 3, whose
@@ -65,7 +66,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {
         "head_dim": 256,
-        "global_head_dim": 512,
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-6,
@@ -74,10 +74,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "tie_word_embeddings": True,
         "attention_bias": False,
+        "attention_k_eq_v": False,
+        "enable_moe_block": False,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": 0,
         "sliding_window": 512,
+        "use_bidirectional_attention": None,
+        "vocab_size_per_layer_input": 262144,
         "final_logit_softcapping": None,
     },
 }
+# The same text model under another name, without an input per layer.
+_DEFAULTS["gemma4_unified_text"] = _DEFAULTS["gemma4_text"] | {
+    "max_position_embeddings": 262144,
+    "hidden_size_per_layer_input": 0,
+}
+_GEMMA4 = ("gemma4_text", "gemma4_unified_text")
 
 _DEFAULT_THETA = 10_000.0
 
@@ -95,6 +107,7 @@ _DEFAULT_ROPE: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+_DEFAULT_ROPE["gemma4_unified_text"] = _DEFAULT_ROPE["gemma4_text"]
 
 # A scaled rotary embedding is defined relative to the length that the model was pretrained with.
 _NEEDS_ORIGINAL_LENGTH = frozenset({"llama3", "yarn", "longrope"})
@@ -130,6 +143,9 @@ def normalized_config(raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
         config.setdefault(key, value)
     _fill_attention(config)
     _fill_layer_types(config, model_type)
+    if model_type in _GEMMA4 and config.get("layer_types"):
+        config["layer_types"] = [*config["layer_types"][:-1], "full_attention"]
+        _fill_full_attention(config, origin)
     config["rope_parameters"] = _rope_parameters(config, model_type)
     return config
 
@@ -171,8 +187,32 @@ def _fill_layer_types(config: dict[str, Any], model_type: str) -> None:
             "sliding_attention" if (layer + 1) % pattern else "full_attention"
             for layer in range(num_layers)
         ]
-        if model_type == "gemma4_text":
-            config["layer_types"][-1] = "full_attention"
+
+
+def _fill_full_attention(config: dict[str, Any], origin: str) -> None:
+    """`global_head_dim` and `num_global_key_value_heads` as full layers really have them.
+
+    transformers 5.23 writes them as overrides by layer instead, in `per_layer_config`.
+    """
+    overrides = config.pop("per_layer_config", None)
+    if overrides is None:
+        config.setdefault("global_head_dim", _GLOBAL_HEAD_DIM)
+        if not config["attention_k_eq_v"] or not config.get("num_global_key_value_heads"):
+            config["num_global_key_value_heads"] = config["num_key_value_heads"]
+        return
+    by_layer = {int(layer): given for layer, given in overrides.items()}
+    full = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
+    shared = by_layer.get(full[0], {}) if full else {}
+    expected = {i: shared for i in full if shared}
+    if by_layer != expected or set(shared) - {"head_dim", "num_key_value_heads"}:
+        raise EngineError(
+            f"{origin}: per_layer_config may only give full_attention layers another head_dim and "
+            f"num_key_value_heads, the same for all of them; it is {overrides}"
+        )
+    config["global_head_dim"] = shared.get("head_dim", config["head_dim"])
+    config["num_global_key_value_heads"] = shared.get(
+        "num_key_value_heads", config["num_key_value_heads"]
+    )
 
 
 def _rope_parameters(config: dict[str, Any], model_type: str) -> dict[str, Any]:
