@@ -169,6 +169,23 @@ class OrtRuntime:
             )
         return DraftBlock(tokens, confidence, np.full(len(slots), self._block_size))
 
+    def context(self, spans: list[Span]) -> list[Floats]:
+        """One target pass per run of neighbouring rows; the context goes to the caller."""
+        for span in spans:
+            self._settle(span.slot, span.start + len(span.tokens))
+        plain = np.zeros(len(spans), np.int64)
+        zeros = np.zeros(len(spans), np.float32)
+        draws = Draws(zeros, plain, zeros + 1, np.zeros((len(spans), self._block_size + 1), "f4"))
+        found: dict[int, Floats] = {}
+        for run in self._runs([span.slot for span in spans]):
+            chosen = [spans[i] for i in run]
+            results = self._target_run(chosen, plain[run], draws.of(run), ("context",))
+            ends = np.cumsum([len(span.tokens) for span in chosen])
+            found |= zip(run, np.split(results[0], ends[:-1]), strict=True)
+            for span in chosen:
+                self._rows[span.slot].num_cached = span.start + len(span.tokens)
+        return [found[i] for i in range(len(spans))]
+
     def _settle(self, slot: int, needed: int) -> None:
         """Move a row on to the bucket that its length asks for."""
         row = self._rows[slot]
