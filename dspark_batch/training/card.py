@@ -137,7 +137,7 @@ def write_draft_folder(
     folder = recipe.draft_folder
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
-    save_draft(draft, scratch)
+    save_draft(draft, scratch, temperatures=facts.temperatures)
     shutil.copyfile(log, scratch / LOG)
     command = _engine_command(recipe, scratch)
     num_bytes = (scratch / WEIGHTS).stat().st_size

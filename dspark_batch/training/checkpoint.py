@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,8 +36,17 @@ def draft_vocab_from_offsets(d2t: Tensor) -> Tensor:
     return d2t + torch.arange(len(d2t))
 
 
-def save_draft(draft: DSparkDraft, folder: Path, *, dtype: torch.dtype = torch.float16) -> None:
-    """Write the draft's own tensors in `dtype`; each file appears whole or not at all."""
+def save_draft(
+    draft: DSparkDraft,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float16,
+    temperatures: Sequence[float] | None = None,
+) -> None:
+    """Write the draft's own tensors in `dtype`; each file appears whole or not at all.
+
+    `temperatures` [γ] of the confidence logits go into the config, as `confidence_temperatures`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.detach().to("cpu", dtype).contiguous()
@@ -47,6 +57,8 @@ def save_draft(draft: DSparkDraft, folder: Path, *, dtype: torch.dtype = torch.f
     if draft.config.draft_vocab_size is not None:
         tensors["d2t"] = offsets_from_draft_vocab(draft.draft_vocab.cpu())
     config = draft.config.as_json(dtype=str(dtype).removeprefix("torch."))
+    if temperatures is not None:
+        config["confidence_temperatures"] = list(temperatures)
     # `save_file` would leave a file that only its owner can read.
     (folder / (WEIGHTS + ".new")).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / (CONFIG + ".new")).write_text(json.dumps(config, indent=2) + "\n")

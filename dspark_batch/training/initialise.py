@@ -107,13 +107,13 @@ def initialise_from_draft(draft: DSparkDraft, start: DSparkDraft) -> None:
 def principal_rows(embedding: Tensor, rank: int) -> Tensor:
     """The embedding `[V, d]` in its first `rank` principal directions, whitened, `[V, r]`.
 
-    Tokens that training never meets then still have a row like those of their neighbours.
+    Tokens that training never meets then still have a row like those of their neighbours. A rank
+    beyond d repeats directions.
     """
     centred = embedding - embedding.mean(0)
     values, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
-    rows: Tensor = centred @ directions[:, -rank:]
-    whitened: Tensor = rows * values[-rank:].clamp(min=1e-12).rsqrt()
-    return whitened
+    whitened: Tensor = centred @ directions * values.clamp(min=1e-12).rsqrt()
+    return whitened.repeat(1, -(-rank // whitened.shape[1]))[:, -rank:]
 
 
 def frequent_ids(

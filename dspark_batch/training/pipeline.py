@@ -69,8 +69,11 @@ def train(
     """
     recipe = load_training_recipe(recipe_path)
     stop = Stop(deadline=deadline, clock=time.monotonic)
+    end = None if deadline is None else time.monotonic() + deadline
     with stop.on_sigterm(), _locked(recipe):
-        work = _Training(recipe, progress=progress, argv=argv, stop=stop, overwrite=overwrite)
+        work = _Training(
+            recipe, progress=progress, argv=argv, stop=stop, end=end, overwrite=overwrite
+        )
         return work.run()
 
 
@@ -129,10 +132,11 @@ class _Training:
         progress: Progress,
         argv: Sequence[str],
         stop: Stop,
+        end: float | None,
         overwrite: bool,
     ) -> None:
         self._recipe, self._progress, self._argv = recipe, progress, argv
-        self._stop, self._overwrite = stop, overwrite
+        self._stop, self._end, self._overwrite = stop, end, overwrite
         self._files = _Files(recipe.work_folder)
         self._options = recipe.training.options
         self._device = _device(recipe.training.device)
@@ -161,10 +165,10 @@ class _Training:
     def _begin(self) -> None:
         """Check that the work folder is this recipe's; empty it where training starts again."""
         files, draft_folder = self._files, self._recipe.draft_folder
+        self._recipe.check_files()
         settings = {key: json.dumps(value) for key, value in self._recipe.settings().items()}
         if self._overwrite:
-            for path in (files.settings, files.finished):
-                path.unlink(missing_ok=True)
+            files.finished.unlink(missing_ok=True)
             for path in (files.start, files.training):
                 shutil.rmtree(path, ignore_errors=True)
         elif not files.settings.exists() and draft_folder.exists():
@@ -172,7 +176,8 @@ class _Training:
                 f"{draft_folder} holds a draft that was not trained here: rename the recipe, or "
                 f"replace the draft with --overwrite"
             )
-        if files.settings.exists():
+        # Before there is a draft, what is kept of a changed recipe is checked by its own steps.
+        if files.start.exists():
             changed = difference(json.loads(files.settings.read_text()), settings)
             if changed:
                 raise UsageError(
@@ -214,6 +219,7 @@ class _Training:
                 engine,
                 progress=self._progress,
                 argv=self._argv,
+                end=self._end,
                 overwrite=self._overwrite,
             )
             return responses.sequences()

@@ -132,7 +132,7 @@ class TrainingSection(_Section):
     batch_size: Count = _OPTIONS.batch_size
     anchors: Count = 64
     """Blocks per sequence and step."""
-    passes: Count = 2
+    passes: Count = 4
     """Times that captured sequences are trained on, with fresh anchors, before they are dropped."""
     memory_gb: Positive = 2.0
     """Captured features held at a time, in 10^9 bytes."""
@@ -302,6 +302,18 @@ class TrainingRecipe(_Section):
             if Path(candidate).exists() or glob.glob(candidate, recursive=True):
                 return candidate
         raise InputError(f"{self.path}: {key}: no file {' and none '.join(candidates)}")
+
+    def check_files(self) -> None:
+        """Raise for the first file or folder that is not there."""
+        assert self.target_source
+        _ = self.start_folder
+        for key, section in (
+            ("prompts", self.prompts),
+            ("held_out", self.held_out),
+            *(("imported", section) for section in self.imported),
+        ):
+            for pattern in section.files if section is not None else ():
+                self.find_files(pattern, f"[{key}] files")
 
     def _candidates(self, name: str) -> list[Path]:
         bases = dict.fromkeys([self.workspace, self.path.resolve().parent])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,10 +69,13 @@ class Responses:
         *,
         progress: Progress,
         argv: Sequence[str],
+        end: float | None,
         overwrite: bool,
     ) -> None:
+        """`end` is when to stop, on the monotonic clock."""
         self._recipe, self._engine_folder, self._engine = recipe, engine_folder, engine
-        self._progress, self._argv, self._overwrite = progress, argv, overwrite
+        self._progress, self._argv = progress, argv
+        self._end, self._overwrite = end, overwrite
         self._folder = recipe.work_folder
 
     def sequences(self) -> Sequences:
@@ -152,10 +156,14 @@ class Responses:
                 "part_rows": _PART_ROWS,
                 "token_ids": True,
                 "max_error_rate": 1.0,
+                "deadline": self._seconds_left(),
             }
         )
         self._complete(job)
         return list(_read_parts(output))
+
+    def _seconds_left(self) -> float | None:
+        return None if self._end is None else max(self._end - time.monotonic(), 0.001)
 
     def _complete(self, job: Job) -> None:
         def once(*, overwrite: bool) -> None:

@@ -133,11 +133,12 @@ def _from_scratch(recipe: TrainingRecipe, weights: Weights) -> DraftConfig:
             f"{recipe.path}: [draft] markov_head is none: markov_rank and confidence_with_markov "
             "have nothing to refer to"
         )
+    rank = min(_MARKOV_RANK, int(target["hidden_size"]))
     return draft_config_from_target(
         target,
         num_layers=asked.layers or min(_LAYERS, int(target["num_hidden_layers"])),
         block_size=_BLOCK_SIZE,
-        markov_rank=0 if head == "none" else asked.markov_rank or _MARKOV_RANK,
+        markov_rank=0 if head == "none" else asked.markov_rank or rank,
         markov_head_type="vanilla" if head == "none" else head,
         enable_confidence_head=asked.confidence_head is not False,
         confidence_head_with_markov=asked.confidence_with_markov is not False,

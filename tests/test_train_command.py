@@ -1,0 +1,530 @@
+"""`dspark-batch train` on a tiny target, from prompts to an engine that decodes with the draft."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
+from tiny import VOCAB, draft_config, target_config, write_draft, write_target
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+torch = pytest.importorskip("torch")
+
+from dspark_batch.cli import main  # noqa: E402
+from dspark_batch.engine import open_engine  # noqa: E402
+from dspark_batch.export.pipeline import build  # noqa: E402
+from dspark_batch.recipe import Recipe  # noqa: E402
+from dspark_batch.training.recipe import load_training_recipe  # noqa: E402
+from dspark_batch.training.target import (  # noqa: E402
+    EngineFeatures,
+    TargetTables,
+    context_layer_ids,
+)
+from dspark_batch.training.trainer import Trainer  # noqa: E402
+from dspark_batch.weights import open_weights  # noqa: E402
+
+STOP, MASK, WORDS, STEPS = 0, VOCAB - 2, VOCAB - 3, 80
+SHORT = "steps = 3\nevaluate_seconds = 1000\n"
+"""A training that only has to run."""
+RECIPE = """
+[target]
+weights = "{target}"
+precision = "fp32"
+max_rows = 8
+max_tokens = 96
+{data}
+[draft]
+layers = 1
+block_size = 4
+mask_token_id = {mask}
+{draft}
+[training]
+anchors = 12
+bf16 = false
+{training}
+[held_out]
+{held_out}
+"""
+PROMPTS = """
+[prompts]
+files = ["prompts.parquet"]
+source_column = "source"
+[[responses]]
+max_new_tokens = 24
+[[responses]]
+temperature = 0.8
+top_k = 4
+max_new_tokens = 24
+"""
+IMPORTED = """
+[[imported]]
+files = ["responses/*.parquet"]
+token_ids_column = "prompt_token_ids"
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Sums over threads may round otherwise, and here weights are compared bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def talking_target(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A target that mostly walks a fixed cycle of words, so that there is something to learn."""
+    target = write_target(folder, target_config(family, **changes))
+    tensors = load_file(target / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= 0.1
+    order = np.random.default_rng(4).permutation(WORDS)
+    embed = tensors["model.embed_tokens.weight"]
+    if "lm_head.weight" in tensors:
+        head = np.zeros_like(embed)
+        head[np.roll(order, 1)] = embed[order]
+        tensors["lm_head.weight"] = head
+    save_file(tensors, target / "model.safetensors")
+    words = {f"w{i}": i for i in range(VOCAB - 1)} | {"[UNK]": VOCAB - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(target / "tokenizer.json"))
+    return target
+
+
+@dataclass(frozen=True)
+class Workspace:
+    folder: Path
+
+    def recipe(
+        self,
+        name: str,
+        *,
+        target: str = "target",
+        data: str = IMPORTED,
+        draft: str = "",
+        training: str = SHORT,
+        held_out: str = "count = 8",
+        mask: int = MASK,
+    ) -> Path:
+        path = self.folder / "export" / "drafts" / f"{name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            RECIPE.format(
+                target=target,
+                data=data,
+                draft=draft,
+                training=training,
+                held_out=held_out,
+                mask=mask,
+            )
+        )
+        return path
+
+    def draft(self, name: str) -> Path:
+        return self.folder / "export" / "drafts" / name
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / "export" / "drafts" / f"{name}.training" / "training" / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(*words: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def train(recipe: Path, *words: str) -> dict[str, Any]:
+    result = command("train", recipe, "--progress", "none", "--json", *words)
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def fails(recipe: Path, *words: str) -> tuple[int, str]:
+    result = command("train", recipe, "--progress", "none", *words)
+    assert result.exit_code not in (0, 1), result.output
+    return result.exit_code, result.stderr
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("workspace")
+    talking_target(folder / "target")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in rng.integers(1, WORDS, 1 + n % 6)) for n in range(60)]
+    sources = ["even" if i % 2 else "odd" for i in range(60)]
+    pq.write_table(pa.table({"prompt": texts, "source": sources}), folder / "prompts.parquet")
+    return Workspace(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(workspace: Workspace) -> dict[str, Any]:
+    """The whole way, from prompts; its responses serve the other tests as imported ones."""
+    training = f"steps = {STEPS}\nlearning_rate = 5e-3\nlog_every = 5\nema_decay = 0.9\n"
+    training += "cross_entropy = 1.0\n"
+    draft = "markov_rank = 8\nvocab_size = 37"
+    recipe = workspace.recipe("whole", data=PROMPTS, training=training, draft=draft)
+    found = train(recipe)
+    parts = workspace.draft("whole.training").glob("responses/prompts-*/data/*.parquet")
+    (workspace.folder / "responses").mkdir()
+    for i, part in enumerate(parts):
+        shutil.copyfile(part, workspace.folder / "responses" / f"{i}.parquet")
+    return found
+
+
+def test_training_raises_the_accepted_length_on_held_out_prompts(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    assert trained["tau_greedy"] > trained["tau_at_start"] + 0.5
+    assert trained["num_steps"] == STEPS
+    assert trained["num_held_out"] == 8
+    evaluations = [entry for entry in workspace.log("whole") if entry["event"] == "evaluation"]
+    assert evaluations[-1]["tau_greedy"] == pytest.approx(trained["tau_greedy"], rel=0.05)
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+
+
+def test_the_draft_folder_says_what_it_is(workspace: Workspace, trained: dict[str, Any]) -> None:
+    folder = workspace.draft("whole")
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.json", "model.safetensors", "README.md", "engine.toml", "training.jsonl")
+    }
+    card = (folder / "README.md").read_text()
+    for words in (
+        f"{trained['num_responses']:,} responses, {trained['num_response_tokens']:,} tokens",
+        f"{STEPS} steps of 8 sequences",
+        "37 of the target's 40 ids",
+        f"| all | {trained['tau_greedy']:.2f} | {trained['tau_sampled']:.2f} |",
+        "| even |",
+        "| odd |",
+        "1 greedy, 1 at temperature 0.8",
+    ):
+        assert words in card
+    config = json.loads((folder / "config.json").read_text())
+    assert len(config["confidence_temperatures"]) == config["block_size"] == 4
+    assert str(workspace.folder) not in card + (folder / "engine.toml").read_text()
+
+
+def decodes_with(workspace: Workspace, next_command: str, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Type the next command, run greedily with the draft and without; τ of the former."""
+    monkeypatch.chdir(workspace.folder)
+    words = shlex.split(next_command)
+    assert words[0] == "dspark-batch"
+    built = command(*words[1:], "--progress", "none", "--force")
+    assert built.exit_code == 0, built.output
+    texts = {}
+    for spec in ("on", "off"):
+        output = workspace.folder / "runs" / spec
+        done = command(
+            *("run", "prompts.parquet", "--engine", words[-1], "--spec", spec, "-o", output),
+            *("--max-new-tokens", "20", "--overwrite", "--progress", "none", "--json"),
+        )
+        assert done.exit_code == 0, done.output
+        (part,) = (output / "data").glob("*.parquet")
+        texts[spec] = pq.read_table(part)["completion"].to_pylist()
+        if spec == "on":
+            tau = json.loads(done.stdout)["spec"]["accepted_length"]
+    assert texts["on"] == texts["off"]
+    return float(tau)
+
+
+def test_the_next_command_builds_an_engine_that_decodes_with_the_draft(
+    workspace: Workspace, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert decodes_with(workspace, trained["next_command"], monkeypatch) > 1.5
+
+
+@pytest.mark.parametrize(
+    ("family", "draft"),
+    [
+        ("qwen3", 'markov_head = "gated"\nmarkov_rank = 8'),
+        ("gemma3_text", 'markov_head = "rnn"\nmarkov_rank = 8\nvocab_size = "full"'),
+        ("llama", 'markov_head = "none"\nconfidence_head = false'),
+    ],
+    ids=["gated-qwen3", "rnn-gemma3", "dflash-llama"],
+)
+def test_every_head_and_family_trains_exports_and_decodes(
+    workspace: Workspace,
+    trained: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    draft: str,
+) -> None:
+    target = workspace.folder / f"target-{family}"
+    talking_target(target, family)
+    training = SHORT + ('start = "random"\n' if family == "qwen3" else "")
+    recipe = workspace.recipe(family, target=target.name, draft=draft, training=training)
+    found = train(recipe)
+    assert found["tau_greedy"] >= 1.0
+    assert decodes_with(workspace, found["next_command"], monkeypatch) >= 1.0
+
+
+class Killed(BaseException):
+    """Ends a command as a kill does: nothing cleans up after it."""
+
+
+def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
+    workspace: Workspace, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = "steps = 9\ndropout = 0.1\nbatch_size = 4\nmemory_gb = 0.0004\npasses = 2\n"
+    training += "checkpoint_seconds = {seconds}\n"
+    whole = workspace.recipe("one", training=training.format(seconds=1000))
+    train(whole)
+    parts = workspace.recipe("two", training=training.format(seconds=1e-9))
+    for dies_at in (4, 7):
+
+        def step(self: Trainer, batch: Any, last: int = dies_at, take: Any = Trainer.train_step):
+            if self.step == last:
+                raise Killed
+            return take(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", step)
+            with pytest.raises(Killed):
+                CliRunner().invoke(
+                    main, ["train", str(parts), "--progress", "none"], catch_exceptions=False
+                )
+    assert not workspace.draft("two").exists()
+    engine = workspace.draft("two.training") / "engine" / "target.onnx"
+    built = engine.stat().st_mtime_ns
+    train(parts)
+    assert engine.stat().st_mtime_ns == built
+    assert [entry["step"] for entry in workspace.log("two") if entry["event"] == "evaluation"] == [
+        *(0, 9)
+    ]
+    first, second = (workspace.draft(name) / "model.safetensors" for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_features_stay_below_their_cap(workspace: Workspace, trained: dict[str, Any]) -> None:
+    training = "steps = 30\nbatch_size = 4\nmemory_gb = 0.0004\npasses = 1\nlog_every = 1\n"
+    train(workspace.recipe("small", training=training))
+    held = [entry["held_bytes"] for entry in workspace.log("small") if entry["event"] == "step"]
+    assert len(set(held)) > 2  # chunk after chunk
+    assert 0 < max(held) <= 0.75 * 0.0004e9  # a quarter is for the held-out responses
+
+
+def test_a_stopped_training_says_how_to_go_on_and_does(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    recipe = workspace.recipe("stopped", data=PROMPTS)
+    status, message = fails(recipe, "--deadline", "0.001")
+    assert status == 75
+    assert f"continue with: dspark-batch train {recipe}" in message
+    assert train(recipe)["num_steps"] == 3
+
+
+def test_a_finished_training_stays_until_it_is_overwritten(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    recipe = workspace.recipe("again", data=PROMPTS)
+    first = train(recipe)
+    model = workspace.draft("again") / "model.safetensors"
+    parts = sorted(workspace.draft("again.training").glob("responses/*/data/*.parquet"))
+    assert len(parts) == 3
+    times = [path.stat().st_mtime_ns for path in (model, *parts)]
+    assert train(recipe) == first
+    assert [path.stat().st_mtime_ns for path in (model, *parts)] == times
+    result = command("train", recipe)
+    assert "is trained; --overwrite trains anew" in result.stderr
+
+    workspace.recipe("again", data=PROMPTS, training=SHORT + "learning_rate = 1e-3\n")
+    status, message = fails(recipe)
+    assert status == 2
+    assert "training.learning_rate was 0.0006 and is 0.001" in message
+    train(recipe, "--overwrite")
+    after = [path.stat().st_mtime_ns for path in (model, *parts)]
+    assert after[0] != times[0]
+    assert after[1:] == times[1:]  # the responses are still those that the recipe asks for
+
+    workspace.recipe("again", data=PROMPTS, training=SHORT + "log_every = 7\n")
+    assert fails(recipe)[0] == 2
+    workspace.recipe(
+        "again", data=PROMPTS, training=SHORT + "learning_rate = 1e-3\nlog_every = 7\n"
+    )
+    train(recipe)  # what does not decide the weights may change
+
+
+def test_a_draft_of_another_origin_is_not_replaced(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    recipe = workspace.recipe("foreign")
+    write_draft(workspace.draft("foreign"), draft_config())
+    status, message = fails(recipe)
+    assert status == 2
+    assert "was not trained here" in message
+    assert not workspace.draft("foreign.training").exists()
+    train(recipe, "--overwrite")
+    assert (workspace.draft("foreign") / "README.md").exists()
+
+
+def test_training_goes_on_from_a_draft_with_a_larger_vocabulary(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    start = 'start = "export/drafts/whole"\n'
+    found = train(workspace.recipe("more", draft='vocab_size = "full"', training=SHORT + start))
+    assert found["tau_at_start"] > trained["tau_at_start"] + 0.3
+    tensors = load_file(workspace.draft("more") / "model.safetensors")
+    assert len(tensors["markov_head.markov_w2.weight"]) == VOCAB
+    assert "d2t" not in tensors
+    status, message = fails(
+        workspace.recipe("other", draft="markov_rank = 9", training=SHORT + start)
+    )
+    assert status == 5
+    assert "markov_rank 9 is not 8" in message
+
+
+def test_held_out_prompts_are_in_no_training_sequence(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    held_out = workspace.draft("whole.training") / "held-out.parquet"
+    kept = workspace.draft("whole.training") / "prompts.parquet"
+    prompts = [
+        {tuple(ids) for ids in pq.read_table(path)["prompt_token_ids"].to_pylist()}
+        for path in (held_out, kept)
+    ]
+    assert len(prompts[0]) == 8
+    assert not prompts[0] & prompts[1]
+    parts = workspace.draft("whole.training").glob("responses/held-out-*/data")
+    (data,) = parts
+    files = f'files = ["{data}"]\ntoken_ids_column = "prompt_token_ids"'
+    found = train(workspace.recipe("apart", held_out=files))
+    assert found["num_held_out"] == 8
+    assert found["num_responses"] == trained["num_responses"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "words"),
+    [
+        ({"data": PROMPTS.replace("prompts.p", "nothing.p")}, 3, "[prompts] files: no file"),
+        (
+            {"data": PROMPTS.replace("[[resp", 'prompt_column = "promt"\n[[resp', 1)},
+            3,
+            "no column 'promt'; did you mean 'prompt'?",
+        ),
+        ({"data": IMPORTED.replace("responses/", "none/")}, 3, "[imported] files: no file"),
+        ({"data": IMPORTED + 'output_column = "text"\n'}, 3, "no column 'text'"),
+        ({"data": ""}, 2, "[prompts] or [[imported]] must say what to train on"),
+        ({"mask": 5}, 3, "the mask token 5 appears in"),
+        ({"mask": 99}, 3, "mask_token_id 99 is not in the target's vocabulary of 40"),
+        ({"draft": "markov_rang = 8"}, 2, "[draft] unknown key markov_rang; did you mean"),
+        ({"training": "step = 8"}, 2, "[training] unknown key step; did you mean steps?"),
+        ({"training": "steps = 0"}, 2, "[training] steps = 0: Input should be"),
+        ({"training": "steps = 8\nseconds = 8.0"}, 2, "give steps or seconds, not both"),
+        ({"training": 'device = "abacus"'}, 2, "[training] device 'abacus'"),
+        ({"training": 'start = "nowhere"'}, 2, "[training] start is not there"),
+        ({"draft": "taps = [0, 7]"}, 5, "taps [0, 7] must increase within -1..2"),
+        ({"target": "nothing"}, 2, "[target] weights is not there"),
+        ({"held_out": "count = 8\nshare = 0.5"}, 2, "give one of count, share and files"),
+        ({"training": SHORT + "memory_gb = 0.00001"}, 3, "raise [training] memory_gb"),
+    ],
+)
+def test_bad_input_is_named(
+    workspace: Workspace,
+    trained: dict[str, Any],
+    changes: dict[str, Any],
+    status: int,
+    words: str,
+) -> None:
+    shutil.rmtree(workspace.draft("bad.training"), ignore_errors=True)
+    found, message = fails(workspace.recipe("bad", **changes))
+    assert words in message
+    assert found == status
+    assert not workspace.draft("bad").exists()
+
+
+def test_a_target_without_a_tokenizer_trains_on_token_ids_only(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    target = talking_target(workspace.folder / "target-mute")
+    (target / "tokenizer.json").unlink()
+    status, message = fails(workspace.recipe("mute", target=target.name, data=PROMPTS))
+    assert status == 3
+    assert "no tokenizer" in message
+    assert "[prompts] token_ids_column" in message
+    recipe = workspace.recipe("mute-ids", target=target.name)
+    recipe.write_text(recipe.read_text().replace(f"mask_token_id = {MASK}\n", ""))
+    assert "set [draft] mask_token_id" in fails(recipe)[1]
+    assert train(workspace.recipe("mute-ids", target=target.name))["num_steps"] == 3
+
+
+def test_a_draft_for_another_target_is_refused(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    talking_target(workspace.folder / "target-wide", vocab_size=VOCAB)
+    write_draft(workspace.folder / "narrow", draft_config(hidden_size=16))
+    recipe = workspace.recipe("narrowed", training=SHORT + 'start = "narrow"\n')
+    status, message = fails(recipe)
+    assert status == 5
+    assert "is for another target: hidden_size and vocab_size (16, 40) are not (32, 40)" in message
+
+
+def test_a_recipe_needs_ten_lines(tmp_path: Path) -> None:
+    path = tmp_path / "export" / "drafts" / "mine.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text('[target]\nweights = "target"\n[prompts]\nfiles = ["prompts.parquet"]\n')
+    recipe = load_training_recipe(path)
+    assert recipe.training.options.seconds == 3600
+    assert [way.temperature for way in recipe.sampled] == [0.0, 0.7]
+    assert recipe.draft_folder == path.parent / "mine"
+    assert recipe.workspace == tmp_path.resolve()
+
+
+def test_a_mask_token_is_found_that_no_text_has(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    target = talking_target(workspace.folder / "target-padded")
+    path = target / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    del tokenizer["model"]["vocab"][f"w{VOCAB - 2}"]
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    tokenizer["added_tokens"] = [
+        {"id": id, "content": f"<{id}>", "normalized": False, **special} for id in (STOP, 3, MASK)
+    ]
+    path.write_text(json.dumps(tokenizer))
+    recipe = workspace.recipe("masked", target=target.name)
+    recipe.write_text(recipe.read_text().replace(f"mask_token_id = {MASK}\n", ""))
+    train(recipe)
+    # 0 ends rows and 3 is in the text.
+    config = json.loads((workspace.draft("masked") / "config.json").read_text())
+    assert config["mask_token_id"] == MASK
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_features_are_the_hidden_states_of_transformers(tmp_path: Path, family: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = write_target(tmp_path / "target", target_config(family))
+    recipe = Recipe.model_validate(
+        {
+            "target": {"weights": str(source)},
+            "engine": {"max_rows": 3, "max_tokens": 400},
+            "path": tmp_path / "r.toml",
+        }
+    )
+    taps = (-1, 0, 1)
+    folder = build(recipe, output=tmp_path / "engine", context_layer_ids=context_layer_ids(taps, 3))
+    rng = np.random.default_rng(1)
+    rows = [rng.integers(0, VOCAB, n).tolist() for n in (5, 17, 300, 2, 290)]
+    with open_weights(source) as weights:
+        engine = open_engine(folder)
+        found = list(EngineFeatures(engine, TargetTables.of(weights), num_taps=len(taps))(rows))
+        tables = TargetTables.of(weights)
+        engine.close()
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for row, (features, last_hidden) in zip(rows, found, strict=True):
+        with torch.no_grad():
+            out = model(torch.tensor([row]), output_hidden_states=True)
+        expected = torch.cat([out.hidden_states[tap + 1][0] for tap in taps], dim=-1)
+        torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(last_hidden, out.hidden_states[-1][0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(last_hidden @ tables.head.T, out.logits[0], atol=1e-3, rtol=1e-3)
