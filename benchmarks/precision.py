@@ -16,11 +16,11 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 from report import BenchmarkCommand, provenance, table
-from workload import Workload, decode_all, read_workload
 
 from dspark_batch.engine import Engine, open_engine
 from dspark_batch.errors import UsageError
 from dspark_batch.export.check import TargetProbe, divergence
+from dspark_batch.workload import Workload, decode_all, read_workload
 
 
 @click.command(name="precision", cls=BenchmarkCommand)

@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 from report import BenchmarkCommand, provenance, table
-from workload import MODES, Decoded, Workload, decode_all, read_workload
 
 from dspark_batch.algorithm import metrics
 from dspark_batch.algorithm.costs import CostTable
@@ -26,6 +25,7 @@ from dspark_batch.engine import Engine, open_engine
 from dspark_batch.errors import UsageError
 from dspark_batch.measure import ensure_costs, measure_costs
 from dspark_batch.types import SamplingParams
+from dspark_batch.workload import MODES, Decoded, Workload, decode_all, read_workload
 
 _MIN_PROMPTS = 8
 _WARM_UP_TOKENS = 12

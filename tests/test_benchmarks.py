@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import throughput
-import workload
 from click.testing import CliRunner, Result
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
+from dspark_batch import workload
 from dspark_batch.engine import Engine, open_engine, read_costs
 from dspark_batch.types import Prompt, SamplingParams
 

@@ -15,7 +15,6 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 from oracle import Oracle
-from workload import MODES, decode_all, read_workload
 
 from dspark_batch.cli import main
 from dspark_batch.engine import Engine, open_engine
@@ -23,6 +22,7 @@ from dspark_batch.export.check import TargetProbe
 from dspark_batch.export.pipeline import export
 from dspark_batch.recipe import Recipe, load_recipe
 from dspark_batch.types import Prompt
+from dspark_batch.workload import MODES, decode_all, read_workload
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "jobs" / "prompts.parquet"

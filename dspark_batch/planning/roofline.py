@@ -36,6 +36,7 @@ class Roofline:
     """Everything that the time of a pass is made of."""
 
     gpu: str
+    gpu_source: str
     pair: str
     dtype: str
     block_size: int
@@ -90,6 +91,7 @@ class Roofline:
         cache = 2 * pair.num_kv_heads * pair.head_dim * _CACHE_BYTES / 1024
         return cls(
             gpu=gpu.title,
+            gpu_source=gpu.source,
             pair=pair.title,
             dtype=dtype,
             block_size=block_size,

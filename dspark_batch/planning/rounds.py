@@ -128,7 +128,7 @@ def record(engine: Engine, prompts: Sequence[Prompt]) -> Rounds:
         origin={
             "engine": engine.name,
             "target": manifest.target.source,
-            "draft": draft.source,
+            "draft": draft.source or draft.drafter,
             "precision": manifest.precision,
             "hardware": engine.hardware_key,
             "version": __version__,

@@ -1,4 +1,4 @@
-"""What the benchmarks decode: greedy prompts out of a Parquet file, prepared as `run` does it."""
+"""What is measured or recorded: greedy prompts of a Parquet file, prepared as `run` does it."""
 
 from __future__ import annotations
 
