@@ -19,7 +19,7 @@ class TrainingOptions:
 
     num_steps: int | None = None
     seconds: float | None = None
-    """Wall clock spent in training steps, evaluation and checkpoints included."""
+    """Wall clock of the steps themselves: capturing features and evaluating come on top."""
     batch_size: int = 8
     num_anchors: int = 32
     num_passes: int = 1

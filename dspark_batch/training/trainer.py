@@ -101,14 +101,9 @@ class Trainer:
         self.best_tau = 0.0
         self._report = report
         self._state = TrainState()
-        self._seconds_before = 0.0  # trained before this process
-        self._last_checkpoint = self._last_evaluation = self._started = time.monotonic()
+        self.seconds = 0.0  # spent in steps, earlier processes included
+        self._last_checkpoint = self._last_evaluation = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def seconds(self) -> float:
-        """Wall clock of the run so far, that of earlier processes included."""
-        return self._seconds_before + time.monotonic() - self._started
 
     @property
     def progress(self) -> float:
@@ -126,7 +121,7 @@ class Trainer:
         Ends early, to be resumed, at step `stop_at` or when `stopped` becomes true.
         """
         self.resume()
-        self._started = self._last_evaluation = self._last_checkpoint = time.monotonic()
+        self._last_evaluation = self._last_checkpoint = time.monotonic()
         if self.step == 0 and self.held_out is not None:
             self.evaluate_and_export()
 
@@ -154,6 +149,7 @@ class Trainer:
 
     def train_step(self, batch: FeatureBatch) -> tuple[LossTerms, Tensor]:
         """One optimiser step on one batch; the loss terms and the gradient norm before clipping."""
+        begin = time.monotonic()
         options, draft = self.options, self.draft
         rate = learning_rate_at(self.progress, options)
         seed = options.seed * 1_000_003 + self.step
@@ -177,6 +173,7 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self._update_average()
+        self.seconds += time.monotonic() - begin
         return terms, norm
 
     def _loss(self, hidden: Tensor, batch: FeatureBatch, blocks: AnchorBatch) -> LossTerms:
@@ -322,7 +319,7 @@ class Trainer:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         self.step, self.epoch = state["step"], state["epoch"]
         self.chunk, self.place = state["chunk"], state["place"]
-        self.best_tau, self._seconds_before = state["best_tau"], state["seconds"]
+        self.best_tau, self.seconds = state["best_tau"], state["seconds"]
         self._load(state["parameters"])
         self.average = state["average"] or self.average
         self.optimizer.load_state_dict(state["optimizer"])
