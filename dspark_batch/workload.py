@@ -48,6 +48,23 @@ class Workload:
         prompts = [replace(self.prompts[i], row=row) for row, i in enumerate(chosen)]
         return Workload(tuple(prompts), tuple(self.sources[i] for i in chosen), 0)
 
+    def of_each_source(self, num_prompts: int | None) -> Workload:
+        """At most `num_prompts` prompts of every source, evenly over them; None for all."""
+        rows_of: dict[str | None, list[int]] = {}
+        for i, source in enumerate(self.sources):
+            rows_of.setdefault(source, []).append(i)
+        chosen = sorted(
+            rows[i * len(rows) // number]
+            for rows in rows_of.values()
+            for number in [min(num_prompts or len(rows), len(rows))]
+            for i in range(number)
+        )
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in chosen),
+            sources=tuple(self.sources[i] for i in chosen),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Decoded:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accepted_length
 import identity
 import numpy as np
 import precision
@@ -131,6 +132,66 @@ def test_throughput_counts_rows_that_differ(folder: Path, monkeypatch: pytest.Mo
     assert "Greedy texts differ: 6 rows; differ from plain: off 0, on 0, auto 1" in result.stdout
 
 
+def test_accepted_length_is_told_by_source_and_engine(folder: Path, tmp_path: Path) -> None:
+    lookup = export_pair(tmp_path, folder / "target", 'drafter = "ngram"\nblock_size = 3')
+    result = invoke(
+        accepted_length.main, folder, "--engine", str(lookup), "--rows", "4", "--speed", "1"
+    )
+    assert result.exit_code == 0, result.output
+    record = last_json(result)
+    assert list(record["engines"]) == [str(folder / "engines/tiny"), str(lookup)]
+    trained, ngram = record["engines"].values()
+    assert (trained["drafter"], ngram["drafter"]) == ("dspark", "ngram")
+    for engine in (trained, ngram):
+        assert engine["num_differing_rows"] == 0
+        sources = engine["sources"]
+        assert [(name, found["num_rows"]) for name, found in sources.items()] == [
+            ("even", 10),
+            ("odd", 10),
+            ("all", 20),
+        ]
+        for found in sources.values():
+            shares = found["acceptance_by_position"]
+            assert len(shares) == engine["block_size"]
+            assert found["accepted_length"] == pytest.approx(1 + sum(shares))
+        rounds = [sources[name]["num_rounds"] for name in ("even", "odd", "all")]
+        assert rounds[0] + rounds[1] == rounds[2]
+        assert list(engine["speed"]) == ["even", "odd", "all"]
+        assert all(set(speeds) == set(workload.MODES) for speeds in engine["speed"].values())
+    assert (
+        trained["sources"]["all"]["num_drafted_rounds"] == trained["sources"]["all"]["num_rounds"]
+    )
+    assert 0 < ngram["sources"]["all"]["num_drafted_rounds"] < ngram["sources"]["all"]["num_rounds"]
+    assert ngram["sources"]["all"]["accepted_length"] > 1
+    # The table says the same.
+    taus = [engine["sources"]["odd"]["accepted_length"] for engine in (trained, ngram)]
+    assert f"odd | 10 | {taus[0]:.2f} | {taus[1]:.2f}" in " ".join(result.stdout.split())
+    assert "are identical" in result.stdout
+
+
+def test_accepted_length_counts_rows_that_differ(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookup = export_pair(tmp_path, folder / "target", 'drafter = "ngram"')
+    decoded = []
+
+    def decode_all(engine: Engine, prompts: Any, spec: str) -> workload.Decoded:
+        run = workload.decode_all(engine, prompts, spec)
+        decoded.append(len(prompts))
+        if len(decoded) == 1:
+            return run
+        first, *others = run.completions
+        return replace(run, completions=(replace(first, token_ids=(1, 2)), *others))
+
+    monkeypatch.setattr(accepted_length, "decode_all", decode_all)
+    arguments = ["--engine", str(lookup), "--per-source", "3"]
+    result = invoke(accepted_length.main, folder, *arguments)
+    assert decoded == [6, 6]
+    found = [e["num_differing_rows"] for e in last_json(result)["engines"].values()]
+    assert found == [0, 1]
+    assert f"rows unlike the first engine of the target: {lookup} 1" in result.stdout
+
+
 def test_identity_finds_no_difference_and_agrees_with_transformers(folder: Path) -> None:
     pytest.importorskip("transformers")
     result = invoke(
@@ -205,7 +266,7 @@ def test_an_engine_of_another_precision_is_not_compared_with_transformers(
 
 def test_an_engine_without_a_draft_is_refused(folder: Path, tmp_path: Path) -> None:
     engine = export_pair(tmp_path, folder / "target", None)
-    for command in (throughput.main, identity.main):
+    for command in (throughput.main, identity.main, accepted_length.main):
         arguments = ["--engine", str(engine), "--prompts", str(folder / "prompts.parquet")]
         result = CliRunner().invoke(command, arguments)
         assert result.exit_code == 2
@@ -225,6 +286,11 @@ def test_a_limited_workload_spreads_over_the_file(folder: Path) -> None:
     assert lengths == [3, 3, 7, 7, 11, 15]
     assert [prompt.row for prompt in again.prompts] == list(range(6))
     assert [len(p.token_ids) for p in found.spread(2).prompts] == [3, 11]
+    whole = workload.read_workload(path, engine, new_tokens=NEW_TOKENS, limit=None)
+    part = whole.of_each_source(2)
+    assert [prompt.row for prompt in part.prompts] == [0, 1, 10, 11]
+    assert part.sources == ("even", "odd", "even", "odd")
+    assert whole.of_each_source(None) == whole
     engine.close()
 
 
