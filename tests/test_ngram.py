@@ -144,12 +144,13 @@ def test_a_row_is_replayed_as_it_would_have_been_drafted() -> None:
         Round(size=1, num_accepted=3, num_known=3),  # 1 -> 2 3 9
         Round(size=3, num_accepted=1, num_known=2),  # 3 9 1 -> 2, then 3 where the row says 5
     ]
-    np.testing.assert_allclose(acceptance(rounds, 3), [(1 + 2) / (2 + 3), 2 / 4, 2 / 3])
+    np.testing.assert_allclose(acceptance(rounds, np.full(3, 0.5)), [3 / 5, 2 / 4, 2 / 3])
     found = calibrated(draft_info(((0.5,) * 3,) * 3), [([1, 2, 3], [9, 1, 2, 3, 9, 1, 2, 5])])
     assert found.acceptance == pytest.approx((3 / 5, 2 / 4, 2 / 3))
     assert found.lookup is not None
+    once, never = (2 * 2 / 3 + 1) / 3, (2 * 2 / 3) / 3  # a match of two was not seen: as of one
     np.testing.assert_allclose(
-        found.lookup.acceptance, [[2 / 3] * 3, [1 / 2] * 3, [2 / 3, 1 / 3, 1 / 2]]
+        found.lookup.acceptance, [[2 / 3] * 3, [2 / 3] * 3, [once, never, 2 / 3]]
     )
 
 

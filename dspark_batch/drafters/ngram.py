@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from dspark_batch.manifest import DraftInfo
 from dspark_batch.types import DraftBlock, Sequence
 
+_PRIOR_ROUNDS = 2.0
+
 
 class Match(NamedTuple):
     """An earlier occurrence of a row's last tokens."""
@@ -93,12 +95,12 @@ def replay(
         end += num_accepted + 1
 
 
-def acceptance(rounds: Iterable[Round], block_size: int) -> NDArray[np.float64]:
+def acceptance(rounds: Iterable[Round], prior: NDArray[np.float64]) -> NDArray[np.float64]:
     """Conditional acceptance [γ] by position over `rounds`; one without a match accepted nothing.
 
-    One virtual success and failure, so that a position never reached is not taken for certain.
+    `prior` [γ] counts as much as `_PRIOR_ROUNDS`, so that nothing is taken for certain.
     """
-    passed, reached = np.ones(block_size), np.full(block_size, 2.0)
+    passed, reached = _PRIOR_ROUNDS * prior, np.full(len(prior), _PRIOR_ROUNDS)
     for round_ in rounds:
         passed[: round_.num_accepted] += 1
         reached[: min(round_.num_accepted + 1, round_.num_known)] += 1
@@ -124,15 +126,16 @@ def calibrated(
             longest=longest,
         )
     ]
-    by_match = (
-        acceptance([round_ for round_ in rounds if round_.size == size], info.block_size)
-        for size in range(shortest, longest + 1)
-    )
-    table = tuple(tuple(row.tolist()) for row in by_match)
+    even = np.full(info.block_size, 0.5)
+    by_match = [even]  # a length that was hardly seen is believed as the next shorter one
+    for size in range(shortest, longest + 1):
+        alike = (round_ for round_ in rounds if round_.size == size)
+        by_match.append(acceptance(alike, by_match[-1]))
+    table = tuple(tuple(row.tolist()) for row in by_match[1:])
     return info.model_copy(
         update={
             "lookup": lookup.model_copy(update={"acceptance": table}),
-            "acceptance": tuple(acceptance(rounds, info.block_size).tolist()),
+            "acceptance": tuple(acceptance(rounds, even).tolist()),
         }
     )
 
