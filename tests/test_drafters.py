@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from draft_graph import DraftGraph
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from tiny import (
-    HEAD_DIM,
     HIDDEN,
-    KV_HEADS,
     LAYERS,
     VOCAB,
     draft_config,
@@ -28,7 +26,6 @@ from dspark_batch.algorithm import sampling
 from dspark_batch.drafters.dspark import CERTAIN
 from dspark_batch.errors import EngineError
 from dspark_batch.export.pipeline import export
-from dspark_batch.runtimes.ort import open_session
 
 REDUCED = np.array([1, 2, 5, 7, 11, 12, 20, 28, 33, 39])
 PLAIN = {"confidence_head_with_markov": False}
@@ -44,62 +41,6 @@ CASES: dict[str, dict[str, Any]] = {
     "embedding-tap": {"target_layer_ids": [-1, 1, 2]},
     "one-tap": {"target_layer_ids": [0]},
 }
-
-
-@dataclass
-class DraftGraph:
-    """`draft.onnx` with a cache of its own: rows 0, 1, 2 grow by what each call takes in."""
-
-    path: Path
-    num_layers: int = 2
-    capacity: int = 40
-
-    def __post_init__(self) -> None:
-        self._session = open_session(self.path, threads=1)
-        self._names = [f"{kind}_{i}" for i in range(self.num_layers) for kind in ("key", "value")]
-        self._caches: list[NDArray[np.float32]] = []
-        self._lengths = np.zeros(0, np.int64)
-
-    def __call__(
-        self,
-        context: list[NDArray[np.float32]],
-        anchors: list[int],
-        *,
-        temperature: Any = 0.0,
-        top_k: Any = 0,
-        top_p: Any = 1.0,
-        uniforms: NDArray[np.float32] | None = None,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-        """Tokens, logits and confidence of one round; `context[r]` are row r's new features."""
-        num_rows, counts = len(context), np.array([len(part) for part in context])
-        if not self._caches:
-            # What lies beyond a row's length must not matter.
-            shape = (num_rows, KV_HEADS, self.capacity, HEAD_DIM)
-            self._caches = [np.full(shape, 7.0, np.float32) for _ in self._names]
-            self._lengths = np.zeros(num_rows, np.int64)
-        first = np.cumsum(counts) - counts
-        cells = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
-        gamma = next(i.shape[1] for i in self._session.get_inputs() if i.name == "uniforms")
-        junk = np.full((1, context[0].shape[1]), 3.0, np.float32)
-        feeds = {
-            "context": np.concatenate([junk, *context]),  # row 0 is not taken in
-            "context_tokens": np.arange(1, 1 + counts.sum()),
-            "context_index": first[:, None] + cells,
-            "context_starts": self._lengths,
-            "anchors": np.array(anchors, np.int64),
-            "anchor_positions": self._lengths + counts,
-            "temperature": np.broadcast_to(np.float32(temperature), num_rows).copy(),
-            "top_k": np.broadcast_to(np.int64(top_k), num_rows).copy(),
-            "top_p": np.broadcast_to(np.float32(top_p), num_rows).copy(),
-            "uniforms": np.zeros((num_rows, gamma), np.float32) if uniforms is None else uniforms,
-            **{f"past_{n}": c for n, c in zip(self._names, self._caches, strict=True)},
-        }
-        outputs = ["draft_tokens", "draft_logits", "confidence"]
-        tokens, logits, confidence, *self._caches = self._session.run(
-            outputs + [f"present_{name}" for name in self._names], feeds
-        )
-        self._lengths = self._lengths + counts
-        return tokens, logits, confidence
 
 
 def build(

@@ -313,12 +313,66 @@ def test_config_says_what_transformers_makes_of_it(raw: dict[str, Any]) -> None:
     oracle = transformers.AutoConfig.for_model(fresh.pop("model_type"), **fresh).to_dict()
     oracle["sliding_window_pattern"] = oracle.pop("_sliding_window_pattern", None)
     oracle["rope_parameters"].pop("type", None)  # the older name, kept beside the new one
-    ours_only = {"global_head_dim"}
+    ours_only = {"global_head_dim", "num_global_key_value_heads"}
     for key in config.keys() - ours_only:
         assert config[key] == oracle[key], key
     assert {"rope_parameters", "head_dim", "num_key_value_heads"} <= config.keys() or (
         raw["model_type"] == "gemma4_text"
     )
+
+
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"global_head_dim": 16},
+        {"global_head_dim": 8},
+        {"global_head_dim": 16, "num_global_key_value_heads": 1},
+        {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        {"num_global_key_value_heads": 1, "attention_k_eq_v": True, "global_head_dim": 8},
+        {"attention_k_eq_v": True},
+        {"layer_types": ["sliding_attention"] * 6},
+        {"layer_types": ["full_attention"] * 6, "global_head_dim": 16},
+    ],
+)
+def test_heads_of_full_attention_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    """As published, and as transformers writes the same config today."""
+    transformers = pytest.importorskip("transformers")
+    oracle = transformers.Gemma4TextConfig(**(GEMMA4 | changes))
+    wanted = [(c.num_key_value_heads, c.head_dim) for c in oracle.per_layer_config]
+    for raw in (GEMMA4 | changes, json.loads(oracle.to_json_string())):
+        config = normalized_config(raw, origin="config.json")
+        assert config["layer_types"] == oracle.layer_types
+        own = {
+            "full_attention": (config["num_global_key_value_heads"], config["global_head_dim"]),
+            "sliding_attention": (config["num_key_value_heads"], config["head_dim"]),
+        }
+        assert [own[kind] for kind in config["layer_types"]] == wanted
+
+
+def test_the_layers_of_a_speculators_draft_are_unpacked() -> None:
+    layers = {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "dtype": "float32",
+    }
+    raw = {"model_type": None, "block_size": 7, "dtype": "bfloat16"}
+    config = normalized_config({**raw, "transformer_layer_config": layers}, origin="config.json")
+    assert (config["model_type"], config["hidden_size"], config["block_size"]) == ("qwen3", 32, 7)
+    assert config["dtype"] == "bfloat16"
+    assert "transformer_layer_config" not in config
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10_000.0}
 
 
 def test_unknown_model_types_are_normalized_as_well() -> None:

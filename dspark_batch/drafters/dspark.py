@@ -1,8 +1,8 @@
 """The DSpark draft graph: parallel backbone, Markov walk unrolled γ times, confidence head.
 
-Layout and names of the checkpoint are DeepSpec's (`Qwen3DSparkModel`); rank 0 is DFlash with
-anchor sampling. Inputs for R rows, with M tokens in the target's last passes, N of them committed
-and new to the draft, P the most new tokens of one row, C the draft cache's capacity:
+`layouts` says which checkpoints it is built from; rank 0 is DFlash. Inputs for R rows, with M
+tokens in the target's last passes, N of them committed and new to the draft, P the most new tokens
+of one row, C the draft cache's capacity:
 
     context           float [M, taps * hidden]  the target's `context` output(s)
     context_tokens    int64 [N]      rows of `context` to take in
@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.drafters.markov import MarkovWalk, draw_function
+from dspark_batch.drafters.shared import DraftHead
 from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
@@ -43,9 +44,11 @@ from dspark_batch.models.blocks import (
     embedding,
     fold_queries,
     folded_scores,
+    plain_norm,
     rms_norm,
     rotate,
     rows_from_tokens,
+    soft_cap,
     unfold_queries,
 )
 from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWeight
@@ -55,11 +58,7 @@ CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft wit
 
 
 class DSparkGraph:
-    """Builds one draft graph.
-
-    `tensor(name)` gives a checkpoint weight; `embed` is the `[V, hidden]` table that the target's
-    graph already wrote (or the draft's own), `head` the `[D, hidden]` rows of the output head.
-    """
+    """Builds one draft graph; `tensor(name)` gives a checkpoint weight."""
 
     def __init__(
         self, builder: GraphBuilder, spec: DraftSpec, tensor: Tensor, *, precision: str
@@ -73,13 +72,11 @@ class DSparkGraph:
         self,
         *,
         embed: StoredWeight,
-        embedding_scale: float,
-        head: NDArray[Any],
+        head: DraftHead,
         draft_vocab: NDArray[np.int64],
-        has_qk_norm: bool,
         max_tokens: int,
     ) -> None:
-        """Emit every node.
+        """Emit every node; `embed` is the `[V, hidden]` table, the target's or the draft's own.
 
         Raises:
             EngineError: a table does not have the rows that the config promises.
@@ -90,12 +87,11 @@ class DSparkGraph:
                 f"draft config: vocab_size {spec.vocab_size}, but the embedding has "
                 f"{embed.shape[0]} tokens"
             )
-        if len(head) != len(draft_vocab):
+        if len(head.table) != len(draft_vocab):
             raise EngineError(
-                f"the draft's lm_head.weight has {len(head)} rows for a draft vocabulary of "
+                f"the draft's lm_head.weight has {len(head.table)} rows for a draft vocabulary of "
                 f"{len(draft_vocab)}"
             )
-        self._qk_norm = has_qk_norm
         context = b.input("context", FLOAT, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])
         self._context_index = b.input("context_index", INT64, ["R", "P"])
@@ -108,7 +104,7 @@ class DSparkGraph:
             b.input("top_p", FLOAT, ["R"]),
         )
         self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
-        self._num_positions = max_tokens + spec.block_size
+        self._num_positions = max_tokens + spec.num_slots
         cos, sin = spec.rope.tables(self._num_positions)
         self._tables = (b.weight("rope.cos", cos), b.weight("rope.sin", sin))
         self._draft_vocab = b.weight("draft_vocab", draft_vocab.astype(np.int64))
@@ -127,11 +123,10 @@ class DSparkGraph:
             self._norm(projected, "hidden_norm"), context_tokens
         )
         self._index_block()
-        x = self._embed_block(table, embed.data_type, anchors, embedding_scale)
+        x = self._embed_block(table, embed.data_type, anchors)
         for i in range(spec.num_layers):
             x = self._layer(i, x)
-        hidden = self._norm(x, "norm")
-        self._head(hidden, head, anchors)
+        self._head(self._drafting_slots(x), head, anchors)
 
     @property
     def _target_hidden(self) -> int:
@@ -147,14 +142,12 @@ class DSparkGraph:
 
     def _index_block(self) -> None:
         """Positions of the block's cells, its layout (no padding), and the mask over the cache."""
-        b, gamma = self.b, self.spec.block_size
-        slots = b.constant(np.arange(gamma)[None, :])
+        b, num_slots = self.b, self.spec.num_slots
+        slots = b.constant(np.arange(num_slots)[None, :])
         column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
-        self._block_positions = b.op("Add", column, slots)  # [R, γ]
-        num_rows = b.op("Squeeze", b.op("Shape", self._anchor_positions))
-        num_cells = b.op("Mul", num_rows, b.constant(gamma))
-        self._block_cells = b.op("Range", b.constant(0), num_cells, b.constant(1))  # [R * γ]
-        self._block_index = b.op("Reshape", self._block_cells, b.constant([-1, gamma]))
+        self._block_positions = b.op("Add", column, slots)  # [R, slots]
+        self._block_cells = self._cells(num_slots)
+        self._block_index = b.op("Reshape", self._block_cells, b.constant([-1, num_slots]))
         num_new = b.op("Squeeze", b.op("Shape", self._context_index, start=1, end=2))
         offsets = b.op("Range", b.constant(0), num_new, b.constant(1))
         starts = b.op("Unsqueeze", self._context_starts, b.constant([1]))
@@ -168,33 +161,60 @@ class DSparkGraph:
         added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
         self._mask = b.op("Unsqueeze", added, b.constant([1, 2]))  # [R, 1, 1, C]
 
-    def _embed_block(self, table: str, data_type: int, anchors: str, scale: float) -> str:
+    def _cells(self, per_row: int) -> str:
+        """0, 1, ... for `per_row` cells of every row."""
+        b = self.b
+        num_rows = b.op("Squeeze", b.op("Shape", self._anchor_positions))
+        num_cells = b.op("Mul", num_rows, b.constant(per_row))
+        return b.op("Range", b.constant(0), num_cells, b.constant(1))
+
+    def _embed_block(self, table: str, data_type: int, anchors: str) -> str:
         b, spec = self.b, self.spec
         column = b.op("Unsqueeze", anchors, b.constant([1]))
         num_rows = b.op("Shape", anchors)
-        shape = b.op("Concat", num_rows, b.constant([spec.block_size - 1]), axis=0)
+        shape = b.op("Concat", num_rows, b.constant([spec.num_slots - 1]), axis=0)
         masks = b.op("Expand", b.constant(spec.mask_token_id), shape)
         ids = b.op("Concat", column, masks, axis=1)
         x = embedding(b, table, b.op("Reshape", ids, b.constant([-1])), data_type)
+        scale = spec.embedding_scale
         return b.op("Mul", x, b.constant(scale, np.float32)) if scale != 1.0 else x
 
     def _layer(self, i: int, x: str) -> str:
-        b, linears, name = self.b, self._linears, f"layers.{i}"
-        x = b.op("Add", x, self._attention(i, self._norm(x, f"{name}.input_layernorm")))
-        y = linears.activation(self._norm(x, f"{name}.post_attention_layernorm"), self._block_cells)
+        b, spec, linears, name = self.b, self.spec, self._linears, f"layers.{i}"
+        y = self._attention(i, self._norm(x, f"{name}.input_layernorm"))
+        if spec.sandwich_norms:
+            y = self._norm(y, f"{name}.post_attention_layernorm")
+        x = b.op("Add", x, y)
+        before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
+        normed = linears.activation(self._norm(x, f"{name}.{before}"), self._block_cells)
         matrices = [self._tensor(f"{name}.mlp.{p}_proj.weight").T for p in ("gate", "up")]
-        merged = linears.linear(f"{name}.mlp.gate_up_proj", y, np.concatenate(matrices, axis=1))
+        merged = linears.linear(
+            f"{name}.mlp.gate_up_proj", normed, np.concatenate(matrices, axis=1)
+        )
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
-        product = b.op("Mul", activate(b, gate, "silu"), up)
-        return b.op("Add", x, self._linear(f"{name}.mlp.down_proj", product, self._block_cells))
+        product = b.op("Mul", activate(b, gate, spec.activation), up)
+        y = self._linear(f"{name}.mlp.down_proj", product, self._block_cells)
+        if spec.sandwich_norms:
+            y = self._norm(y, f"{name}.post_feedforward_layernorm")
+        x = b.op("Add", x, y)
+        if spec.layer_scalar:
+            scalar = self._tensor(f"{name}.layer_scalar").astype(np.float32)
+            x = b.op("Mul", x, b.constant(scalar, np.float32))
+        return x
 
     def _keys_values(self, i: int, kv: str, positions: str, token_index: str) -> tuple[str, str]:
-        """Projected `[n, 2 * kv * d]` -> rotated keys and values, each `[R, kv, S, d]`."""
-        b, heads = self.b, self.spec.num_kv_heads
-        rows = rows_from_tokens(
-            b, kv, token_index, num_heads=2 * heads, head_dim=self.spec.head_dim
+        """Projected `[n, kv * d]` (twice that with values of their own) -> rotated keys and values,
+        each `[R, kv, S, d]`."""
+        b, spec, heads = self.b, self.spec, self.spec.num_kv_heads
+        num_heads = heads if spec.keys_as_values else 2 * heads
+        rows = rows_from_tokens(b, kv, token_index, num_heads=num_heads, head_dim=spec.head_dim)
+        k, v = (
+            (rows, rows)
+            if spec.keys_as_values
+            else b.ops("Split", rows, outputs=2, axis=1, num_outputs=2)
         )
-        k, v = b.ops("Split", rows, outputs=2, axis=1, num_outputs=2)
+        if spec.v_norm:
+            v = plain_norm(b, v, spec.head_dim, spec.epsilon)
         k = self._head_norm(k, f"layers.{i}.self_attn.k_norm")
         return rotate(b, k, self._tables, positions), v
 
@@ -202,8 +222,9 @@ class DSparkGraph:
         b, spec, linears = self.b, self.spec, self._linears
         name = f"layers.{i}.self_attn"
         width = spec.num_heads * spec.head_dim
-        wq, wk, wv = (self._tensor(f"{name}.{p}_proj.weight").T for p in "qkv")
-        wkv = np.concatenate([wk, wv], axis=1)
+        parts = "qk" if spec.keys_as_values else "qkv"
+        wq, *others = (self._tensor(f"{name}.{part}_proj.weight").T for part in parts)
+        wkv = np.concatenate(others, axis=1)
         normed = linears.activation(x, self._block_cells)
         q = linears.linear(f"{name}.q_proj", normed, wq)
         block = self._keys_values(
@@ -233,15 +254,15 @@ class DSparkGraph:
         )
         q = self._head_norm(q, f"{name}.q_norm")
         q = rotate(b, q, self._tables, self._block_positions)
-        q = b.op("Mul", q, b.constant(spec.head_dim**-0.5, np.float32))
+        scale = spec.attention_scale or spec.head_dim**-0.5
+        q = b.op("Mul", q, b.constant(scale, np.float32)) if scale != 1.0 else q
         q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
         # Two products and one softmax over both instead of one over joined keys: no cache copy.
         from_cache = b.op("Add", folded_scores(b, q, cache[0]), self._mask)
         from_block = folded_scores(b, q, block[0])
         probs = b.op("Softmax", b.op("Concat", from_cache, from_block, axis=3), axis=-1)
-        gamma = b.constant([spec.block_size])
         capacity = b.op("Shape", cache[0], start=2, end=3)
-        sizes = b.op("Concat", capacity, gamma, axis=0)
+        sizes = b.op("Concat", capacity, b.constant([spec.num_slots]), axis=0)
         cache_probs, block_probs = b.ops("Split", probs, sizes, outputs=2, axis=3)
         mixed = b.op(
             "Add", b.op("MatMul", cache_probs, cache[1]), b.op("MatMul", block_probs, block[1])
@@ -252,15 +273,38 @@ class DSparkGraph:
 
     def _head_norm(self, x: str, name: str) -> str:
         """RMSNorm over each head of `[R, heads, S, d]`; absent in a Llama-style draft."""
-        return self._norm(x, name) if self._qk_norm else x
+        return self._norm(x, name) if self.spec.qk_norm else x
 
-    def _head(self, hidden: str, head: NDArray[Any], anchors: str) -> None:
+    def _drafting_slots(self, x: str) -> str:
+        """The slots that draft, `[R * γ, hidden]`: all of them, or those after the anchor's."""
+        b, spec = self.b, self.spec
+        if spec.anchor_drafts:
+            self._drafting_cells = self._block_cells
+            return x
+        self._drafting_cells = self._cells(spec.block_size)
+        rows = b.op("Reshape", x, b.constant([-1, spec.num_slots, spec.hidden_size]))
+        end = b.constant([spec.num_slots])
+        kept = b.op("Slice", rows, b.constant([1]), end, b.constant([1]))
+        return b.op("Reshape", kept, b.constant([-1, spec.hidden_size]))
+
+    def _base_logits(self, x: str, hidden: str, head: DraftHead) -> str:
+        """`[R * γ, D]` from the last layer's output, before and after the norm."""
+        b, spec, linears = self.b, self.spec, self._linears
+        if head.rows is not None:
+            weight = self._tensor("norm.weight").astype(np.float32) / head.rows
+            hidden = rms_norm(b, x, "lm_head.norm", weight, spec.epsilon)
+        for name, stored in head.stored.items():
+            b.share(name, stored)
+        activation = linears.activation(hidden, self._drafting_cells)
+        return soft_cap(b, linears.head("lm_head", activation, head.table), spec.logit_cap)
+
+    def _head(self, x: str, head: DraftHead, anchors: str) -> None:
         """Base logits of every slot, then the walk: slot k's bias depends on slot k-1's token."""
         b, spec, linears = self.b, self.spec, self._linears
-        size = head.shape[0]
-        base = linears.linear("lm_head", linears.activation(hidden, self._block_cells), head.T)
+        size = len(head.table)
+        hidden = self._norm(x, "norm")
         shape = b.constant([-1, spec.block_size, size])
-        slots = self._split_slots(b.op("Reshape", base, shape))
+        slots = self._split_slots(b.op("Reshape", self._base_logits(x, hidden, head), shape))
         states = self._split_slots(
             b.op("Reshape", hidden, b.constant([-1, spec.block_size, spec.hidden_size]))
         )

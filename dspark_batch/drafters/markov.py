@@ -119,7 +119,7 @@ class MarkovWalk:
         table = tensor("markov_head.markov_w1.weight")
         self._type = FLOAT if linears.precision == "fp32" else FLOAT16
         dtype = np.float32 if self._type == FLOAT else np.float16
-        self._table = self._b.weight("markov_head.markov_w1", table.astype(dtype))
+        self._table = self._b.weight("markov_head.markov_w1", table, dtype)
         self._state: str | None = None
 
     def embed(self, previous: str) -> str:
@@ -152,8 +152,8 @@ class MarkovWalk:
     def _joint(self, name: str, parts: Sequence[str]) -> str:
         b = self._b
         product = self._project(name, b.op("Concat", *parts, axis=1))
-        bias = self._tensor(f"markov_head.{name}.bias").astype(np.float32)
-        return b.op("Add", product, b.weight(f"markov_head.{name}.bias", bias))
+        bias = self._tensor(f"markov_head.{name}.bias")
+        return b.op("Add", product, b.weight(f"markov_head.{name}.bias", bias, np.float32))
 
     def _project(self, name: str, x: str) -> str:
         matrix = self._tensor(f"markov_head.{name}.weight").T

@@ -1,26 +1,26 @@
-"""What a draft is, as data: read from the `config.json` of its checkpoint (DeepSpec's keys)."""
+"""What a draft is, as data; `layouts` reads it from the `config.json` of a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from dspark_batch.errors import EngineError
-from dspark_batch.models.spec import RopeSpec, rope_from_parameters
+from dspark_batch.models.spec import RopeSpec
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
 
 @dataclass(frozen=True, slots=True)
 class DraftSpec:
-    """A draft's shape, read from its checkpoint's `config.json`."""
+    """A draft's shape; the flags are the differences between layouts."""
 
     block_size: int
+    """Tokens that it drafts in a round."""
     vocab_size: int
     """The target's; the draft's own may be smaller."""
     mask_token_id: int
     taps: tuple[int, ...]
+    """Target layers whose outputs it reads, -1 the embedding: DeepSpec's counting."""
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -32,69 +32,50 @@ class DraftSpec:
     confidence_head: bool
     confidence_with_markov: bool
     rope: RopeSpec
+    anchor_drafts: bool = True
+    """Slot k predicts the token after its position; else the one at it, and slot 0, the anchor,
+    predicts nothing (DFlash)."""
+    qk_norm: bool = True
+    """RMSNorm over each head's query and key before RoPE."""
+    activation: str = "silu"
+    sandwich_norms: bool = False
+    """Norms after attention and after the MLP too (Gemma)."""
+    keys_as_values: bool = False
+    """No value projection: values are the raw key projection (Gemma 4)."""
+    v_norm: bool = False
+    """RMSNorm without a weight over each head's value (Gemma 4)."""
+    layer_scalar: bool = False
+    """A stored factor on each layer's output (Gemma 4)."""
+    attention_scale: float | None = None
+    """None: head_dim ** -0.5."""
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
+    """Soft cap of the base logits, before the Markov head's bias."""
 
+    @property
+    def num_slots(self) -> int:
+        """Positions of the block that go through the backbone."""
+        return self.block_size + (not self.anchor_drafts)
 
-def draft_spec(config: Mapping[str, Any]) -> DraftSpec:
-    """Read a DeepSpec `config.json`.
-
-    Raises:
-        EngineError: a required key is missing, or a value that no graph exists for.
-    """
-    try:
-        rank = int(config["markov_rank"])
-        head = str(config["markov_head_type"]) if rank else None
-        if head is not None and head not in MARKOV_HEADS:
-            known = ", ".join(MARKOV_HEADS)
-            raise EngineError(f"draft config: markov_head_type {head!r}; known: {known}")
-        confidence = bool(config["enable_confidence_head"])
-        with_markov = confidence and bool(config["confidence_head_with_markov"])
-        if with_markov and not rank:
-            raise EngineError("draft config: confidence_head_with_markov needs markov_rank > 0")
-        block_size, vocab_size = int(config["block_size"]), int(config["vocab_size"])
-        mask_token_id = int(config["mask_token_id"])
-        if block_size < 1:
-            raise EngineError(f"draft config: block_size {block_size} drafts nothing")
-        if not 0 <= mask_token_id < vocab_size:
-            raise EngineError(
-                f"draft config: mask_token_id {mask_token_id} is not in 0..{vocab_size - 1}"
-            )
-        return DraftSpec(
-            block_size=block_size,
-            vocab_size=vocab_size,
-            mask_token_id=mask_token_id,
-            taps=tuple(int(i) for i in config["target_layer_ids"]),
-            hidden_size=int(config["hidden_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=int(config["num_attention_heads"]),
-            num_kv_heads=int(config["num_key_value_heads"]),
-            head_dim=int(config["head_dim"]),
-            epsilon=float(config["rms_norm_eps"]),
-            markov_rank=rank,
-            markov_head=head,
-            confidence_head=confidence,
-            confidence_with_markov=with_markov,
-            rope=rope_from_parameters(
-                config["rope_parameters"],
-                head_dim=int(config["head_dim"]),
-                max_positions=int(config["max_position_embeddings"]),
-            ),
-        )
-    except KeyError as missing:
-        raise EngineError(f"draft config.json lacks {missing}") from missing
-    except ValueError as problem:
-        raise EngineError(f"draft config.json: {problem}") from problem
-
-
-def check_taps(spec: DraftSpec, *, num_target_layers: int) -> None:
-    """Refuse taps that the target cannot serve.
-
-    Raises:
-        EngineError: not strictly increasing, or outside -1 .. layers - 1.
-    """
-    taps = list(spec.taps)
-    in_range = all(-1 <= i < num_target_layers for i in taps)
-    if not taps or sorted(set(taps)) != taps or not in_range:
-        raise EngineError(
-            f"draft config.json: target_layer_ids {taps} must be strictly increasing in "
-            f"-1..{num_target_layers - 1} (the target has {num_target_layers} layers)"
-        )
+    def tensor_names(self) -> Iterator[str]:
+        """Every tensor of the network but its embedding and output head."""
+        yield from ("fc.weight", "hidden_norm.weight", "norm.weight")
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if self.sandwich_norms:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        attention = ["q_proj", "k_proj", "o_proj"]
+        attention += [] if self.keys_as_values else ["v_proj"]
+        attention += ["q_norm", "k_norm"] if self.qk_norm else []
+        for i in range(self.num_layers):
+            yield from (f"layers.{i}.{name}.weight" for name in norms)
+            yield from (f"layers.{i}.self_attn.{name}.weight" for name in attention)
+            yield from (f"layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+            if self.layer_scalar:
+                yield f"layers.{i}.layer_scalar"
+        if self.markov_head is not None:
+            yield from ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
+            joint = {"gated": "gate_proj", "rnn": "joint_proj"}.get(self.markov_head)
+            if joint:
+                yield from (f"markov_head.{joint}.{leaf}" for leaf in ("weight", "bias"))
+        if self.confidence_head:
+            yield from (f"confidence_head.proj.{leaf}" for leaf in ("weight", "bias"))

@@ -16,14 +16,15 @@ from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch import __version__
 from dspark_batch.drafters import DRAFTERS, LOOKUPS
-from dspark_batch.drafters.spec import DraftSpec, check_taps, draft_spec
+from dspark_batch.drafters.layouts import draft_spec, draft_vocab
+from dspark_batch.drafters.shared import check_fits, embedding, head
+from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import check_target
@@ -43,9 +44,8 @@ from dspark_batch.manifest import (
 from dspark_batch.measure import calibrate, ensure_costs
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import FLOAT, GraphBuilder, StoredWeight
+from dspark_batch.models.graph import GraphBuilder, StoredWeight
 from dspark_batch.models.smoothing import Smoothing, smoothing_factors
-from dspark_batch.models.spec import DecoderSpec
 from dspark_batch.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.runtimes import RUNTIMES
 from dspark_batch.tokenizer import Tokenizer, write_tokenizer
@@ -121,9 +121,9 @@ class _Export:
                 raise EngineError(
                     f"{recipe.path}: draft.drafter {recipe.draft.drafter!r}; known: {known}"
                 )
-            self._draft_spec = draft_spec(draft.config)
-            check_taps(self._draft_spec, num_target_layers=self._spec.num_layers)
-            self._draft_vocab = _draft_vocab(draft, self._spec)
+            self._draft_spec = draft_spec(draft)
+            check_fits(self._draft_spec, draft, self._spec)
+            self._draft_vocab = draft_vocab(draft, self._draft_spec)
 
     def run(self, *, force: bool) -> Path:
         """Every step; the folder is renamed into place at the end."""
@@ -229,7 +229,7 @@ class _Export:
         graph.build(taps=taps, draft_vocab=self._draft_vocab, max_tokens=reach)
         builder.save()
         if self._draft_spec is not None:
-            self._build_draft(folder, builder.stored("model.embed_tokens"), reach)
+            self._build_draft(folder, graph, builder.stored("model.embed_tokens"), reach)
 
     def _example_prompts(self, folder: Path) -> list[tuple[int, ...]]:
         tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
@@ -243,52 +243,33 @@ class _Export:
             return Smoothing()
         return Smoothing(smoothing_factors(self._spec, self._target.tensor, self._prompts))
 
-    def _build_draft(self, folder: Path, embed: StoredWeight, reach: int) -> None:
+    def _build_draft(
+        self, folder: Path, target: DecoderGraph, embed: StoredWeight, reach: int
+    ) -> None:
         assert self._draft is not None
         assert self._draft_spec is not None
         assert self._draft_vocab is not None
         self._progress("building draft.onnx")
-        builder = GraphBuilder("draft", folder)
-        weights = self._draft
-        if self._draft_spec.hidden_size != self._spec.hidden_size:
-            raise EngineError(
-                f"the draft's hidden_size {self._draft_spec.hidden_size} is not the target's "
-                f"{self._spec.hidden_size}: it cannot share the target's embedding"
-            )
         assert self._recipe.draft is not None
+        builder, weights = GraphBuilder("draft", folder), self._draft
+        stored, rows = target.head_weights()
         drafter = import_module(DRAFTERS[self._recipe.draft.drafter])
         drafter.DSparkGraph(
             builder, self._draft_spec, weights.tensor, precision=self._recipe.engine.precision
         ).build(
-            embed=self._embedding(builder, weights, embed),
-            embedding_scale=self._spec.embedding_scale,
-            head=self._head_rows(weights),
+            embed=embedding(weights, self._target, builder=builder, stored=embed),
+            head=head(
+                weights,
+                self._target,
+                tied=self._spec.tied_head,
+                vocab=self._draft_vocab,
+                stored=stored,
+                rows=rows,
+            ),
             draft_vocab=self._draft_vocab,
-            has_qk_norm="layers.0.self_attn.q_norm.weight" in weights.names(),
             max_tokens=reach,
         )
         builder.save()
-
-    def _embedding(
-        self, builder: GraphBuilder, weights: Weights, shared: StoredWeight
-    ) -> StoredWeight:
-        """The draft's own embedding, or the target's where it has none or the same."""
-        if "embed_tokens.weight" not in weights.names():
-            return shared
-        own = weights.tensor("embed_tokens.weight")
-        if np.array_equal(own, self._target.tensor("model.embed_tokens.weight")):
-            return shared
-        dtype = np.float32 if shared.data_type == FLOAT else np.float16
-        builder.weight("embed_tokens", own.astype(dtype))
-        return builder.stored("embed_tokens")
-
-    def _head_rows(self, weights: Weights) -> NDArray[Any]:
-        """`[D, hidden]`: the draft's own head, or the target's rows of the draft vocabulary."""
-        if "lm_head.weight" in weights.names():
-            return weights.tensor("lm_head.weight")
-        assert self._draft_vocab is not None
-        name = "model.embed_tokens.weight" if self._spec.tied_head else "lm_head.weight"
-        return np.asarray(self._target.tensor(name)[self._draft_vocab])
 
     def _check(self, folder: Path) -> dict[str, float]:
         return check_target(
@@ -360,21 +341,3 @@ def _versions() -> dict[str, str]:
         "dspark-batch": __version__,
         **{name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
     }
-
-
-def _draft_vocab(draft: Weights, spec: DecoderSpec) -> NDArray[np.int64]:
-    """Draft id -> target id. `d2t` holds offsets, as in EAGLE-3 and speculators.
-
-    Raises:
-        EngineError: the map leaves the target's vocabulary.
-    """
-    if "d2t" not in draft.names():
-        return np.arange(spec.vocab_size)
-    offsets = draft.tensor("d2t").astype(np.int64)
-    vocab = offsets + np.arange(len(offsets))
-    if vocab.min() < 0 or vocab.max() >= spec.vocab_size or len(set(vocab.tolist())) != len(vocab):
-        raise EngineError(
-            f"the draft's d2t does not map its {len(vocab)} tokens into the target's "
-            f"vocabulary of {spec.vocab_size}"
-        )
-    return vocab

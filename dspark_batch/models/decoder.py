@@ -43,7 +43,7 @@ from dspark_batch.models.blocks import (
     tokens_from_rows,
     unfold_queries,
 )
-from dspark_batch.models.graph import FLOAT, FLOAT16, INT64, Dim, GraphBuilder
+from dspark_batch.models.graph import FLOAT, FLOAT16, INT64, Dim, GraphBuilder, StoredWeight
 from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
 from dspark_batch.plugin import onnx_body
@@ -106,6 +106,14 @@ class DecoderGraph:
         joined = b.op("Concat", *context, axis=1) if len(context) > 1 else context[0]
         b.output(joined, "context", FLOAT, ["T", len(taps) * spec.hidden_size])
         self._verify(draft_vocab)
+
+    def head_weights(self) -> tuple[dict[str, StoredWeight], NDArray[np.float32] | None]:
+        """Where the head of the built graph lies, and what its input is divided by: for a draft."""
+        if self._linears.precision == "fp32":
+            name = "model.embed_tokens" if self.spec.tied_head else "lm_head"
+            return {"lm_head": self.b.stored(name)}, None
+        names = ("lm_head", "lm_head.scale")
+        return {name: self.b.stored(name) for name in names}, self._smooth.rows("lm_head")
 
     def _index_positions(self) -> None:
         b = self.b

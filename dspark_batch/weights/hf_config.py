@@ -2,7 +2,8 @@
 
 Sources differ in three ways that would otherwise reach every model family: rotary parameters
 (flat `rope_theta` and `rope_scaling` before, nested `rope_parameters` now), keys left out where
-they had the configuration class's default, and text models inside a multimodal configuration.
+they had the configuration class's default, and models inside another configuration: the text model
+of a multimodal one, the layers of a draft of speculators.
 """
 
 from __future__ import annotations
@@ -151,6 +152,10 @@ def normalized_config(raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    layers = config.pop("transformer_layer_config", None)
+    if isinstance(layers, dict):  # a draft of speculators: its own keys outside, its layers inside
+        own = {key: value for key, value in config.items() if value is not None}
+        return {**layers, **own, "model_type": layers.get("model_type", own.get("model_type"))}
     text = config.get("text_config")
     if not isinstance(text, dict):
         return config
@@ -194,11 +199,11 @@ def _fill_full_attention(config: dict[str, Any], origin: str) -> None:
 
     transformers 5.23 writes them as overrides by layer instead, in `per_layer_config`.
     """
-    overrides = config.pop("per_layer_config", None)
+    overrides, usual = config.pop("per_layer_config", None), config.get("num_key_value_heads")
     if overrides is None:
         config.setdefault("global_head_dim", _GLOBAL_HEAD_DIM)
-        if not config["attention_k_eq_v"] or not config.get("num_global_key_value_heads"):
-            config["num_global_key_value_heads"] = config["num_key_value_heads"]
+        own = config.get("num_global_key_value_heads") if config["attention_k_eq_v"] else None
+        config["num_global_key_value_heads"] = own or usual
         return
     by_layer = {int(layer): given for layer, given in overrides.items()}
     full = [i for i, kind in enumerate(config["layer_types"]) if kind == "full_attention"]
@@ -210,9 +215,7 @@ def _fill_full_attention(config: dict[str, Any], origin: str) -> None:
             f"num_key_value_heads, the same for all of them; it is {overrides}"
         )
     config["global_head_dim"] = shared.get("head_dim", config["head_dim"])
-    config["num_global_key_value_heads"] = shared.get(
-        "num_key_value_heads", config["num_key_value_heads"]
-    )
+    config["num_global_key_value_heads"] = shared.get("num_key_value_heads", usual)
 
 
 def _rope_parameters(config: dict[str, Any], model_type: str) -> dict[str, Any]:
