@@ -1,25 +1,20 @@
-"""How a benchmark presents itself: its command, what it ran on, an aligned table."""
+"""How a benchmark presents itself: its command, and what it ran on."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dspark_batch import __version__
+from dspark_batch.bench import about
 from dspark_batch.engine import Engine
 from dspark_batch.errors import DSparkError
+from dspark_batch.tables import table as table
 
 _ARGV = "benchmarks.argv"
-_PACKAGES = ("numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
 _HERE = Path(__file__).parent
 
 
@@ -40,53 +35,18 @@ class BenchmarkCommand(click.Command):
             ctx.exit(error.exit_code)
 
 
-def provenance(ctx: click.Context, engine: Engine) -> dict[str, Any]:
-    """Everything that the figures of a benchmark depend on, for its JSON line.
-
-    `load_average` is that of the last minute: above the number of cores, timings mean little.
-    """
-    manifest = engine.manifest
-    draft = manifest.draft
+def origin(ctx: click.Context) -> dict[str, Any]:
+    """Which benchmark this is, how it was called, and of which commit."""
     return {
         "benchmark": ctx.command.name,
         "command": shlex.join(["python", f"benchmarks/{ctx.command.name}.py", *ctx.meta[_ARGV]]),
         "commit": _commit(),
-        "versions": _versions(),
-        "hardware": engine.hardware_key,
-        "platform": platform.platform(),
-        "load_average": os.getloadavg()[0],
-        "engine": {
-            "folder": str(engine.folder),
-            "name": engine.name,
-            "runtime": manifest.runtime,
-            "precision": manifest.precision,
-            "target": manifest.target.source,
-            "draft": draft.source if draft else None,
-            "draft_files": draft.files if draft else None,
-            "block_size": engine.block_size,
-            "created": manifest.created,
-            "fingerprint": engine.fingerprint,
-        },
     }
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    rule = [f"{'-' * (width - 1)}:" for width in widths]
-    return "\n".join(
-        f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))} |"
-        for line in (headers, rule, *rows)
-    )
-
-
-def _versions() -> dict[str, str]:
-    """Read from the installed packages' metadata: nothing is imported for it."""
-    versions = {"python": platform.python_version(), "dspark-batch": __version__}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+def provenance(ctx: click.Context, engine: Engine) -> dict[str, Any]:
+    """Everything that the figures of a benchmark depend on, for its JSON line."""
+    return origin(ctx) | about(engine)
 
 
 def _commit() -> str | None:

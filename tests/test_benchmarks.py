@@ -18,7 +18,7 @@ import throughput
 from click.testing import CliRunner, Result
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch import workload
+from dspark_batch import bench, workload
 from dspark_batch.engine import Engine, open_engine, read_costs
 from dspark_batch.types import Prompt, SamplingParams
 
@@ -125,7 +125,7 @@ def test_throughput_prints_the_engine_s_costs_or_fresh_ones(folder: Path) -> Non
 
 
 def test_throughput_counts_rows_that_differ(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    corrupt(monkeypatch, throughput, "auto")
+    corrupt(monkeypatch, bench, "auto")
     result = invoke(throughput.main, folder, "--rows", "2", "--repeat", "2", "--limit", "6")
     modes = last_json(result)["concurrencies"][0]["modes"]
     assert [modes[mode]["num_differing_rows"] for mode in workload.MODES] == [0, 0, 1]
