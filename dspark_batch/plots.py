@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dspark_batch.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 _DOTS_PER_INCH = 150
 
@@ -21,9 +22,7 @@ def new_figure(title: str, *, width: float = 8.0, height: float = 5.0) -> Figure
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError(
-            "figures need matplotlib: pip install 'dspark-batch[plots]'"
-        ) from None
+        raise UsageError("figures need matplotlib: pip install 'dspark-batch[plots]'") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     return figure
