@@ -43,7 +43,10 @@ class TrainState:
 
     progress: float = 0.0
     step: int = 0
-    seconds: float = 0.0
+    seconds_left: float | None = None
+    """Wall clock, by the pace of this process, capturing and evaluating included."""
+    capture: float | None = None
+    """Share of a chunk that is captured, while one is."""
     loss: float | None = None
     tau: float | None = None
     """Greedy, on the held-out responses, when they were last measured."""
@@ -59,9 +62,11 @@ class TrainState:
     def text(self) -> str:
         """Share, time left, step, loss, accepted length."""
         parts = [f"{self.progress:.1%}"]
-        if self.progress:
-            parts.append(f"{duration(self.seconds / self.progress - self.seconds)} left")
+        if self.seconds_left is not None:
+            parts.append(f"{duration(self.seconds_left)} left")
         parts.append(f"step {self.step:,}")
+        if self.capture is not None:
+            parts.append(f"capturing features {self.capture:.0%}")
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         if self.tau is not None:
@@ -101,6 +106,7 @@ class Trainer:
         self.best_tau = 0.0
         self._report = report
         self._state = TrainState()
+        self._begun = (time.monotonic(), 0.0)  # this process, and the progress it began with
         self.seconds = 0.0  # spent in steps, earlier processes included
         self._last_checkpoint = self._last_evaluation = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +128,7 @@ class Trainer:
         """
         self.resume()
         self._last_evaluation = self._last_checkpoint = time.monotonic()
+        self._begun = (time.monotonic(), self.progress)
         if self.step == 0 and self.held_out is not None:
             self.evaluate_and_export()
 
@@ -143,9 +150,12 @@ class Trainer:
         self.save_state()
 
     def _tell(self) -> None:
-        self._state.progress, self._state.step = self.progress, self.step
-        self._state.seconds = self.seconds
-        self._report(self._state)
+        state, gained = self._state, self.progress - self._begun[1]
+        state.progress, state.step = self.progress, self.step
+        if gained > 0:
+            passed = time.monotonic() - self._begun[0]
+            state.seconds_left = passed / gained * (1.0 - state.progress)
+        self._report(state)
 
     def train_step(self, batch: FeatureBatch) -> tuple[LossTerms, Tensor]:
         """One optimiser step on one batch; the loss terms and the gradient norm before clipping."""
@@ -242,7 +252,7 @@ class Trainer:
         chunks = self.chunks(self.epoch)
         while self.chunk < len(chunks):
             batches = self.batches(chunks[self.chunk], self.epoch)
-            if not self.source.hold(chunks[self.chunk], running=running):
+            if not self._hold(chunks[self.chunk], running):
                 return
             while self.place < len(batches) and running():
                 self.place += 1
@@ -251,6 +261,20 @@ class Trainer:
                 return
             self.chunk, self.place = self.chunk + 1, 0
         self.epoch, self.chunk = self.epoch + 1, 0
+
+    def _hold(self, chunk: list[int], running: Callable[[], bool]) -> bool:
+        """Capture a chunk and say how far that is; false where it was given up."""
+        before = self.source.num_captured
+        total = sum(len(self.source.sequences[index].token_ids) for index in chunk)
+
+        def telling() -> bool:
+            self._state.capture = (self.source.num_captured - before) / total
+            self._tell()
+            return running()
+
+        held = self.source.hold(chunk, running=telling)
+        self._state.capture = None
+        return held
 
     def _when_due(self) -> None:
         now = time.monotonic()
