@@ -284,6 +284,16 @@ def test_context_that_the_draft_takes_in_early_changes_no_draft(
     np.testing.assert_allclose(blocks[0].confidence, blocks[1].confidence, atol=1e-4)
 
 
+def test_rows_may_draft_again_before_they_have_new_context(llama: Pair) -> None:
+    """As after a prefill that made the draft take in what was there."""
+    engine = llama.engine
+    rows = start(engine, (20, 3, 9))
+    first, again = engine.draft_raw(rows), engine.draft_raw(rows)
+    np.testing.assert_array_equal(first.tokens, again.tokens)
+    np.testing.assert_allclose(first.confidence, again.confidence, atol=1e-5)
+    stop(engine, rows)
+
+
 def target_cache(engine: Engine, bucket: int = 0) -> Any:
     runtime: Any = engine._runtime
     return runtime._buckets[bucket].target

@@ -114,6 +114,9 @@ class OrtRuntime:
             if draft_shape
             else None
         )
+        drafts = self._draft.get_inputs() if self._draft is not None else ()
+        widths = [value.shape[1] for value in drafts if value.name == "context"]
+        self._no_context = np.zeros((0, *widths), np.float32)
         self._block_size = draft_info.block_size if draft_info else 1
         self._buckets = buckets_for(
             manifest.target.cache,
@@ -283,7 +286,9 @@ class OrtRuntime:
         starts = np.array([row.num_taken for row in rows])
         taken = max(self._rows[slot].num_taken for slot in bucket.slots)
         bucket.draft.reserve(max(int(starts.max() + counts.max()), taken), len(bucket.slots))
-        context = np.concatenate([part for row in rows for part in row.pending])
+        context = np.concatenate(
+            [self._no_context, *(part for row in rows for part in row.pending)]
+        )
         feeds: dict[str, NDArray[Any]] = {
             "context": context,
             "context_tokens": np.arange(len(context)),
