@@ -43,6 +43,8 @@ class DraftConfig:
     confidence_head_with_markov: bool = True
     draft_vocab_size: int | None = None
     qk_norm: bool = True
+    embedding_scale: float = 1.0
+    """Factor on the shared embedding, where the target has one (Gemma)."""
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
@@ -113,6 +115,7 @@ class DraftConfig:
             "num_key_value_heads": self.num_key_value_heads,
             "num_target_layers": self.num_target_layers,
             **({} if self.qk_norm else {"qk_norm": False}),
+            **({} if self.embedding_scale == 1.0 else {"embedding_scale": self.embedding_scale}),
             "rms_norm_eps": self.rms_norm_eps,
             "rope_parameters": self.rope_parameters,
             "target_layer_ids": list(self.target_layer_ids),
@@ -159,6 +162,7 @@ def config_from_json(path: Path) -> DraftConfig:
             confidence_head_with_markov=with_markov,
             draft_vocab_size=raw.get("draft_vocab_size"),
             qk_norm=raw.get("qk_norm", True),
+            embedding_scale=raw.get("embedding_scale", 1.0),
             rms_norm_eps=raw["rms_norm_eps"],
             rope_parameters=rope,
             max_position_embeddings=raw["max_position_embeddings"],
@@ -194,6 +198,7 @@ def draft_config_from_target(
     confidence_head_with_markov: bool = True,
     draft_vocab_size: int | None = None,
     intermediate_size: int | None = None,
+    embedding_scale: float = 1.0,
 ) -> DraftConfig:
     """A draft of the target's own width, from the target's `config.json` (transformers 4 or 5).
 
@@ -228,6 +233,7 @@ def draft_config_from_target(
             enable_confidence_head=enable_confidence_head,
             confidence_head_with_markov=markov_rank > 0 and confidence_head_with_markov,
             draft_vocab_size=draft_vocab_size,
+            embedding_scale=embedding_scale,
             rms_norm_eps=target["rms_norm_eps"],
             rope_parameters=dict(rope),
             max_position_embeddings=target["max_position_embeddings"],

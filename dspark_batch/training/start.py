@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.errors import EngineError, InputError
+from dspark_batch.models import decoder_spec
 from dspark_batch.training.checkpoint import CONFIG, load_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.draft_config import (
@@ -145,6 +146,7 @@ def _from_scratch(recipe: TrainingRecipe, weights: Weights) -> DraftConfig:
         mask_token_id=0,
         target_layer_ids=resolved_taps(recipe, weights),
         intermediate_size=asked.intermediate_size,
+        embedding_scale=decoder_spec(target).embedding_scale,
     )
 
 
