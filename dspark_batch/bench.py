@@ -161,9 +161,9 @@ def _measure(
         decode_all(engine, warm_up, mode)
     runs: dict[str, list[Decoded]] = {mode: [] for mode in MODES}
     for turn in range(repeat):
+        progress(f"decoding with {engine.max_rows} rows, turn {turn + 1} of {repeat}")
         shift = turn % len(MODES)
         for mode in MODES[shift:] + MODES[:shift]:
-            progress(f"{engine.max_rows} rows, {mode}, run {turn + 1} of {repeat}")
             runs[mode].append(decode_all(engine, workload.prompts, mode))
     plain = runs["off"]
     return {mode: _figures(runs[mode], plain, workload) for mode in MODES}

@@ -229,8 +229,8 @@ def run_simulation(
         raise UsageError(f"--rows {wanted[0]} is too many: {machine.limit}")
     results: list[Simulated] = []
     for num_rows in covered:
+        progress(f"simulating {num_rows} rows")
         for strategy in strategies(rounds.block_size):
-            progress(f"simulating {num_rows} rows, {strategy.name}")
             results.append(simulate(rounds, machine.costs, strategy, num_rows=num_rows))
     return Simulation(
         rounds=rounds,
