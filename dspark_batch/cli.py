@@ -24,6 +24,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _ARGV = "dspark_batch.argv"
 _SHORT_FLAGS = {"output": "-o"}
 _EXPORT_FOLDER, _ENGINES_FOLDER = Path("export"), Path("engines")
+_DRAFTS_FOLDER = _EXPORT_FOLDER / "drafts"
 
 
 class _Commands(click.Group):
@@ -147,7 +148,7 @@ def export(recipe: str, output: Path | None, force: bool, progress_mode: str) ->
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @click.option("--overwrite", is_flag=True, help="Train anew, and replace a draft that is there.")
 @click.option("--deadline", type=float, help="Seconds after which to stop, to be continued.")
 @_progress_option
@@ -156,26 +157,27 @@ def export(recipe: str, output: Path | None, force: bool, progress_mode: str) ->
 def train(
     ctx: click.Context,
     /,
-    recipe: Path,
+    recipe: str,
     overwrite: bool,
     deadline: float | None,
     progress_mode: str,
     as_json: bool,
 ) -> None:
-    """Train a draft from a training RECIPE, export/drafts/NAME.toml.
+    """Train a draft from a RECIPE: a TOML file, or the name of one in export/drafts/.
 
-    The draft goes to export/drafts/NAME. The same command again continues where it was stopped.
+    The draft of export/drafts/NAME.toml goes to export/drafts/NAME. The same command again
+    continues where it was stopped.
 
     \b
     Example:
-      dspark-batch train export/drafts/smollm2-135m-instruct.toml
+      dspark-batch train export/drafts/tutorial.toml
     """
     from dspark_batch.progress import open_progress
     from dspark_batch.training.pipeline import train as train_draft
 
     with open_progress(progress_mode) as progress:
         summary = train_draft(
-            recipe,
+            Path(recipe) if recipe.endswith(".toml") else _DRAFTS_FOLDER / f"{recipe}.toml",
             progress=progress,
             argv=ctx.meta[_ARGV],
             overwrite=overwrite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from dataclasses import dataclass
@@ -24,7 +25,15 @@ from dspark_batch.cli import main  # noqa: E402
 from dspark_batch.engine import open_engine  # noqa: E402
 from dspark_batch.export.pipeline import build  # noqa: E402
 from dspark_batch.recipe import Recipe  # noqa: E402
-from dspark_batch.training.recipe import load_training_recipe  # noqa: E402
+from dspark_batch.training.recipe import (  # noqa: E402
+    DraftSection,
+    HeldOutSection,
+    ImportedSection,
+    ResponsesSection,
+    TargetSection,
+    TrainingSection,
+    load_training_recipe,
+)
 from dspark_batch.training.target import (  # noqa: E402
     EngineFeatures,
     TargetTables,
@@ -144,7 +153,7 @@ def command(*words: str | Path) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def train(recipe: Path, *words: str) -> dict[str, Any]:
+def train(recipe: Path | str, *words: str) -> dict[str, Any]:
     result = command("train", recipe, "--progress", "none", "--json", *words)
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
@@ -335,6 +344,9 @@ def test_a_finished_training_stays_until_it_is_overwritten(
     times = [path.stat().st_mtime_ns for path in (model, *parts)]
     assert train(recipe) == first
     assert [path.stat().st_mtime_ns for path in (model, *parts)] == times
+    shutil.rmtree(workspace.draft("again"))
+    assert train(recipe)["tau_greedy"] == first["tau_greedy"]  # the work folder has it all
+    times[0] = model.stat().st_mtime_ns
     result = command("train", recipe)
     assert "is trained; --overwrite trains anew" in result.stderr
 
@@ -369,10 +381,17 @@ def test_a_draft_of_another_origin_is_not_replaced(
 
 
 def test_training_goes_on_from_a_draft_with_a_larger_vocabulary(
-    workspace: Workspace, trained: dict[str, Any]
+    workspace: Workspace, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = 'start = "export/drafts/whole"\n'
-    found = train(workspace.recipe("more", draft='vocab_size = "full"', training=SHORT + start))
+    monkeypatch.chdir(workspace.folder)
+    (workspace.folder / "export" / "broken.toml").write_text("[target]\n")
+    (workspace.folder / "export" / "with-more.toml").write_text(
+        '[target]\nweights = "target"\n[draft]\nweights = "export/drafts/more"\n'
+    )
+    workspace.recipe("more", draft='vocab_size = "full"', training=SHORT + start)
+    found = train("more")
+    assert found["next_command"] == "dspark-batch export with-more"
     assert found["tau_at_start"] > trained["tau_at_start"] + 0.3
     tensors = load_file(workspace.draft("more") / "model.safetensors")
     assert len(tensors["markov_head.markov_w2.weight"]) == VOCAB
@@ -478,6 +497,26 @@ def test_a_recipe_needs_ten_lines(tmp_path: Path) -> None:
     assert [way.temperature for way in recipe.sampled] == [0.0, 0.7]
     assert recipe.draft_folder == path.parent / "mine"
     assert recipe.workspace == tmp_path.resolve()
+
+
+def test_the_documentation_lists_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    reference = page[page.index("## Recipe") : page.index("## Data")]
+    rows = re.findall(r"^\| (`.+?) \| (.*?) \|", reference, re.MULTILINE)
+    shown = {key: cell for keys, cell in rows for key in re.findall(r"`([a-z_0-9]+)`", keys)}
+    sections = (TargetSection, ImportedSection, ResponsesSection, DraftSection, TrainingSection)
+    fields = {
+        key: field
+        for section in (*sections, HeldOutSection)
+        for key, field in section.model_fields.items()
+    }
+    assert set(shown) == set(fields)
+    for key, field in fields.items():
+        numbers = [float(word) for word in re.findall(r"\b[\d.e-]+\b", shown[key])]
+        if isinstance(field.default, int | float) and not isinstance(field.default, bool):
+            assert float(field.default) in numbers, key
+        if isinstance(field.default, bool):
+            assert str(field.default).lower() in shown[key], key
 
 
 def test_a_mask_token_is_found_that_no_text_has(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch import __version__
+from dspark_batch.errors import UsageError
 from dspark_batch.recipe import RECIPE_FOLDER, load_recipe
 from dspark_batch.summary import duration
 from dspark_batch.training.checkpoint import WEIGHTS, save_draft
@@ -162,11 +164,12 @@ def write_draft_folder(
 def _engine_command(recipe: TrainingRecipe, scratch: Path) -> str:
     """What to type next: the export of a recipe that names this draft, written if there is none."""
     for path in sorted((recipe.workspace / RECIPE_FOLDER).glob("*.toml")):
-        engine = load_recipe(str(path))
-        if engine.draft is None or engine.draft.weights is None:
-            continue
-        if (recipe.workspace / engine.draft.weights).resolve() == recipe.draft_folder.resolve():
-            return f"dspark-batch export {path.stem}"
+        with suppress(UsageError):  # a recipe that is wrong is nobody's business here
+            draft = load_recipe(str(path)).draft
+            if draft is None or draft.weights is None:
+                continue
+            if (recipe.workspace / draft.weights).resolve() == recipe.draft_folder.resolve():
+                return f"dspark-batch export {path.stem}"
     weights = recipe.target.weights
     if recipe.target_source != weights:  # a path: as seen from the draft's folder
         weights = os.path.relpath(recipe.target_source, recipe.draft_folder.resolve())

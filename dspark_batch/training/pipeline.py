@@ -33,7 +33,7 @@ from dspark_batch.progress import Progress
 from dspark_batch.recipe import Recipe
 from dspark_batch.stop import Stop
 from dspark_batch.training.card import Facts, TrainingSummary, write_draft_folder
-from dspark_batch.training.checkpoint import load_draft, save_draft
+from dspark_batch.training.checkpoint import WEIGHTS, load_draft, save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import calibrate, evaluate
 from dspark_batch.training.features import FeatureSource
@@ -144,7 +144,7 @@ class _Training:
     def run(self) -> TrainingSummary:
         """Every step that is not done yet."""
         self._begin()
-        if self._files.finished.exists():
+        if self._files.finished.exists() and (self._recipe.draft_folder / WEIGHTS).exists():
             values = json.loads(self._files.finished.read_text())
             self._progress.phase(f"{self._recipe.draft_folder} is trained; --overwrite trains anew")
             return TrainingSummary.from_json(values)
