@@ -132,7 +132,7 @@ class DSparkDraft(nn.Module):
         num_masks, mask = self.config.block_size - 1, self.config.mask_token_id
         masks = anchor_tokens.new_full((*anchor_tokens.shape, num_masks), mask)
         block = torch.cat([anchor_tokens.unsqueeze(-1), masks], dim=-1)
-        return functional.embedding(block, self.embed_weight)
+        return functional.embedding(block, self.embed_weight) * self.config.embedding_scale
 
     def hidden_packed(self, features: Tensor, anchor_tokens: Tensor, anchors: Tensor) -> Tensor:
         """Block hidden rows `[b, A, γ, d]` of anchors at positions `[b, A]` in one forward.

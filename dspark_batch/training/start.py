@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dspark_batch.errors import EngineError, InputError
-from dspark_batch.models import decoder_spec
 from dspark_batch.training.checkpoint import CONFIG, load_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.draft_config import (
@@ -64,7 +63,7 @@ def start_draft(
 ) -> DSparkDraft:
     """Build the draft of a recipe with its first weights."""
     start = _started_from(recipe, tables)
-    config = _from_scratch(recipe, weights) if start is None else start.config
+    config = _from_scratch(recipe, weights, tables) if start is None else start.config
     if recipe.draft.block_size is not None:
         config = replace(config, block_size=recipe.draft.block_size)
     mask = recipe.draft.mask_token_id
@@ -126,7 +125,7 @@ def _started_from(recipe: TrainingRecipe, tables: TargetTables) -> DSparkDraft |
     return load_draft(folder, embed_tokens=tables.embed, lm_head=tables.head)
 
 
-def _from_scratch(recipe: TrainingRecipe, weights: Weights) -> DraftConfig:
+def _from_scratch(recipe: TrainingRecipe, weights: Weights, tables: TargetTables) -> DraftConfig:
     asked, target = recipe.draft, weights.config
     head = asked.markov_head or "vanilla"
     if head == "none" and (asked.markov_rank or asked.confidence_with_markov):
@@ -146,7 +145,7 @@ def _from_scratch(recipe: TrainingRecipe, weights: Weights) -> DraftConfig:
         mask_token_id=0,
         target_layer_ids=resolved_taps(recipe, weights),
         intermediate_size=asked.intermediate_size,
-        embedding_scale=decoder_spec(target).embedding_scale,
+        embedding_scale=tables.spec.embedding_scale,
     )
 
 

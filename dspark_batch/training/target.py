@@ -30,7 +30,7 @@ class TargetTables:
 
     spec: DecoderSpec
     embed: Tensor
-    """[V, d] as the first layer gets it, any scale applied."""
+    """[V, d] without `spec.embedding_scale`."""
     head: Tensor
     """[V, d]"""
     norm: Tensor
@@ -42,8 +42,6 @@ class TargetTables:
         spec = decoder_spec(weights.config)
         embed = tensor(weights.tensor, "model.embed_tokens.weight")
         head = embed if spec.tied_head else tensor(weights.tensor, "lm_head.weight")
-        if spec.embedding_scale != 1.0:
-            embed = embed * spec.embedding_scale
         return cls(
             spec, embed, head, tensor(weights.tensor, "model.norm.weight") + spec.norm_offset
         )
