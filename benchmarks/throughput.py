@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from report import BenchmarkCommand, origin
 
-from dspark_batch.bench import ROWS, run_bench
+from dspark_batch.bench import PER_ROW, ROWS, run_bench
 
 
 @click.command(name="throughput", cls=BenchmarkCommand)
@@ -43,7 +43,7 @@ from dspark_batch.bench import ROWS, run_bench
 @click.option(
     "--per-row",
     type=click.IntRange(min=1),
-    default=3,
+    default=PER_ROW,
     show_default=True,
     help="Prompts for each concurrent row; 8 prompts in all at the least.",
 )

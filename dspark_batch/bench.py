@@ -28,6 +28,7 @@ from dspark_batch.types import SamplingParams
 from dspark_batch.workload import MODES, Decoded, Workload, decode_all, read_workload
 
 ROWS = (1, 4, 16, 32)
+PER_ROW = 3
 _MIN_PROMPTS = 8
 _WARM_UP_TOKENS = 12
 _PHASES = ("draft", "verify", "prefill")
@@ -57,11 +58,11 @@ def run_bench(
     *,
     rows: Sequence[int] = (),
     new_tokens: int,
-    per_row: int,
     limit: int | None,
     repeat: int,
     fresh_costs: bool,
     progress: Progress,
+    per_row: int = PER_ROW,
 ) -> Bench:
     """Measure every mode at every concurrency of `rows`, `repeat` times.
 

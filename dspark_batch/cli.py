@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 import click
 
 from dspark_batch import __version__
-from dspark_batch.errors import DSparkError, InputError
+from dspark_batch.errors import DSparkError, InputError, UsageError
 from dspark_batch.job import Job, load_job
 
 _Command = TypeVar("_Command", bound=Callable[..., object])
@@ -278,3 +278,78 @@ def status(output: Path, as_json: bool) -> None:
     from dspark_batch.status import read_status
 
     _print(read_status(output), as_json=as_json)
+
+
+@main.command()
+@click.argument("prompts", required=False, type=click.Path(path_type=Path))
+@click.option("--engine", type=click.Path(path_type=Path), default=Path("engines/model"))
+@click.option("--rows", type=click.IntRange(min=1), multiple=True, help="Concurrent rows.")
+@click.option("--new-tokens", type=click.IntRange(min=2), default=64, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Use this many rows of PROMPTS.")
+@click.option("--repeat", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--measure-costs", is_flag=True, help="Measure the cost table anew for this run.")
+@click.option("--simulate", is_flag=True, help="Replay recorded rounds by a cost table instead.")
+@click.option("--rounds", type=click.Path(path_type=Path), help="Recorded rounds, for PROMPTS.")
+@click.option("--gpu", help="Simulate this GPU by its roofline, such as h100.")
+@click.option("--model", help="The size to simulate on it, such as qwen3-4b.")
+@click.option("--dtype", help="Of its weights.  [default: the GPU's first]")
+@click.option("--assume", multiple=True, metavar="NAME=VALUE", help="Replace an assumption of it.")
+@click.option(
+    "--floor",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Tokens/s that every simulated row is to get.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for the figures.")
+@_progress_option
+def bench(
+    prompts: Path | None,
+    engine: Path,
+    rows: tuple[int, ...],
+    new_tokens: int,
+    limit: int | None,
+    repeat: int,
+    measure_costs: bool,
+    simulate: bool,
+    progress_mode: str,
+    **planning: Any,
+) -> None:
+    """Measure plain and speculative decoding of PROMPTS here, or simulate it elsewhere.
+
+    Every mode decodes the prompts --repeat times at each number of rows; a table is printed, then
+    one JSON line. Options from --rounds on are for --simulate (docs/planning.md).
+
+    \b
+    Example:
+      dspark-batch bench jobs/prompts.parquet --rows 2 --new-tokens 8 --limit 4 --repeat 1
+    """
+    wrong = [] if simulate else list(_given(planning))
+    wrong += ["measure_costs"] if simulate and measure_costs else []
+    if wrong:
+        flag = f"--{wrong[0].replace('_', '-')}"
+        raise UsageError(f"{flag} {'does not go with' if simulate else 'needs'} --simulate")
+
+    from dspark_batch.progress import open_progress
+
+    common: dict[str, Any] = {"rows": rows, "new_tokens": new_tokens, "limit": limit}
+    report: _Report
+    with open_progress(progress_mode) as progress:
+        if simulate:
+            from dspark_batch.planning.forecast import Question, forecast
+
+            question = Question(prompts=prompts, engine=engine, **common, **planning)
+            report = forecast(question, progress=progress.phase)
+        else:
+            from dspark_batch.bench import run_bench
+
+            if prompts is None:
+                raise UsageError("give PROMPTS, a Parquet file as for run")
+            report = run_bench(
+                engine,
+                prompts,
+                **common,
+                repeat=repeat,
+                fresh_costs=measure_costs,
+                progress=progress.phase,
+            )
+    _print(report, as_json=False)
+    _print(report, as_json=True)

@@ -163,7 +163,9 @@ def test_assumptions_can_be_replaced_one_by_one() -> None:
     found = roofline()
     changed = found.assume(["bandwidth_gbs=1675", "host_us=1"])
     assert (changed.bandwidth_gbs, changed.host_us, changed.tflops) == (1675.0, 1.0, found.tflops)
-    assert {name for name, _, _ in found.assumptions()} >= {"bandwidth_gbs", "draft_gb"}
+    origins = {name: origin for name, _, _, origin in changed.assumptions()}
+    assert origins["bandwidth_gbs"] == origins["host_us"] == "given"
+    assert (origins["tflops"], origins["kernel_us"]) == ("datasheet", "guess")
     with pytest.raises(UsageError, match="did you mean 'bandwidth_gbs'"):
         found.assume(["bandwith_gbs=1"])
     for text in ("host_us=fast", "host_us", "host_us=0", "host_us=-1", "host_us=nan", "gpu=h100"):

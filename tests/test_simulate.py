@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file, save_file
-from tiny import HIDDEN, VOCAB, draft_config, export_pair, target_config, write_draft, write_target
+from agreeing import write_agreeing_pair
+from tiny import VOCAB, export_pair
 
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
@@ -28,26 +28,6 @@ CHEAP = CostTable.measured(
 DEAR = CostTable.measured(
     [1, 4], [1, 2, 5], verify_seconds=[[1, 1.1, 1.5], [2, 2.6, 4]], draft_seconds=[0.3, 0.8]
 )
-
-
-def write_agreeing_pair(folder: Path, *, stops: bool) -> tuple[Path, Path]:
-    """A target that mostly follows its last token, and a draft whose Markov head knows that."""
-    config = target_config("llama", eos_token_id=0 if stops else None)
-    target = write_target(folder / "target", config)
-    weights = load_file(target / "model.safetensors")
-    for name in weights:
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] *= 0.03
-    save_file(weights, target / "model.safetensors")
-    draft = write_draft(folder / "draft", draft_config(markov_rank=HIDDEN))
-    embedding, head = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    scale = np.sqrt((embedding**2).mean(axis=1, keepdims=True))
-    guess = load_file(draft / "model.safetensors")
-    guess["markov_head.markov_w1.weight"] = embedding / scale * weights["model.norm.weight"]
-    guess["markov_head.markov_w2.weight"] = 3 * head
-    guess["confidence_head.proj.weight"] *= 4  # so that confidences differ
-    save_file(guess, draft / "model.safetensors")
-    return target, draft
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["stops", "endless"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,8 @@ class Question:
     """None: the machine that the engine was measured on, this one."""
     model: str | None
     dtype: str | None
-    assumptions: Sequence[str] = field(default=())
-    rows: Sequence[int] = field(default=())
+    assume: Sequence[str]
+    rows: Sequence[int]
     floor: float | None
     output: Path | None
 
@@ -48,7 +48,7 @@ class Question:
         """Raise `UsageError` where the parts do not fit together."""
         if (self.prompts is None) == (self.rounds is None):
             raise UsageError("give PROMPTS to record, or --rounds FILE with a record, not both")
-        if self.gpu is None and (self.model or self.dtype or self.assumptions):
+        if self.gpu is None and (self.model or self.dtype or self.assume):
             raise UsageError("--model, --dtype and --assume are for a GPU: add --gpu NAME")
         if self.gpu is not None and self.model is None:
             raise UsageError("--gpu needs the size of a model: add --model NAME")
@@ -62,7 +62,7 @@ class Question:
         found = Roofline.of(
             self.gpu, self.model, dtype=self.dtype, block_size=block_size, context=context
         )
-        return found.assume(self.assumptions)
+        return found.assume(self.assume)
 
     @property
     def folder(self) -> Path:

@@ -26,9 +26,12 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _LONG_PASSES = (16, 64, 256, 1024)  # tokens of a row, for prefill
 
 
-def _assumed(unit: str) -> Any:
+_SHEET, _SHAPE, _GUESS, _RECORD, _GIVEN = "datasheet", "shape", "guess", "record", "given"
+
+
+def _assumed(unit: str, origin: str) -> Any:
     """A figure of `Roofline` that `assume` may replace."""
-    return field(metadata={"unit": unit})
+    return field(metadata={"unit": unit, "origin": origin})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,26 +43,28 @@ class Roofline:
     pair: str
     dtype: str
     block_size: int
-    bandwidth_gbs: float = _assumed("GB/s, datasheet")
-    tflops: float = _assumed("dense TFLOP/s, datasheet")
-    memory_gb: float = _assumed("GB, datasheet")
-    bandwidth_efficiency: float = _assumed("share of it that is reached: a guess")
-    compute_efficiency: float = _assumed("share of it that is reached: a guess")
-    memory_share: float = _assumed("share that weights and caches may fill: a guess")
-    kernel_us: float = _assumed("µs that a kernel takes besides its work: a guess")
-    host_us: float = _assumed("µs of the host in every pass: a guess")
-    context_tokens: float = _assumed("cached tokens of a row, the records' mean")
-    weights_gb: float = _assumed("GB of weights in memory, both models")
-    target_gb: float = _assumed("GB of weights that a target pass reads")
-    target_gflop: float = _assumed("GFLOP of a target's token")
-    target_attention_kflop: float = _assumed("kFLOP of it per cached token")
-    target_kv_kib: float = _assumed("KiB of keys and values per cached token")
-    target_kernels: float = _assumed("kernels of a target pass: a guess")
-    draft_gb: float = _assumed("GB of weights that a draft pass reads")
-    draft_gflop: float = _assumed("GFLOP of a drafted token")
-    draft_attention_kflop: float = _assumed("kFLOP of it per cached token")
-    draft_kv_kib: float = _assumed("KiB of keys and values per cached token")
-    draft_kernels: float = _assumed("kernels of a draft pass: a guess")
+    bandwidth_gbs: float = _assumed("GB/s", _SHEET)
+    tflops: float = _assumed("dense TFLOP/s", _SHEET)
+    memory_gb: float = _assumed("GB", _SHEET)
+    bandwidth_efficiency: float = _assumed("share of it that is reached", _GUESS)
+    compute_efficiency: float = _assumed("share of it that is reached", _GUESS)
+    memory_share: float = _assumed("share that weights and caches may fill", _GUESS)
+    kernel_us: float = _assumed("µs that a kernel takes besides its work", _GUESS)
+    host_us: float = _assumed("µs of the host in every pass", _GUESS)
+    context_tokens: float = _assumed("cached tokens of a row, on average", _RECORD)
+    weights_gb: float = _assumed("GB of weights in memory, both models", _SHAPE)
+    target_gb: float = _assumed("GB of weights that a target pass reads", _SHAPE)
+    target_gflop: float = _assumed("GFLOP of a target's token", _SHAPE)
+    target_attention_kflop: float = _assumed("kFLOP of it per cached token", _SHAPE)
+    target_kv_kib: float = _assumed("KiB of keys and values per cached token", _SHAPE)
+    target_kernels: float = _assumed("kernels of a target pass", _GUESS)
+    draft_gb: float = _assumed("GB of weights that a draft pass reads", _SHAPE)
+    draft_gflop: float = _assumed("GFLOP of a drafted token", _SHAPE)
+    draft_attention_kflop: float = _assumed("kFLOP of it per cached token", _SHAPE)
+    draft_kv_kib: float = _assumed("KiB of keys and values per cached token", _SHAPE)
+    draft_kernels: float = _assumed("kernels of a draft pass", _GUESS)
+    given: tuple[str, ...] = ()
+    """Names of the figures that `assume` replaced."""
 
     @classmethod
     def of(
@@ -134,12 +139,19 @@ class Roofline:
                 values[name] = 0.0
             if not 0 < values[name] < float("inf"):
                 raise UsageError(f"--assume {text}: {value!r} is no number above 0")
-        return replace(self, **values)
+        return replace(self, **values, given=(*self.given, *values))
 
-    def assumptions(self) -> list[tuple[str, float, str]]:
-        """Name, value and unit of every figure."""
+    def assumptions(self) -> list[tuple[str, float, str, str]]:
+        """Name, value and unit of every figure, and where it is from."""
         return [
-            (f.name, getattr(self, f.name), f.metadata["unit"]) for f in fields(self) if f.metadata
+            (
+                f.name,
+                getattr(self, f.name),
+                f.metadata["unit"],
+                _GIVEN if f.name in self.given else f.metadata["origin"],
+            )
+            for f in fields(self)
+            if f.metadata
         ]
 
     def verify_seconds(self, num_rows: int, num_tokens: int) -> float:

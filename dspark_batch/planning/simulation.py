@@ -123,11 +123,11 @@ class Simulation:
         if self.machine.roofline is None:
             return []
         rows = [
-            [name, f"{value:.4g}", unit]
-            for name, value, unit in self.machine.roofline.assumptions()
+            [name, f"{value:.4g}", unit, origin]
+            for name, value, unit, origin in self.machine.roofline.assumptions()
         ]
         change = "Change one with --assume NAME=VALUE."
-        return [table(["assumed", "value", ""], rows, left=3), "", change, ""]
+        return [table(["assumed", "value", "unit", "from"], rows, left=4), "", change, ""]
 
     def _result_table(self) -> str:
         headers = ["rows", "strategy", "tokens/s", "per row", "× plain", "τ", "verified"]
