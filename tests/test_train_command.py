@@ -25,6 +25,7 @@ from dspark_batch.cli import main  # noqa: E402
 from dspark_batch.engine import open_engine  # noqa: E402
 from dspark_batch.export.pipeline import build  # noqa: E402
 from dspark_batch.recipe import Recipe  # noqa: E402
+from dspark_batch.training.features import capped  # noqa: E402
 from dspark_batch.training.recipe import (  # noqa: E402
     DraftSection,
     HeldOutSection,
@@ -544,10 +545,16 @@ def test_a_mask_token_is_found_that_no_text_has(
     assert config["mask_token_id"] == MASK
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gemma4_text"])
 def test_features_are_the_hidden_states_of_transformers(tmp_path: Path, family: str) -> None:
     transformers = pytest.importorskip("transformers")
-    source = write_target(tmp_path / "target", target_config(family))
+    source = tmp_path / "target"
+    if family == "gemma4_text":
+        from test_gemma4 import write_gemma4
+
+        write_gemma4(source, final_logit_softcapping=2.0)
+    else:
+        write_target(source, target_config(family))
     recipe = Recipe.model_validate(
         {
             "target": {"weights": str(source)},
@@ -556,7 +563,10 @@ def test_features_are_the_hidden_states_of_transformers(tmp_path: Path, family: 
         }
     )
     taps = (-1, 0, 1)
-    folder = build(recipe, output=tmp_path / "engine", context_layer_ids=context_layer_ids(taps, 3))
+    with open_weights(source) as weights:
+        num_layers = weights.config["num_hidden_layers"]
+    layers = context_layer_ids(taps, num_layers)
+    folder = build(recipe, output=tmp_path / "engine", context_layer_ids=layers)
     rng = np.random.default_rng(1)
     rows = [rng.integers(0, VOCAB, n).tolist() for n in (5, 17, 300, 2, 290)]
     with open_weights(source) as weights:
@@ -571,4 +581,5 @@ def test_features_are_the_hidden_states_of_transformers(tmp_path: Path, family: 
         expected = torch.cat([out.hidden_states[tap + 1][0] for tap in taps], dim=-1)
         torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(last_hidden, out.hidden_states[-1][0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(last_hidden @ tables.head.T, out.logits[0], atol=1e-3, rtol=1e-3)
+        logits = capped(last_hidden @ tables.head.T, tables.spec.logit_cap)
+        torch.testing.assert_close(logits, out.logits[0], atol=1e-3, rtol=1e-3)

@@ -144,6 +144,7 @@ class Responses:
         words += f"-top_k-{settings.top_k}" if settings.top_k else ""
         words += f"-top_p-{settings.top_p:g}" if settings.top_p < 1 else ""
         output = self._folder / "responses" / f"{name}-{words}-seed-{settings.seed + sample}"
+        self._progress.phase(f"responses: {output.name}")
         job = Job.model_validate(
             {
                 "input": str(source),

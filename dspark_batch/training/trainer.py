@@ -340,12 +340,13 @@ class Trainer:
         path = self.folder / "state.pt"
         if not path.exists():
             return
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         self.step, self.epoch = state["step"], state["epoch"]
         self.chunk, self.place = state["chunk"], state["place"]
         self.best_tau, self.seconds = state["best_tau"], state["seconds"]
         self._load(state["parameters"])
-        self.average = state["average"] or self.average
+        if state["average"]:
+            self.average = {name: t.to(self.device) for name, t in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         logger.info("resumed %s at step %d", path, self.step)
 
