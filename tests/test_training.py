@@ -464,6 +464,54 @@ def test_the_fused_loss_equals_the_loss_over_whole_logits(
     torch.testing.assert_close(torch.autograd.grad(2.0 * fast.total, used), expected)
 
 
+@each_head
+def test_a_step_works_on_any_device(config: DraftConfig) -> None:
+    """On the meta device, which has no values but refuses to mix with the CPU as CUDA does."""
+    meta = torch.device("meta")
+    draft = random_draft(config).requires_grad_(True).to(meta)
+    tokens = torch.ones(2, 15, dtype=torch.long)
+    mask = (torch.arange(15) >= 3).expand(2, -1)
+    batch = FeatureBatch(
+        *(tokens, mask, torch.zeros(2, 15, config.feature_size), torch.zeros(2, 15, HIDDEN)),
+        torch.zeros(2, 15),
+    ).to(meta)
+    anchors = sample_anchors(mask, 3, torch.Generator().manual_seed(0))
+    blocks = anchor_batch(batch, anchors.to(meta), config.block_size)
+    hidden = draft.hidden_packed(batch.features, blocks.previous[..., 0], blocks.anchors)
+    assert draft.draft_greedy(hidden, blocks.previous[..., 0]).tokens.device == meta
+    scores = draft.score(hidden, blocks.previous)
+    labels = draft.draft_ids[blocks.labels]
+    slow = dspark_loss(
+        scores.logits,
+        confidence_logits=scores.confidence_logits,
+        target_probs=aligned_target_probs(draft, batch, blocks.anchors),
+        labels=labels,
+        mask=blocks.mask,
+        weights=LossWeights(),
+    )
+    head, num_rows = draft.markov_head, labels.numel()
+    markov = None if head is None else head.rows(head.embed(blocks.previous), hidden)
+    fast = fused.fused_loss(
+        hidden.reshape(num_rows, -1),
+        None if markov is None else markov.reshape(num_rows, -1),
+        markov_w2=None if head is None else head.markov_w2.weight,
+        head=draft.head_weight,
+        target=fused.TargetRows(
+            torch.zeros(num_rows, HIDDEN, device=meta),
+            torch.zeros(num_rows, device=meta),
+            labels.flatten(),
+        ),
+        confidence_logits=None,
+        slots=torch.zeros(num_rows, dtype=torch.long, device=meta),
+        weights=LossWeights(),
+        dtype=torch.float32,
+    )
+    for terms in (slow, fast):
+        draft.zero_grad()
+        terms.total.backward(retain_graph=True)
+        assert draft.fc.weight.grad.device == meta
+
+
 def test_anchors_are_valid_distinct_and_sorted() -> None:
     mask = torch.zeros(3, 30, dtype=torch.bool)
     mask[0, 10:25], mask[1, 28:], mask[2, 5] = True, True, True
