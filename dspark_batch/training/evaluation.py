@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dspark_batch.algorithm import calibration
 from dspark_batch.training.anchors import (
+    AnchorBatch,
     aligned_target_probs,
     anchor_batch,
     sample_anchors,
@@ -86,7 +87,93 @@ def replay_greedy(draft: DSparkDraft, batch: FeatureBatch) -> GreedyReplay:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class SequenceScores:
+    """What is measured of one held-out sequence; sums are over its anchors."""
+
+    loss: float | None
+    """None where the response is too short for an anchor."""
+    acceptance: Tensor
+    """[γ] sum of c* over the blocks with that slot."""
+    num_slots: Tensor
+    """[γ] blocks with that slot."""
+    survival: float
+    """Σ over blocks of Σ_k Π_{i≤k} c*_i."""
+    num_blocks: int
+    replay: GreedyReplay
+
+
 @torch.inference_mode()
+def score_sequences(
+    draft: DSparkDraft,
+    source: FeatureSource,
+    *,
+    indices: Sequence[int] | None = None,
+    num_anchors: int = 32,
+    seed: int = 0,
+) -> list[SequenceScores]:
+    """Measure the sequences at `indices` (all by default), one at a time, without dropout."""
+    was_training = draft.training
+    draft.eval()
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for index in _held(source, range(len(source)) if indices is None else indices):
+        batch = source.batch([index])
+        anchors = sample_anchors(batch.loss_mask, num_anchors, generator)
+        blocks = anchor_batch(batch, anchors[:, anchors[0] >= 0], draft.config.block_size)
+        found.append(_score(draft, source, batch, blocks))
+    draft.train(was_training)
+    return found
+
+
+def _score(
+    draft: DSparkDraft, source: FeatureSource, batch: FeatureBatch, blocks: AnchorBatch
+) -> SequenceScores:
+    device, none = draft.fc.weight.device, torch.zeros(draft.config.block_size)
+    batch, blocks = batch.to(device), blocks.to(device)
+    replay = replay_greedy(draft, batch)
+    if blocks.anchors.numel() == 0:
+        return SequenceScores(None, none, none, 0.0, 0, replay)
+    scores = draft.forward_packed(batch.features, anchors=blocks.anchors, previous=blocks.previous)
+    terms = dspark_loss(
+        scores.logits,
+        confidence_logits=scores.confidence_logits,
+        target_probs=aligned_target_probs(
+            draft, batch, blocks.anchors, logit_cap=source.target.logit_cap
+        ),
+        labels=draft.draft_ids[blocks.labels],
+        mask=blocks.mask,
+        weights=LossWeights(),
+    )
+    kept = (terms.acceptance * blocks.mask).cpu()
+    return SequenceScores(
+        loss=float(terms.total),
+        acceptance=kept.sum((0, 1)),
+        num_slots=blocks.mask.cpu().sum((0, 1)),
+        survival=float(kept.cumprod(-1).sum()),
+        num_blocks=blocks.anchors.numel(),
+        replay=replay,
+    )
+
+
+def evaluation_of(scores: Sequence[SequenceScores]) -> Evaluation:
+    """The means over some sequences, at least one."""
+    losses = [s.loss for s in scores if s.loss is not None]
+    acceptance = torch.stack([s.acceptance for s in scores]).sum(0)
+    num_slots = torch.stack([s.num_slots for s in scores]).sum(0).clamp(min=1)
+    accepted = torch.cat([s.replay.accepted for s in scores])
+    num_rounds = max(len(accepted), 1)
+    reached = accepted[:, None] > torch.arange(len(acceptance))
+    return Evaluation(
+        loss=sum(losses) / max(len(losses), 1),
+        acceptance=tuple((acceptance / num_slots).tolist()),
+        tau_probabilistic=1.0
+        + sum(s.survival for s in scores) / max(sum(s.num_blocks for s in scores), 1),
+        tau_greedy=sum(s.replay.num_committed for s in scores) / num_rounds,
+        survival=tuple((reached.sum(0) / num_rounds).tolist()),
+    )
+
+
 def evaluate(
     draft: DSparkDraft,
     source: FeatureSource,
@@ -95,73 +182,20 @@ def evaluate(
     num_anchors: int = 32,
     seed: int = 0,
 ) -> Evaluation:
-    """Evaluate on the sequences at `indices` (all by default), one at a time, without dropout."""
-    was_training = draft.training
-    draft.eval()
-    device = draft.fc.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    block_size = draft.config.block_size
-    sums, counts = torch.zeros(block_size), torch.zeros(block_size)
-    products, blocks_seen, losses = 0.0, 0, []
-    committed = 0
-    accepted = []
-    for index in _held(source, range(len(source)) if indices is None else indices):
-        batch = source.batch([index])
-        anchors = sample_anchors(batch.loss_mask, num_anchors, generator)
-        blocks = anchor_batch(batch, anchors[:, anchors[0] >= 0], block_size).to(device)
-        batch = batch.to(device)
-        replay = replay_greedy(draft, batch)
-        committed += replay.num_committed
-        accepted.append(replay.accepted)
-        if blocks.anchors.numel() == 0:
-            continue
-        scores = draft.forward_packed(
-            batch.features, anchors=blocks.anchors, previous=blocks.previous
-        )
-        terms = dspark_loss(
-            scores.logits,
-            confidence_logits=scores.confidence_logits,
-            target_probs=aligned_target_probs(
-                draft, batch, blocks.anchors, logit_cap=source.target.logit_cap
-            ),
-            labels=draft.draft_ids[blocks.labels],
-            mask=blocks.mask,
-            weights=LossWeights(),
-        )
-        losses.append(float(terms.total))
-        kept = (terms.acceptance * blocks.mask).cpu()
-        sums += kept.sum((0, 1))
-        counts += blocks.mask.cpu().sum((0, 1))
-        products += float(kept.cumprod(-1).sum())
-        blocks_seen += blocks.anchors.numel()
-    draft.train(was_training)
-    rounds = torch.cat(accepted) if accepted else torch.zeros(0, dtype=torch.long)
-    reached = rounds[:, None] > torch.arange(block_size)
-    return Evaluation(
-        loss=sum(losses) / max(len(losses), 1),
-        acceptance=tuple((sums / counts.clamp(min=1)).tolist()),
-        tau_probabilistic=1.0 + products / max(blocks_seen, 1),
-        tau_greedy=committed / max(len(rounds), 1),
-        survival=tuple((reached.sum(0) / max(len(rounds), 1)).tolist()),
+    """`evaluation_of` the sequences at `indices` (all by default)."""
+    return evaluation_of(
+        score_sequences(draft, source, indices=indices, num_anchors=num_anchors, seed=seed)
     )
 
 
-@torch.inference_mode()
-def calibrate(draft: DSparkDraft, source: FeatureSource) -> NDArray[np.float64] | None:
+def calibrate(scores: Sequence[SequenceScores]) -> NDArray[np.float64] | None:
     """Confidence temperatures [γ] fitted on replayed greedy rounds; None without a confidence."""
-    was_training = draft.training
-    draft.eval()
-    device = draft.fc.weight.device
-    replays = [
-        replay_greedy(draft, source.batch([index]).to(device))
-        for index in _held(source, range(len(source)))
-    ]
-    draft.train(was_training)
-    logits = [r.confidence_logits for r in replays if r.confidence_logits is not None]
-    accepted = torch.cat([replay.accepted for replay in replays])
-    if not logits or len(accepted) == 0:
+    logits = [s.replay.confidence_logits for s in scores]
+    known = [row for row in logits if row is not None]
+    accepted = torch.cat([s.replay.accepted for s in scores])
+    if not known or len(accepted) == 0:
         return None
-    return calibration.fit(torch.cat(logits).float().numpy(), accepted.numpy())
+    return calibration.fit(torch.cat(known).float().numpy(), accepted.numpy())
 
 
 def _held(source: FeatureSource, indices: Sequence[int]) -> Iterator[int]:

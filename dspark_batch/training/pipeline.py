@@ -35,7 +35,7 @@ from dspark_batch.stop import Stop
 from dspark_batch.training.card import Facts, TrainingSummary, write_draft_folder
 from dspark_batch.training.checkpoint import WEIGHTS, load_draft, save_draft
 from dspark_batch.training.draft import DSparkDraft
-from dspark_batch.training.evaluation import calibrate, evaluate
+from dspark_batch.training.evaluation import calibrate, evaluation_of, score_sequences
 from dspark_batch.training.features import FeatureSource
 from dspark_batch.training.recipe import TrainingRecipe, load_training_recipe
 from dspark_batch.training.responses import Responses, Sequences
@@ -264,6 +264,8 @@ class _Training:
             raise self._stopped_early(trainer)
         self._progress.phase("evaluating and calibrating")
         best = self._load(self._files.training / "export", tables)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._options.bf16):
+            scores = score_sequences(best, held_out, seed=self._options.seed)
         facts = Facts.gather(
             self._recipe,
             weights,
@@ -273,12 +275,12 @@ class _Training:
             num_steps=trainer.step,
             seconds=trainer.seconds,
             device=str(self._device),
-            evaluation=evaluate(best, held_out, seed=self._options.seed),
+            evaluation=evaluation_of(scores),
             by_source={
-                name: evaluate(best, held_out, indices=indices, seed=self._options.seed)
+                name: evaluation_of([scores[index] for index in indices])
                 for name, indices in _by_source(sequences).items()
             },
-            temperatures=calibrate(best, held_out),
+            temperatures=calibrate(scores),
         )
         summary = write_draft_folder(
             self._recipe, facts, draft=best, log=self._files.training / "log.jsonl"
