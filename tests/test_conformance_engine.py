@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +45,13 @@ def prompt_arrays(folder: Path) -> list[Any]:
     return [np.load(path) for path in sorted(folder.glob("prompt_*.npz"))]
 
 
+@pytest.mark.parametrize("run", ["greedy", "threshold", "stop"])
 def test_every_round_drafts_and_verifies_as_the_reference(
-    conformance: tuple[Engine, Path],
+    run: str, conformance: tuple[Engine, Path]
 ) -> None:
+    """With the lengths that the reference verified: whole blocks, confident prefixes."""
     engine, folder = conformance
+    lengths = set()
     for arrays in prompt_arrays(folder):
         prompt = arrays["prompt_ids"].reshape(-1).tolist()
         sequence = Sequence(
@@ -59,7 +63,7 @@ def test_every_round_drafts_and_verifies_as_the_reference(
         engine.admit(sequence)
         sequence.tokens.append(int(engine.prefill([sequence])[0]))
         checked = 0
-        for step in rounds(arrays, "greedy"):
+        for step in rounds(arrays, run):
             assert sequence.anchor_position == int(step["start"])
             block = engine.draft_raw([sequence])
             np.testing.assert_array_equal(block.tokens[0], step["draft_tokens"].reshape(-1))
@@ -67,10 +71,13 @@ def test_every_round_drafts_and_verifies_as_the_reference(
                 np.testing.assert_allclose(
                     block.confidence[0], step["confidence_logits_full"].reshape(-1), atol=1e-4
                 )
-            length = int(step["proposal_len"])
+            # A round that ends the text records what it kept as its length.
+            stopped = bool(step["stopped"])
+            length = engine.block_size if stopped else int(step["proposal_len"])
+            lengths.add(length)
             plan = VerifyPlan(np.array([length]))
             result = engine.verify([sequence], block, plan)
-            if not bool(step["stopped"]):
+            if not stopped:
                 assert int(result.num_accepted[0]) == int(step["accepted"])
                 assert int(result.bonus[0]) == step["next_token"].item()
             accepted = block.tokens[0, : int(result.num_accepted[0])].tolist()
@@ -78,6 +85,7 @@ def test_every_round_drafts_and_verifies_as_the_reference(
             checked += 1
         assert checked > 3
         engine.release(sequence)
+    assert len(lengths) > 2 if run == "threshold" else lengths == {engine.block_size}
 
 
 @pytest.mark.parametrize("spec", ["off", "on", "auto"])
@@ -97,6 +105,43 @@ def test_greedy_text_is_the_reference_s(conformance: tuple[Engine, Path], spec: 
     assert [list(found[row].token_ids) for row in range(len(prompts))] == expected
     if spec == "on":
         assert stats.spec.accepted_length > 1.5
+
+
+def stopping_at(engine: Engine, token: int) -> Engine:
+    """The same engine with another stop token."""
+    target = engine.manifest.target.model_copy(update={"stop_token_ids": (token,)})
+    changed = copy.copy(engine)
+    changed.manifest = engine.manifest.model_copy(update={"target": target})
+    return changed
+
+
+@pytest.mark.parametrize("spec", ["off", "on"])
+def test_text_ends_at_a_stop_token_as_the_reference_s_does(
+    conformance: tuple[Engine, Path], spec: str
+) -> None:
+    engine, folder = conformance
+    for arrays in prompt_arrays(folder):
+        ids = arrays["prompt_ids"].reshape(-1).tolist()
+        token = int(arrays["stop/stop_token"])
+        output = arrays["stop/output_ids"].reshape(-1).tolist()
+        wanted = output[len(ids) :] if output[: len(ids)] == ids else output
+        assert wanted.index(token) == len(wanted) - 1
+        prompt = Prompt(0, tuple(ids), SamplingParams(max_new_tokens=64))
+        (found,) = decode([prompt], stopping_at(engine, token), spec=spec, stats=DecodeStats())
+        assert list(found.token_ids) == wanted
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 7, 8])
+def test_text_is_cut_where_the_limit_is(conformance: tuple[Engine, Path], new_tokens: int) -> None:
+    """Within a block, at its end, and by the first token alone."""
+    engine, folder = conformance
+    for arrays in prompt_arrays(folder):
+        ids = arrays["prompt_ids"].reshape(-1).tolist()
+        output = arrays["greedy/output_ids"].reshape(-1).tolist()
+        whole = output[len(ids) :] if output[: len(ids)] == ids else output
+        prompt = Prompt(0, tuple(ids), SamplingParams(max_new_tokens=new_tokens))
+        (found,) = decode([prompt], engine, spec="on", stats=DecodeStats())
+        assert list(found.token_ids) == whole[:new_tokens]
 
 
 def test_manifest_says_what_the_checkpoint_says(conformance: tuple[Engine, Path]) -> None:
