@@ -98,7 +98,7 @@ class GGUFWeights(Weights):
         return self._header.metadata.get("tokenizer.chat_template")
 
     def close(self) -> None:
-        """See `Weights`; the map goes with the last view of it."""
+        """See `Weights`."""
         self._sources = {}
 
     def _source(self, name: str) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
+from dspark_batch.weights.source import mapped
 
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
@@ -41,22 +42,22 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a GGUF file says about itself; every tensor lies inside the mapped file."""
+    """What a GGUF file says about itself; every tensor lies inside the file."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorEntry]
-    buffer: mmap.mmap
 
 
 def read_header(path: Path) -> GGUFHeader:
     """Parse the header; `EngineError` for another format, another version or a cut-off file."""
     with path.open("rb") as file:
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        return _Parser(path, buffer).header()
-    except (struct.error, UnicodeDecodeError) as error:
-        raise EngineError(f"{path} is cut off or damaged: {error}; download it again") from error
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+                return _Parser(path, buffer).header()
+        except (struct.error, UnicodeDecodeError) as error:
+            problem = f"{path} is cut off or damaged: {error}; download it again"
+            raise EngineError(problem) from error
 
 
 def read_values(header: GGUFHeader, name: str) -> NDArray[Any]:
@@ -73,11 +74,11 @@ def read_values(header: GGUFHeader, name: str) -> NDArray[Any]:
     }
     kind = kinds(entry.kind)
     if kind in plain:
-        flat = np.frombuffer(header.buffer, plain[kind], math.prod(entry.shape), entry.offset)
-        return flat.reshape(entry.shape)
-    blocks = np.frombuffer(header.buffer, np.uint8, entry.num_bytes, entry.offset)
+        return mapped(header.path, plain[kind], entry.shape, entry.offset)
+    row_bytes = entry.num_bytes // math.prod(entry.shape[:-1])
+    blocks = mapped(header.path, np.uint8, (*entry.shape[:-1], row_bytes), entry.offset)
     try:
-        values = gguf.dequantize(blocks.reshape(*entry.shape[:-1], -1), kind)
+        values = gguf.dequantize(blocks, kind)
     except NotImplementedError as error:
         raise EngineError(
             f"tensor {name} of {header.path} is quantized as {kind.name}, which the gguf package "
@@ -110,7 +111,7 @@ class _Parser:
             name: self._entry(name, shape, kind, start + offset)
             for name, shape, kind, offset in table
         }
-        return GGUFHeader(self._path, metadata, tensors, self._buffer)
+        return GGUFHeader(self._path, metadata, tensors)
 
     def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> TensorEntry:
         import gguf

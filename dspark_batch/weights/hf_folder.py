@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
 from dspark_batch.weights.hf_config import normalized_config
-from dspark_batch.weights.source import SPECIAL_TOKEN_NAMES, Weights, suggestion
+from dspark_batch.weights.source import SPECIAL_TOKEN_NAMES, Weights, mapped, suggestion
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -53,7 +52,6 @@ _TEXT_PREFIXES = (
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    buffer: mmap.mmap
     dtype: str
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
@@ -61,10 +59,10 @@ class _Entry:
 
 
 class FolderWeights(Weights):
-    """Invariant: every entry lies wholly inside its mapped file."""
+    """Invariant: every entry lies wholly inside its file."""
 
     def __init__(self, folder: Path) -> None:
-        """Map the folder's safetensors; `EngineError` where something is missing or damaged."""
+        """Read the headers; `EngineError` where something is missing or damaged."""
         self._folder = folder
         raw = _read_json(folder / "config.json")
         if raw is None:
@@ -108,10 +106,7 @@ class FolderWeights(Weights):
                 f"tensor {name} of {entry.path} is stored as {entry.dtype}; supported are "
                 + ", ".join(_DTYPES)
             )
-        count = math.prod(entry.shape)
-        if count == 0:
-            return np.empty(entry.shape, dtype)
-        return np.frombuffer(entry.buffer, dtype, count, entry.offset).reshape(entry.shape)
+        return mapped(entry.path, dtype, entry.shape, entry.offset)
 
     def tokenizer_json(self) -> str | None:
         """See `Weights`; `EngineError` where the tokenizer is there in another format only."""
@@ -139,7 +134,7 @@ class FolderWeights(Weights):
         return template
 
     def close(self) -> None:
-        """See `Weights`; a map is unmapped when the last view of it goes."""
+        """See `Weights`."""
         self._entries = {}
 
     def _entry(self, name: str) -> _Entry:
@@ -220,7 +215,6 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             table = json.loads(file.read(length))
         except ValueError as error:
             raise EngineError(f"{path} is no safetensors file: {error}") from error
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     entries = {}
     for name, info in table.items():
         if name == "__metadata__":
@@ -232,5 +226,5 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             raise EngineError(f"{path} is damaged: the size of {name} does not fit its shape")
         if 8 + length + end > size:
             raise EngineError(f"{path} is cut off inside {name}; download it again")
-        entries[name] = _Entry(buffer, info["dtype"], shape, 8 + length + start, path)
+        entries[name] = _Entry(info["dtype"], shape, 8 + length + start, path)
     return entries

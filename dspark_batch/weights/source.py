@@ -6,12 +6,14 @@ import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
@@ -30,8 +32,18 @@ SPECIAL_TOKEN_NAMES = (
 """The names under which chat templates know special tokens."""
 
 
+def mapped(path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+    """A read-only view of part of a file, `offset` in bytes.
+
+    Each has a map of its own, so that the pages of one tensor are let go with it.
+    """
+    if math.prod(shape) == 0:
+        return np.empty(shape, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
 class Weights(ABC):
-    """An opened weight source. Reading one tensor never loads another.
+    """An opened weight source. Reading one tensor never loads another, nor keeps it.
 
     Arrays that need no conversion are read-only views of the mapped file and stay valid after
     `close`; converted ones (dequantized, permuted) are fresh.
