@@ -390,7 +390,7 @@ def test_a_draft_of_another_origin_is_not_replaced(
 def test_training_goes_on_from_a_draft_with_a_larger_vocabulary(
     workspace: Workspace, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = 'start = "export/drafts/whole"\n'
+    start = f'start = "{workspace.draft("whole")}"\n'
     monkeypatch.chdir(workspace.folder)
     (workspace.folder / "export" / "broken.toml").write_text("[target]\n")
     (workspace.folder / "export" / "with-more.toml").write_text(
@@ -400,6 +400,9 @@ def test_training_goes_on_from_a_draft_with_a_larger_vocabulary(
     found = train("more")
     assert found["next_command"] == "dspark-batch export with-more"
     assert found["tau_at_start"] > trained["tau_at_start"] + 0.3
+    card = (workspace.draft("more") / "README.md").read_text()
+    assert "- Start: whole." in card
+    assert str(workspace.folder) not in card
     tensors = load_file(workspace.draft("more") / "model.safetensors")
     assert len(tensors["markov_head.markov_w2.weight"]) == VOCAB
     assert "d2t" not in tensors

@@ -71,7 +71,7 @@ class Facts:
         covered = sum(token in known for ids in responses for token in ids)
         events = [json.loads(line) for line in log.read_text().splitlines()]
         return cls(
-            target=recipe.target.weights,
+            target=_portable(recipe.target.weights),
             license=recipe.target.license,
             mask_token=str(draft.config.mask_token_id),
             num_responses=len(sequences.training),
@@ -216,7 +216,7 @@ def _card(recipe: TrainingRecipe, facts: Facts, draft: DSparkDraft, num_bytes: i
         "",
         f"- Data: {facts.num_responses:,} responses, {facts.num_response_tokens:,} tokens; "
         f"{facts.num_held_out:,} held out. {_data(recipe)}",
-        f"- Start: {training.start}. Features: the {recipe.target.precision} engine.",
+        f"- Start: {_portable(training.start)}. Features: the {recipe.target.precision} engine.",
         f"- {facts.num_steps:,} steps of {training.batch_size} sequences with up to "
         f"{training.anchors} blocks each, {duration(facts.seconds)} on {facts.device}; AdamW, peak "
         f"learning rate {training.learning_rate:g}, cosine, gradient clip "
@@ -263,6 +263,11 @@ def _calibration(facts: Facts) -> list[str]:
         return ["No confidence head, so nothing to calibrate."]
     listed = ", ".join(f"{value:.2f}" for value in facts.temperatures)
     return [f"Temperatures of the confidence, fitted on the greedy rounds: {listed}."]
+
+
+def _portable(source: str) -> str:
+    """A source without the folders of this machine."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _listed(ids: Sequence[int]) -> str:
