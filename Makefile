@@ -26,7 +26,7 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.test: $(VENV)/.run
 	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,train]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,train,tensorrt-rtx]"
 	touch $@
 
 clean:

@@ -168,8 +168,8 @@ def dirty_padding(call: Call, garbage: int) -> Call:
     draft_logits[:, : padded.shape[1]][padded] = np.nan
     return replace(
         call,
-        logits=np.vstack([call.logits, bad_row]),
-        logit_rows=np.where(beyond, len(call.logits), call.logit_rows),
+        logits=np.vstack([bad_row, call.logits]),
+        logit_rows=np.where(beyond, 0, call.logit_rows + 1),
         draft_tokens=np.where(padded, garbage, call.draft_tokens),
         draft_logits=draft_logits,
     )

@@ -1,0 +1,78 @@
+"""The Triton kernel in Triton's CPU interpreter.
+
+Triton reads TRITON_INTERPRET when it is imported, for its own library too: a process can either
+interpret kernels or compile them. So `interpret` belongs into a process that began with `prepare`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from verify_calls import Call, Result
+
+from dspark_batch.plugin.launch import OPERANDS, VerifyCall
+from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
+
+
+def prepare() -> None:
+    """Make this process one that interprets."""
+    assert "triton" not in sys.modules
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def interpret(call: Call, block: int = 16, tile: int | None = None) -> Result:
+    """Run a call, `tile` rows a program. Default: the largest power of two that divides them."""
+    num_rows, num_drafts = call.draft_tokens.shape
+    _, block_size, draft_vocab_size = call.draft_logits.shape
+    results = [np.full(num_rows, -7, np.int64) for _ in OUTPUTS]
+    operands = [np.ascontiguousarray(call.feeds[name]) for name in INPUTS]
+    sizes = (call.logits.shape[1], draft_vocab_size, num_drafts, block_size)
+    _run([*operands, *results], sizes, block, tile or num_rows & -num_rows)
+    return results[0], results[1]
+
+
+class HostLauncher:
+    """Stands in for `CudaLauncher`: the addresses are of arrays in host memory."""
+
+    def __init__(self, *_: Any) -> None:
+        self.streams: list[int] = []
+
+    def __call__(self, call: VerifyCall, stream: int) -> None:
+        rows, drafts, gamma = call.num_rows, call.num_drafts, call.block_size
+        num_logits = rows * (drafts + 1)
+        shapes = {
+            "logits": (num_logits, call.vocab_size),
+            "logit_rows": (rows, drafts + 1),
+            "draft_tokens": (rows, drafts),
+            "draft_logits": (rows, gamma, call.draft_vocab_size),
+            "draft_vocab": (call.draft_vocab_size,),
+            "uniforms": (rows, gamma + 1),
+        }
+        arrays = [
+            _at(address, shapes.get(name, (rows,)), "f4" if kind == "*fp32" else "i8")
+            for (name, kind), address in zip(OPERANDS.items(), call.pointers, strict=True)
+        ]
+        sizes = (call.vocab_size, call.draft_vocab_size, drafts, gamma)
+        _run(arrays, sizes, block=16, tile=1)
+        self.streams.append(stream)
+
+
+def _at(address: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_char * num_bytes).from_address(address)
+    return np.frombuffer(memory, dtype).reshape(shape)
+
+
+def _run(arrays: list[NDArray[Any]], sizes: tuple[int, ...], block: int, tile: int) -> None:
+    import torch
+
+    from dspark_batch.plugin.triton_kernel import dspark_verify
+
+    tensors = [torch.from_numpy(array) for array in arrays]
+    with np.errstate(all="ignore"):
+        dspark_verify[(len(arrays[-1]) // tile,)](*tensors, *sizes, ROWS=tile, BLOCK=block)
