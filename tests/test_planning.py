@@ -11,14 +11,24 @@ import numpy as np
 import pytest
 
 from dspark_batch.algorithm.costs import CostTable
+from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.errors import UsageError
 from dspark_batch.planning.catalogue import DTYPE_BYTES, GPUS, PAIRS
 from dspark_batch.planning.figures import draw_figures, frontier, queries, throughput
 from dspark_batch.planning.machines import measured_machine, roofline_machine
-from dspark_batch.planning.replay import Simulated, Strategy, simulate, strategies
+from dspark_batch.planning.replay import (
+    ReplayEngine,
+    Simulated,
+    Strategy,
+    replay_prompts,
+    simulate,
+    strategies,
+)
 from dspark_batch.planning.roofline import Roofline
-from dspark_batch.planning.rounds import Rounds
+from dspark_batch.planning.rounds import Block, Rounds, num_matching
 from dspark_batch.planning.simulation import Simulation, run_simulation
+from dspark_batch.types import Sequence as Row
+from dspark_batch.types import VerifyPlan
 
 BLOCK = 3
 # A row a millisecond dearer than none, a token half of one; drafts cost 1 ms and 0.2 ms a row.
@@ -87,6 +97,58 @@ def test_a_full_batch_shares_its_passes() -> None:
     seconds = 12 * (8 + 0.5 * 8) * 1e-3 + (8 + 0.5 * 48) * 1e-3
     assert found.tokens_per_second == pytest.approx(8 * 13 / seconds)
     assert found.row_tokens_per_second == pytest.approx(13 / seconds)
+
+
+def test_only_full_rounds_and_later_admissions_are_steady() -> None:
+    rounds = replace(
+        made_up([0] * 12, num_rows=2),
+        num_new_tokens=np.array([13, 2]),
+        num_accepted=np.zeros(13, np.int64),
+        num_drafted=np.full(13, BLOCK),
+        confidence_logits=np.zeros((13, BLOCK), np.float32),
+        stopped=np.array([False, True]),
+    )
+    engine = ReplayEngine(rounds, COSTS, max_rows=2)
+    order = np.array([0, 1, 1, 0])
+    done = decode(replay_prompts(rounds, order), engine, spec="off", stats=DecodeStats())  # type: ignore[arg-type]
+    assert [len(c.token_ids) for c in done] == [2, 2, 13, 13]
+    # The long rows overlap for 10 rounds, each short one takes one, and two are left at the end.
+    assert engine.steady.num_row_rounds == engine.steady.num_committed == 2 * 12
+    assert engine.steady.verify_seconds == pytest.approx(12 * (2 + 0.5 * 2) * 1e-3)
+    assert engine.refills.num_rows == 2
+    assert engine.refills.seconds == pytest.approx(2 * (1 + 0.5 * 6) * 1e-3)
+
+
+def test_a_text_that_ends_inside_a_block_commits_no_bonus() -> None:
+    rounds = made_up([0] * 10 + [2, 1], num_rows=1)
+    rounds = replace(rounds, stopped=np.array([True]), max_new_tokens=np.array([99]))
+    engine = ReplayEngine(rounds, COSTS, max_rows=1)
+    (done,) = decode(replay_prompts(rounds, np.array([0])), engine, spec="on", stats=DecodeStats())  # type: ignore[arg-type]
+    assert (len(done.token_ids), done.finish_reason, done.spec.num_rounds) == (13, "stop", 11)
+    assert engine.steady.num_committed == 12
+    assert engine.steady.num_row_rounds == 11
+
+
+def test_a_round_without_a_draft_pays_for_none() -> None:
+    engine = ReplayEngine(made_up([0] * 12), COSTS, max_rows=1)
+    (prompt,) = replay_prompts(made_up([0] * 12), np.array([0]))
+    row = Row(prompt, 0, tokens=[0, 0], num_prompt_tokens=1)
+    block = engine.draft([row])
+    engine.verify([row], block, VerifyPlan(np.array([2])))
+    engine.verify([row], None, VerifyPlan(np.array([0])))
+    assert engine.steady.draft_seconds == pytest.approx(1.2e-3)
+    assert (engine.steady.num_drafted, engine.steady.num_row_rounds) == (1, 2)
+
+
+def test_a_block_agrees_as_far_as_it_was_proposed() -> None:
+    logits = np.zeros(3, np.float32)
+    blocks = [
+        Block(np.array([5, 6, 7]), logits, 3),  # the text goes on 5, 6, 8
+        Block(np.array([6, 8, 9]), logits, 1),
+        Block(np.array([9, 9, 9]), logits, 3),
+        Block(np.array([9, 9, 9]), logits, 3),  # the text ends after one more
+    ]
+    assert num_matching(blocks, [4, 5, 6, 8, 9]).tolist() == [2, 1, 0, 1]
 
 
 def test_auto_is_as_good_as_the_better_of_plain_and_fixed() -> None:
@@ -269,6 +331,14 @@ def test_figures_show_every_strategy_and_axis(simulation: Simulation, tmp_path: 
     paths = draw_figures(simulation, tmp_path)
     assert [path.name for path in paths] == ["frontier.png", "throughput.png", "queries.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_figures_take_what_says_nothing(simulation: Simulation, tmp_path: Path) -> None:
+    """One concurrency, equal strategies: nothing to scale an axis by."""
+    for speeds in ((50.0,), (50.0, 50.0), (50.0, 50.0, 25.0)):
+        results = (*curve("plain", *speeds), *curve("auto", *speeds))
+        for floor in (10.0, 50.0, 99.0):
+            draw_figures(replace(simulation, results=results, floor=floor), tmp_path)
 
 
 def test_without_matplotlib_the_message_names_the_extra(

@@ -30,10 +30,17 @@ DEAR = CostTable.measured(
 )
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["stops", "endless"])
+KINDS = ["stops", "endless", "lookup"]
+LOOKUP = 'drafter = "ngram"\nblock_size = 4'
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A pair whose rows may stop, one whose rows never do, and a draft of varying length."""
     folder = tmp_path_factory.mktemp("pair")
-    engine = open_engine(export_pair(folder, *write_agreeing_pair(folder, stops=request.param)))
+    target, draft = write_agreeing_pair(folder, stops=request.param != "endless")
+    proposes = LOOKUP if request.param == "lookup" else draft
+    engine = open_engine(export_pair(folder, target, proposes))
     yield engine
     engine.close()
 
@@ -77,6 +84,8 @@ def test_a_record_holds_the_plain_text_s_lengths(
     assert rounds.num_accepted.shape == (num_anchors,)
     assert rounds.confidence.shape == (num_anchors, engine.block_size)
     assert set(rounds.num_accepted.tolist()) == set(range(engine.block_size + 1))
+    varies = engine.manifest.draft is not None and engine.manifest.draft.drafter == "ngram"
+    assert rounds.num_drafted.min() == (0 if varies else engine.block_size)
 
 
 def test_a_recorded_block_is_the_one_drafted_from_that_prefix(

@@ -88,25 +88,36 @@ def queries(simulation: Simulation) -> Figure:
     speeds = [found.row_tokens_per_second for found in simulation.curve(PLAIN)]
     low, high = min(speeds), max(speeds)
     floors = [low + (high - low) * i / _NUM_FLOORS for i in range(1, _NUM_FLOORS + 1)]
+    curves = {
+        name: [(floor, become) for floor in floors if (become := _become(simulation, name, floor))]
+        for name in simulation.strategies
+    }
+    numbers = [100.0, *(become for curve in curves.values() for _, become in curve)]
+    lowest, highest = min(numbers) / 1.3, max(numbers) * 1.3
+    # Before any curve: an axis that has to find its own limits warns where all numbers are equal.
+    axes.set_yscale("log")
+    axes.set_ylim(lowest, highest)
     for name, style in _lines(simulation):
-        found = [(floor, simulation.queries(name, floor)) for floor in floors]
-        known = [(floor, queries[0]) for floor, queries in found if queries]
         axes.plot(
-            [floor for floor, _ in known],
-            [become for _, become in known],
+            [x for x, _ in curves[name]],
+            [y for _, y in curves[name]],
             label=name,
             **style | {"marker": ""},
         )
     axes.axvline(simulation.floor, color="#999999", linestyle=":", linewidth=1.2)
-    axes.set_yscale("log")
     axes.set(xlabel="floor, tokens/s per row", ylabel="queries per 100 of plain decoding")
-    low, high = axes.get_ylim()
-    ticks = [tick for tick in _QUERY_TICKS if low <= tick <= high]
+    ticks = [tick for tick in _QUERY_TICKS if lowest <= tick <= highest]
     axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8)
     _finish(axes)
     return figure
+
+
+def _become(simulation: Simulation, name: str, floor: float) -> float:
+    """What 100 queries become; 0 where nothing can be said, or nothing is left of them."""
+    found = simulation.queries(name, floor)
+    return found[0] if found else 0.0
 
 
 def _floor_note(simulation: Simulation) -> str:
