@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -76,6 +76,18 @@ class LookupInfo(_Part):
     """[longest - shortest + 1, γ] conditional acceptance by match and position, of greedy text."""
 
 
+class CalibrationInfo(_Part):
+    """How far confidence can be believed: rounds of whole blocks, decoded at export."""
+
+    rows: Literal["greedy", "sampled"]
+    num_rounds: int
+    """Temperatures are fitted on every other row; the errors are those of the others."""
+    error_before: tuple[float, ...]
+    """[γ] expected calibration error of survival, without temperatures."""
+    error_after: tuple[float, ...]
+    """[γ] and with them."""
+
+
 class DraftInfo(_Part):
     """What proposes: a model, built into a graph from its checkpoint, or a lookup."""
 
@@ -94,9 +106,15 @@ class DraftInfo(_Part):
     """Of the draft's graph; None where there is none."""
     lookup: LookupInfo | None = None
     confidence_temperatures: tuple[float, ...]
-    """[γ] sequential temperature scaling of the confidence logits."""
+    """[γ] sequential temperature scaling of the confidence logits, for greedy rows."""
     acceptance: tuple[float, ...]
     """[γ] conditional acceptance by position, measured greedily at export: the run's prior."""
+    sampled_temperatures: tuple[float, ...] = ()
+    """The same for rows above temperature 0; empty where greedy rows' serve."""
+    sampled_acceptance: tuple[float, ...] = ()
+    """As `sampled_temperatures`."""
+    calibration: tuple[CalibrationInfo, ...] = ()
+    """How good the two are; empty for a draft without a confidence head."""
 
 
 class Limits(_Part):

@@ -10,9 +10,15 @@ from numpy.typing import NDArray
 
 from dspark_batch.algorithm.calibration import (
     TEMPERATURE_GRID,
+    Rounds,
     apply,
+    brier_score,
+    calibrated,
+    concatenate,
+    discrimination,
     expected_calibration_error,
     fit,
+    reliability,
 )
 
 Array = NDArray[Any]
@@ -101,3 +107,74 @@ def test_the_error_equals_its_definition_bin_by_bin() -> None:
 def test_fitting_without_rounds_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one round"):
         fit(np.zeros((0, 3)), np.zeros(0))
+
+
+# --- what an export keeps ------------------------------------------------------------------------
+
+
+def rounds_of(seed: int, temperatures: Array, *, num_rounds: int = 12_000) -> Rounds:
+    """As `rounds`, thirty of them to a row."""
+    logits, accepted = rounds(seed, temperatures, num_rounds=num_rounds)
+    return Rounds(logits, accepted, np.arange(num_rounds) // 30)
+
+
+def test_what_is_reported_is_measured_on_rows_that_were_not_fitted() -> None:
+    true = np.array([2.0, 2.5, 0.3, 4.0])
+    found = rounds_of(5, true)
+    even = (found.rows % 2) == 0
+    report = calibrated(found)
+    assert report.num_rounds == 12_000
+    np.testing.assert_array_equal(
+        report.temperatures, fit(found.logits[even], found.accepted[even])
+    )
+    others = found.of(~even)
+    np.testing.assert_allclose(report.error_after, others.errors(report.temperatures))
+    np.testing.assert_allclose(report.error_before, others.errors(np.ones(4)))
+    assert max(report.error_after) < 0.025 < min(report.error_before)
+    # The rows that are reported on do not count: their labels may be anything.
+    accepted = np.where(even, found.accepted, 0)
+    again = calibrated(Rounds(found.logits, accepted, found.rows))
+    assert again.temperatures == report.temperatures
+    assert again.error_after != report.error_after
+
+
+def test_rounds_of_one_row_alone_scale_nothing() -> None:
+    found = rounds_of(6, np.array([3.0, 0.3]), num_rounds=30)
+    report = calibrated(found)
+    assert report.temperatures == (1.0, 1.0)
+    assert report.error_before == report.error_after == (0.0, 0.0)
+    assert calibrated(concatenate([], 2)).acceptance == (0.5, 0.5)
+
+
+def test_acceptance_is_conditional_on_the_positions_before() -> None:
+    none = np.zeros((5, 3), np.float32)
+    found = Rounds(none, np.array([0, 1, 1, 2, 3]), np.arange(5))
+    # 4 of 5, 2 of 4, 1 of 2, each with one success and one failure more.
+    np.testing.assert_allclose(found.acceptance, [5 / 7, 3 / 6, 2 / 4])
+    assert found.survived.tolist()[3] == [True, True, False]
+    joined = concatenate([found, found.of(found.accepted > 1)], 3)
+    assert joined.accepted.tolist() == [0, 1, 1, 2, 3, 2, 3]
+    assert joined.rows.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert joined.logits.shape == (7, 3)
+
+
+def test_reliability_counts_every_item_once() -> None:
+    predicted = np.array([0.02, 0.03, 0.5, 0.99, 1.0])
+    count, mean, frequency = reliability(predicted, [0, 1, 1, 1, 0])
+    assert count.tolist() == [2, *[0] * 9, 1, *[0] * 8, 2]
+    assert mean[[0, 10, 19]] == pytest.approx([0.025, 0.5, 0.995])
+    assert frequency[[0, 10, 19]] == pytest.approx([0.5, 1.0, 0.5])
+
+
+def test_discrimination_is_the_share_of_pairs_in_the_right_order() -> None:
+    rng = np.random.default_rng(7)
+    predicted = rng.choice([0.1, 0.4, 0.4, 0.8, 0.9], 200)
+    observed = rng.random(200) < predicted
+    pairs = [(p > q) + 0.5 * (p == q) for p in predicted[observed] for q in predicted[~observed]]
+    assert discrimination(predicted, observed) == pytest.approx(np.mean(pairs))
+    assert discrimination(np.array([0.2, 0.9]), [0, 1]) == 1.0
+    assert np.isnan(discrimination(np.array([0.2, 0.9]), [1, 1]))
+
+
+def test_the_brier_score_is_the_mean_squared_error() -> None:
+    assert brier_score(np.array([0.0, 0.5, 1.0]), [0, 1, 0]) == pytest.approx((0.25 + 1) / 3)

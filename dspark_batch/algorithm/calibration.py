@@ -9,6 +9,9 @@ Shapes: n rounds, γ block size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -53,6 +56,91 @@ def apply(logits: Reals, temperatures: ArrayLike) -> Floats:
     return sigmoid.astype(np.float32)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rounds:
+    """Rounds that verified their whole block."""
+
+    logits: Floats
+    """[n, γ] of the confidence head."""
+    accepted: NDArray[np.int64]
+    """[n] draft tokens."""
+    rows: NDArray[np.int64]
+    """[n] the row that each round is of."""
+
+    def of(self, chosen: NDArray[np.bool_]) -> Rounds:
+        """Those rounds [n]."""
+        return Rounds(self.logits[chosen], self.accepted[chosen], self.rows[chosen])
+
+    def survival(self, temperatures: ArrayLike) -> NDArray[np.float64]:
+        """Predicted probability [n, γ] that a block is accepted up to each position."""
+        return np.cumprod(apply(self.logits, temperatures), axis=1, dtype=np.float64)
+
+    @property
+    def survived(self) -> NDArray[np.bool_]:
+        """Whether it was [n, γ]."""
+        return np.asarray(np.arange(self.logits.shape[1]) < self.accepted[:, None])
+
+    @property
+    def acceptance(self) -> NDArray[np.float64]:
+        """[γ] conditional acceptance by position.
+
+        One virtual success and failure, so that a position never reached is not taken for certain.
+        """
+        passed = self.survived.sum(axis=0)
+        reached = np.concatenate([[len(self.accepted)], passed[:-1]])
+        return np.asarray((passed + 1.0) / (reached + 2.0))
+
+    def errors(self, temperatures: ArrayLike) -> NDArray[np.float64]:
+        """[γ] expected calibration error of survival."""
+        survival, survived = self.survival(temperatures), self.survived
+        return np.array(
+            [
+                expected_calibration_error(predicted, observed)
+                for predicted, observed in zip(survival.T, survived.T, strict=True)
+            ]
+        )
+
+
+def concatenate(rounds: Sequence[Rounds], block_size: int) -> Rounds:
+    """All of them as one."""
+    none = Rounds(np.zeros((0, block_size), np.float32), *(np.zeros(0, np.int64),) * 2)
+    parts = [none, *rounds]
+    return Rounds(
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.accepted for part in parts]),
+        np.concatenate([part.rows for part in parts]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What rounds come to, each [γ] by position."""
+
+    num_rounds: int
+    temperatures: tuple[float, ...]
+    acceptance: tuple[float, ...]
+    error_before: tuple[float, ...]
+    """Expected calibration error of survival without scaling, and after it."""
+    error_after: tuple[float, ...]
+
+
+def calibrated(rounds: Rounds) -> Calibrated:
+    """Temperatures fitted on every other row, errors of the others, acceptance of all.
+
+    Rounds of one row are too much alike to be told apart; with one row or none nothing is scaled.
+    """
+    block_size = rounds.logits.shape[1]
+    even = np.unique(rounds.rows, return_inverse=True)[1] % 2 == 0
+    fitted, held_out = rounds.of(even), rounds.of(~even)
+    temperatures = np.ones(block_size)
+    before = after = np.zeros(block_size)
+    if len(held_out.accepted):
+        temperatures = fit(fitted.logits, fitted.accepted)
+        before, after = held_out.errors(np.ones(block_size)), held_out.errors(temperatures)
+    found = (temperatures, rounds.acceptance, before, after)
+    return Calibrated(len(rounds.accepted), *(tuple(map(float, values)) for values in found))
+
+
 def expected_calibration_error(
     predicted: Reals, observed: ArrayLike, *, num_bins: int = NUM_BINS
 ) -> float:
@@ -60,6 +148,37 @@ def expected_calibration_error(
 
     `predicted` [n] probabilities, `observed` [n] of 0 or 1; bins weigh by their number of items.
     """
+    count, mean, frequency = reliability(predicted, observed, num_bins=num_bins)
+    return float((count * np.abs(mean - frequency)).sum() / len(predicted))
+
+
+def reliability(
+    predicted: Reals, observed: ArrayLike, *, num_bins: int = NUM_BINS
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Items, mean prediction and observed frequency of each bin; 0 where it is empty."""
     bins = np.minimum((predicted * num_bins).astype(np.int64), num_bins - 1)
-    gaps = np.bincount(bins, weights=predicted - np.asarray(observed, dtype=np.float64))
-    return float(np.abs(gaps).sum() / len(predicted))
+    count = np.bincount(bins, minlength=num_bins)
+    share = 1.0 / np.maximum(count, 1)
+    mean = np.bincount(bins, weights=predicted, minlength=num_bins) * share
+    frequency = np.bincount(bins, weights=np.asarray(observed), minlength=num_bins) * share
+    return count, mean, frequency
+
+
+def discrimination(predicted: Reals, observed: ArrayLike) -> float:
+    """AUROC: probability that an accepted item was predicted higher than a rejected one.
+
+    Equal predictions count half; NaN where all items are of one kind.
+    """
+    positive = np.asarray(observed, dtype=bool)
+    _, inverse, count = np.unique(predicted, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # the mean rank of equal values
+    num_positive = int(positive.sum())
+    num_pairs = num_positive * (len(positive) - num_positive)
+    if not num_pairs:
+        return float("nan")
+    return float((rank[positive].sum() - num_positive * (num_positive + 1) / 2) / num_pairs)
+
+
+def brier_score(predicted: Reals, observed: ArrayLike) -> float:
+    """Mean squared distance of prediction and outcome."""
+    return float(np.mean((predicted - np.asarray(observed, dtype=np.float64)) ** 2))
