@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dspark_batch.algorithm import metrics, scheduler
+from dspark_batch.algorithm import metrics
+from dspark_batch.schedule import open_schedule
 from dspark_batch.types import (
+    CONFIDENCE_THRESHOLD,
     Completion,
     DraftBlock,
     ErrorCode,
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from dspark_batch.engine import Engine
 
 T = TypeVar("T")
-
-_PROBE_ROUNDS = 128  # plain rounds after which `auto` drafts once, to learn whether it pays now
-_PRIOR_WEIGHT = 64.0  # observations that the export's acceptance counts for
-_DECAY = 0.98
 
 
 @dataclass(slots=True)
@@ -52,101 +47,35 @@ class DecodeStats:
 
 
 def decode(
-    prompts: Iterable[Prompt], engine: Engine, *, spec: str, stats: DecodeStats
+    prompts: Iterable[Prompt],
+    engine: Engine,
+    *,
+    spec: str,
+    scheduler: str | None = None,
+    confidence_threshold: float = CONFIDENCE_THRESHOLD,
+    stats: DecodeStats,
 ) -> Iterator[Completion]:
     """Complete every prompt; completions come as rows finish, exactly one per prompt.
 
-    `spec` is `off` (plain decoding), `on` (draft and verify every block whole) or `auto` (the
-    scheduler decides, drafting nothing included). The text does not depend on it: greedy rows get
-    plain decoding's text, sampled rows its distribution.
+    `spec` says when to draft: `off` (plain decoding), `on` (every round) or `auto` (where it pays).
+    `scheduler` says how much of a block is verified: `early-stop`, `async`, `threshold` (with
+    `confidence_threshold`) or `whole`; None is `early-stop` under `auto`, `whole` under `on`.
+    The text depends on none of it: greedy rows get plain decoding's text, sampled rows its
+    distribution.
     """
     slots = Slots(engine, stats)
-    schedule = Schedule(engine, spec)
+    schedule = open_schedule(
+        engine, spec, scheduler=scheduler, confidence_threshold=confidence_threshold
+    )
     source = iter(prompts)
     while slots.fill(source):
-        block = slots.draft() if schedule.drafts(slots.running) else None
+        block = slots.draft(schedule.drafts(slots.running))
         plan = schedule.plan(slots.running, block)
         result = slots.verify(block, plan)
         schedule.observe(plan, result)
         slots.commit(block, plan, result)
         yield from slots.take_finished()
     yield from slots.take_finished()
-
-
-class Schedule:
-    """Decides what to draft and what to verify; knows past rounds and measured costs only."""
-
-    def __init__(self, engine: Engine, spec: str) -> None:
-        self._spec = spec if engine.block_size else "off"
-        self._block_size = engine.block_size
-        self._costs = engine.costs
-        self._num_plain = 0
-        self._asked_rows = 0  # rows for which `_pays` was answered; 0: ask again
-        self._pays = False
-        self._drafted = False
-        self._pause = 0  # rounds not to draft in
-        self._next_pause = 1
-        self._estimate = scheduler.AcceptanceEstimate.from_prior(
-            engine.acceptance, prior_weight=_PRIOR_WEIGHT, decay=_DECAY
-        )
-
-    def drafts(self, running: list[Sequence]) -> bool:
-        """Whether this round drafts: decided before any token of it exists."""
-        self._drafted = self._wants_draft(running)
-        return self._drafted
-
-    def _wants_draft(self, running: list[Sequence]) -> bool:
-        if self._spec == "off" or not running:
-            return False
-        if self._spec == "on" or self._costs is None:
-            return True
-        if self._pause:
-            self._pause -= 1
-            return False
-        if len(running) != self._asked_rows:  # else nothing that the answer rests on has changed
-            self._asked_rows = len(running)
-            survival = np.broadcast_to(self._estimate.survival, (len(running), self._block_size))
-            limits = np.full(len(running), self._block_size)
-            self._pays = scheduler.worth_drafting(survival, limits, self._costs)
-        self._num_plain = 0 if self._pays else self._num_plain + 1
-        return self._pays or self._num_plain % _PROBE_ROUNDS == 0
-
-    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
-        """Verify lengths [R]: Algorithm 1 under `auto`, everything under `on`."""
-        if block is None:
-            return VerifyPlan(np.zeros(len(running), np.int64))
-        limits = np.minimum(self._max_lengths(running), block.lengths)
-        if self._spec == "on" or self._costs is None:
-            return VerifyPlan(scheduler.fixed(limits))
-        drafted = self._costs.draft(len(running))
-        verify_seconds = self._costs.verify_curve(len(running))
-        lengths = scheduler.early_stop(
-            block.confidence, limits, lambda tokens: drafted + verify_seconds(tokens)
-        )
-        return VerifyPlan(lengths)
-
-    def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
-        """Learn from a round that drafted; pause after a draft that nobody wanted.
-
-        What counts is what drafting brought: a token that was not worth verifying brought as
-        little as a rejected one. Else only confident rounds would be seen, and every estimate
-        from them would be too good.
-        """
-        if not self._drafted:
-            return
-        whole = np.full(len(plan.lengths), self._block_size)
-        self._estimate = self._estimate.observe(whole, result.num_accepted)
-        self._asked_rows = 0
-        if plan.lengths.any():
-            self._next_pause = 1
-        else:
-            self._pause = self._next_pause
-            self._next_pause = min(2 * self._next_pause, _PROBE_ROUNDS)
-
-    def _max_lengths(self, running: list[Sequence]) -> NDArray[np.int64]:
-        """A row needs no more drafts than its remaining tokens less the bonus."""
-        remaining = np.array([s.num_remaining for s in running], np.int64)
-        return np.minimum(remaining - 1, self._block_size)
 
 
 class Slots:
@@ -192,10 +121,18 @@ class Slots:
         self._engine.admit(sequence)
         return sequence
 
-    def draft(self) -> DraftBlock:
-        """A block for every running row."""
+    def draft(self, rows: list[Sequence]) -> DraftBlock | None:
+        """A block for every running row, empty but for `rows`; None if there are none of them."""
+        if not rows:
+            return None
         self._stats.num_drafted_rounds += 1
-        return self._timed("draft_seconds", self._engine.draft, self.running)
+        chosen = {sequence.slot for sequence in rows}
+        places = [r for r, s in enumerate(self.running) if s.slot in chosen]
+        drafting = [self.running[r] for r in places]
+        block = self._timed("draft_seconds", self._engine.draft, drafting)
+        for sequence in drafting:
+            sequence.num_taken = sequence.anchor_position
+        return block.spread(places, len(self.running))
 
     def verify(self, block: DraftBlock | None, plan: VerifyPlan) -> VerifyResult:
         """The target's pass."""

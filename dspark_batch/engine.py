@@ -83,9 +83,16 @@ class Engine:
 
     @property
     def acceptance(self) -> NDArray[np.float64]:
-        """[γ] conditional acceptance by position to expect before a run has seen any."""
+        """[γ] conditional acceptance of greedy rows to expect before a run has seen any."""
         draft = self.manifest.draft
         return np.array(draft.acceptance if draft else (), np.float64)
+
+    @property
+    def sampled_acceptance(self) -> NDArray[np.float64]:
+        """The same of rows above temperature 0."""
+        draft = self.manifest.draft
+        sampled = draft.sampled_acceptance if draft else ()
+        return np.array(sampled, np.float64) if sampled else self.acceptance
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -142,12 +149,16 @@ class Engine:
                 yield np.concatenate(row)
 
     def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
-        """Propose a block for every sequence; the confidence is calibrated."""
+        """Propose a block for every sequence; the confidence is calibrated for its temperature."""
         block = self.draft_raw(sequences)
-        assert self.manifest.draft is not None
-        temperatures = self.manifest.draft.confidence_temperatures
+        draft = self.manifest.draft
+        assert draft is not None
+        greedy = np.array(draft.confidence_temperatures)
+        sampled = np.array(draft.sampled_temperatures) if draft.sampled_temperatures else greedy
+        samples = np.array([s.prompt.params.temperature > 0 for s in sequences])
+        temperatures = np.where(samples[:, None], sampled, greedy)
         confidence = calibration.apply(block.confidence, temperatures)
-        return DraftBlock(block.tokens, confidence.astype(np.float32), block.lengths)
+        return DraftBlock(block.tokens, confidence, block.lengths)
 
     def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """As `draft`, with the confidence as logits: what calibration is fitted on."""
@@ -250,10 +261,13 @@ def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool =
 
 
 def read_costs(folder: Path, key: str) -> CostTable | None:
-    """The table measured on hardware `key`, or None."""
+    """The table measured on hardware `key`; None if there is none, or one of an older form."""
     path = folder / COSTS_FILE
     tables = json.loads(path.read_bytes()) if path.exists() else {}
-    return CostTable.from_json(tables[key]) if key in tables else None
+    try:
+        return CostTable.from_json(tables[key])
+    except KeyError:
+        return None
 
 
 def write_costs(folder: Path, key: str, costs: CostTable) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,9 @@ from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.drafters import LOOKUPS
 from dspark_batch.engine import Engine, write_costs
-from dspark_batch.manifest import DraftInfo
+from dspark_batch.manifest import CalibrationInfo, DraftInfo
 from dspark_batch.types import (
+    Completion,
     DraftBlock,
     Prompt,
     SamplingParams,
@@ -31,47 +34,59 @@ from dspark_batch.types import (
 
 logger = logging.getLogger(__name__)
 
+Clock = Callable[[], float]
+
 _REPEATS = 3
 _CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
+_LONG_CONTEXT = 1024
+_LEAST_LONGER = 4  # times as long as usual, or nothing can be told from it
+_MOST_CACHED = 16384  # tokens of all rows together, when contexts are long
+_INTAKE_ROWS, _INTAKE_TOKENS = 8, 64  # that the draft takes in at once, to tell what that costs
 _CALIBRATION_TOKENS = 96
 
 
-def measure_costs(engine: Engine, *, context_tokens: int = _CONTEXT_TOKENS) -> CostTable:
-    """Time verify and draft passes over a grid of rows and tokens per row: medians of three."""
-    gamma = engine.block_size
+def measure_costs(
+    engine: Engine, *, context_tokens: int = _CONTEXT_TOKENS, clock: Clock = time.perf_counter
+) -> CostTable:
+    """Time target and draft passes over grids of rows, tokens and context.
+
+    Every time is a median over sweeps in which all passes of a size take turns: what else runs on
+    the machine for a while is then in one sweep of each, and not in all sweeps of one.
+    """
+    widest = engine.block_size + 1
     rows = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < engine.max_rows] + [engine.max_rows]
-    per_row = sorted({min(n, gamma + 1) for n in (1, 2, 3, 4, 6, 8)} | {gamma + 1})
-    rng = np.random.default_rng(0)
+    per_row = sorted({min(n, widest) for n in (1, 2, 3, 4, 6, 8)} | {widest})
     context = min(context_tokens, engine.max_tokens // 2)
-    verify_seconds, draft_seconds = [], []
+    uniform, lone = [], []
     for num_rows in rows:
-        prompts = rng.integers(0, engine.vocab_size, (num_rows, context)).tolist()
-        running = [_row(slot, tokens) for slot, tokens in enumerate(prompts)]
-        for row in running:
-            engine.admit(row)
-        for row, token in zip(running, engine.prefill(running).tolist(), strict=True):
-            row.tokens.append(token)
-        drafting, verifying = [], []
-        for num_tokens in per_row:
-            _round(engine, running, num_tokens)  # not timed: it allocates and binds
-            times = [_round(engine, running, num_tokens) for _ in range(_REPEATS)]
-            drafting += [draft for draft, _ in times]
-            verifying.append(median(verify for _, verify in times))
-        verify_seconds.append(verifying)
-        draft_seconds.append(median(drafting))
-        for row in running:
-            engine.release(row)
+        first = np.arange(num_rows) == 0
+        plans = [np.full(num_rows, width - 1) for width in per_row]
+        plans += [first * (width - 1) for width in (2, widest)]
+        found = _target_times(engine, context, plans, clock)
+        uniform.append(found[: len(per_row)])
+        lone.append(np.interp(per_row, (1, 2, widest), [found[0], *found[len(per_row) :]]))
+    slopes = _context_slopes(engine, rows, context, np.array(uniform), clock)
+    draft_seconds, intake, taken = _draft_times(engine, rows, context, clock)
     return CostTable.measured(
-        rows, per_row, verify_seconds=verify_seconds, draft_seconds=draft_seconds
+        rows,
+        per_row,
+        verify_seconds=uniform,
+        lone_seconds=lone,
+        draft_seconds=draft_seconds,
+        intake_seconds=intake,
+        context_tokens=context,
+        context_seconds=slopes,
+        draft_context_seconds=taken,
     )
 
 
 def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
-    """Give the engine this machine's cost table, measured now if it has none, and keep it.
+    """Give the engine this machine's cost table, measured now if none goes as far, and keep it.
 
     A folder that cannot be written keeps nothing; then every run measures.
     """
-    if engine.costs is not None or not engine.block_size:
+    known = engine.costs.rows[-1] if engine.costs else 0
+    if known >= engine.max_rows or not engine.block_size:
         return
     progress("measuring the cost table of this machine")
     engine.costs = measure_costs(engine)
@@ -81,31 +96,119 @@ def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
         logger.warning("the cost table is not kept: %s", problem)
 
 
-def _round(engine: Engine, running: list[Row], num_tokens: int) -> tuple[float, float]:
-    """One round that verifies `num_tokens` a row and commits what it finds: its two times."""
-    plan = VerifyPlan(np.full(len(running), num_tokens - 1))
-    begin = time.perf_counter()
-    block = engine.draft_raw(running)
-    middle = time.perf_counter()
-    result = engine.verify(running, block, plan)
-    end = time.perf_counter()
-    for r, row in enumerate(running):
-        row.tokens += [*block.tokens[r, : result.num_accepted[r]].tolist(), int(result.bonus[r])]
-    return middle - begin, end - middle
+def _context_slopes(
+    engine: Engine,
+    rows: Sequence[int],
+    context: int,
+    usual: NDArray[np.float64],
+    clock: Clock,
+) -> list[tuple[float, float]]:
+    """[rows] what a cached token more of every row adds to `usual` [rows, widths] target passes.
+
+    Of plain steps and of the widest pass. Empty where rows cannot be long; sizes whose caches
+    would be too large get those of the largest one measured, in proportion.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    # From many rows to few: contexts get longer on the way, so every buffer has just its size.
+    for num_rows, (plain, *_, whole) in sorted(zip(rows, usual, strict=True), reverse=True):
+        most = min(_LONG_CONTEXT, _MOST_CACHED // num_rows, engine.max_tokens - usual.shape[1])
+        if most < _LEAST_LONGER * context:
+            continue
+        plans = [np.full(num_rows, extra) for extra in (0, engine.block_size)]
+        long_plain, long_whole = _target_times(engine, most, plans, clock)
+        slope = max(long_plain - plain, 0.0) / (most - context)
+        found[num_rows] = (slope, max((long_whole - whole) / (most - context), slope))
+    if not found:
+        return []
+    largest = max(found)
+    return [
+        found.get(n) or (found[largest][0] * n / largest, found[largest][1] * n / largest)
+        for n in rows
+    ]
 
 
-def _row(slot: int, tokens: list[int]) -> Row:
-    prompt = Prompt(slot, tuple(tokens), SamplingParams())
-    return Row(prompt=prompt, slot=slot, tokens=tokens, num_prompt_tokens=len(tokens))
+def _target_times(
+    engine: Engine, context: int, plans: Sequence[NDArray[np.int64]], clock: Clock
+) -> list[float]:
+    """Median seconds of target passes with these lengths [R], over sweeps in which all take turns.
+
+    Rows stand at `context` without having been prefilled: what the caches hold does not matter to
+    the time, only how far they reach.
+    """
+
+    def seconds(lengths: NDArray[np.int64]) -> float:
+        with _standing(engine, len(lengths), context) as rows:
+            tokens = np.zeros((len(lengths), engine.block_size), np.int64)
+            block = DraftBlock(tokens, tokens.astype(np.float32), lengths)
+            begin = clock()
+            engine.verify(rows, block, VerifyPlan(lengths))
+            return clock() - begin
+
+    for lengths in plans:  # not counted: it allocates and binds
+        seconds(lengths)
+    sweeps = [[seconds(lengths) for lengths in plans] for _ in range(_REPEATS)]
+    return [median(times) for times in zip(*sweeps, strict=True)]
+
+
+@contextmanager
+def _standing(engine: Engine, num_rows: int, context: int) -> Iterator[list[Row]]:
+    """Rows with `context` cached tokens, and an anchor after them."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, engine.vocab_size, (num_rows, context + 1)).tolist()
+    rows = [
+        Row(
+            Prompt(slot, tuple(tokens), SamplingParams()),
+            slot=slot,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+        )
+        for slot, tokens in enumerate(prompts)
+    ]
+    for row in rows:
+        engine.admit(row)
+    try:
+        yield rows
+    finally:
+        for row in rows:
+            engine.release(row)
+
+
+def _draft_times(
+    engine: Engine, rows: Sequence[int], context: int, clock: Clock
+) -> tuple[list[float], float, float]:
+    """Median seconds of draft passes [rows] at `context`, and what a token of context adds: one
+    that the pass takes in, and one that was taken in before.
+    """
+
+    def times(num_rows: int, num_prefilled: int, *, number: int) -> list[float]:
+        """Of passes in a row; each but the first takes in one token of each row."""
+        found = []
+        with _standing(engine, num_rows, num_prefilled) as running:
+            if num_prefilled:
+                engine.prefill(running)
+            for _ in range(number):
+                begin = clock()
+                engine.draft_raw(running)
+                found.append(clock() - begin)
+                engine.verify(running, None, VerifyPlan(np.zeros(num_rows, np.int64)))
+        return found
+
+    usual = {n: median(times(n, 0, number=_REPEATS + 1)[1:]) for n in rows}
+    some = max(n for n in rows if n <= _INTAKE_ROWS)
+    fresh = [times(some, _INTAKE_TOKENS, number=1)[0] for _ in range(_REPEATS + 1)][1:]
+    intake = max(median(fresh) - usual[some], 0.0) / (some * (_INTAKE_TOKENS + 1))
+    most = min(_LONG_CONTEXT, engine.max_tokens // 2)
+    taken = max(median(times(1, most, number=2 * _REPEATS)[1:]) - usual[1], 0.0) / most
+    return [usual[n] + n * taken * context for n in rows], intake, taken
 
 
 class _Recorder:
-    """An engine that notes each round's confidence logits and accepted counts."""
+    """An engine that notes the confidence and outcome of every block that was verified whole."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.logits: list[NDArray[np.float32]] = []
-        self.accepted: list[NDArray[np.int64]] = []
+        self._block: DraftBlock | None = None
+        self.found: list[calibration.Rounds] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -117,40 +220,59 @@ class _Recorder:
     def verify(
         self, sequences: list[Row], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
+        assert self._block is not None
         result = self._engine.verify(sequences, block, plan)
         whole = plan.lengths == self._engine.block_size
-        self.logits.append(self._block.confidence[whole])
-        self.accepted.append(result.num_accepted[whole])
+        rows = np.array([s.prompt.row for s in sequences])
+        found = (self._block.confidence[whole], result.num_accepted[whole], rows[whole])
+        self.found.append(calibration.Rounds(*found))
         return result
 
 
-def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
-    """The engine's draft with the confidence and acceptance that greedy rounds justify.
+def observe_rounds(
+    engine: Engine, prompts: Sequence[Prompt]
+) -> tuple[calibration.Rounds, list[Completion]]:
+    """Decode the prompts, verifying every block whole: no position is seen only if it looked good.
 
-    Every round verifies its whole block, so that no position is seen only when it looked good.
+    Blocks that the end of a row cuts short are left out.
+    """
+    recorder = _Recorder(engine)
+    done = list(decode(prompts, recorder, spec="on", stats=DecodeStats()))  # type: ignore[arg-type]
+    return calibration.concatenate(recorder.found, engine.block_size), done
+
+
+def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
+    """The engine's draft with the confidence and acceptance that rounds of the prompts justify.
+
+    Greedy rows and sampled ones have each their own, the latter of temperature 1.
     """
     draft = engine.manifest.draft
     assert draft is not None
-    recorder = _Recorder(engine)
     new_tokens = min(_CALIBRATION_TOKENS, engine.max_tokens - max(len(p) for p in prompts))
     params = SamplingParams(max_new_tokens=new_tokens)
-    source = [Prompt(i, tuple(ids), params) for i, ids in enumerate(prompts)]
-    stats = DecodeStats()
-    completions = list(decode(source, recorder, spec="on", stats=stats))  # type: ignore[arg-type]
+    source = [Prompt(i, tuple(ids), replace(params, seed=i)) for i, ids in enumerate(prompts)]
+    rounds, completions = observe_rounds(engine, source)
     if draft.drafter in LOOKUPS:
         texts = [(prompts[c.row], c.token_ids) for c in completions]
         lookup: DraftInfo = import_module(LOOKUPS[draft.drafter]).calibrated(draft, texts)
         return lookup
-    logits = np.concatenate(recorder.logits)
-    accepted = np.concatenate(recorder.accepted)
-    positions = np.arange(engine.block_size)
-    reached = (accepted[:, None] >= positions).sum(axis=0)
-    passed = (accepted[:, None] > positions).sum(axis=0)
-    # One virtual success and failure, so that a position never reached is not taken for certain.
-    acceptance = (passed + 1.0) / (reached + 2.0)
-    temperatures = calibration.fit(logits, accepted) if len(logits) else np.ones(len(positions))
+    sampling = [replace(p, params=replace(p.params, temperature=1.0)) for p in source]
+    greedy = calibration.calibrated(rounds)
+    sampled = calibration.calibrated(observe_rounds(engine, sampling)[0])
     found = {
-        "confidence_temperatures": tuple(map(float, temperatures)),
-        "acceptance": tuple(map(float, acceptance)),
+        "confidence_temperatures": greedy.temperatures,
+        "acceptance": greedy.acceptance,
+        "sampled_temperatures": sampled.temperatures,
+        "sampled_acceptance": sampled.acceptance,
+        "calibration": (_described("greedy", greedy), _described("sampled", sampled)),
     }
     return draft.model_copy(update=found)
+
+
+def _described(rows: Literal["greedy", "sampled"], fit: calibration.Calibrated) -> CalibrationInfo:
+    return CalibrationInfo(
+        rows=rows,
+        num_rounds=fit.num_rounds,
+        error_before=fit.error_before,
+        error_after=fit.error_after,
+    )

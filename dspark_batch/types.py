@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
 
+CONFIDENCE_THRESHOLD = 0.5
+"""Own confidence below which the scheduler `threshold` verifies no further."""
+
 
 class FinishReason(StrEnum):
     """Why a row ended; OpenAI's words."""
@@ -128,6 +131,8 @@ class Sequence:
     num_draft_tokens: int = 0
     num_verified_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_taken: int = 0
+    """Positions whose context a draft pass has taken in."""
     accepted_histogram: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     text: str | None = None
@@ -136,6 +141,11 @@ class Sequence:
     def anchor_position(self) -> int:
         """Absolute index of the anchor token (not of the row whose logits produced it)."""
         return len(self.tokens) - 1
+
+    @property
+    def num_pending(self) -> int:
+        """Positions whose context waits for the row's next draft."""
+        return self.anchor_position - self.num_taken
 
     @property
     def num_new_tokens(self) -> int:
@@ -159,6 +169,15 @@ class DraftBlock:
     lengths: NDArray[np.int64]
     """[R] tokens proposed, 0..γ; what lies beyond them is padding."""
 
+    def spread(self, places: list[int], num_rows: int) -> DraftBlock:
+        """The block of `num_rows` rows that has these rows at `places`, and no proposal else."""
+        tokens = np.zeros((num_rows, self.tokens.shape[1]), np.int64)
+        confidence = np.zeros(tokens.shape, np.float32)
+        lengths = np.zeros(num_rows, np.int64)
+        tokens[places], confidence[places] = self.tokens, self.confidence
+        lengths[places] = self.lengths
+        return DraftBlock(tokens, confidence, lengths)
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyPlan:
@@ -171,6 +190,11 @@ class VerifyPlan:
     def num_tokens(self) -> int:
         """Σ(1 + ℓ): tokens in the target's pass (B in the paper)."""
         return int(self.lengths.sum()) + len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        """1 + max ℓ: tokens of the row that has the most."""
+        return 1 + int(self.lengths.max(initial=0))
 
 
 @dataclass(frozen=True, slots=True)

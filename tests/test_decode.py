@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import stats
+from tiny import VOCAB as VOCAB_SIZE
+from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch import decode as decode_module
+from dspark_batch.algorithm.acceptance import verify
 from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.algorithm.sampling import sample, uniforms
+from dspark_batch.decode import DecodeStats, Slots, decode
+from dspark_batch.engine import Engine, open_engine
 from dspark_batch.types import (
     Completion,
     DraftBlock,
@@ -66,7 +74,7 @@ class Fake:
         self.block_size = block_size
         self.costs = costs
         self.stop_token_ids = frozenset({STOP} if stops else ())
-        self.acceptance = np.full(block_size, accuracy)
+        self.acceptance = self.sampled_acceptance = np.full(block_size, accuracy)
         self.tokenizer = Letters() if text else None
         self.plans: list[list[int]] = []
         self.occupied: set[int] = set()
@@ -134,10 +142,15 @@ def make_prompts(number: int, *, new_tokens: int | None = None, **params: Any) -
 
 
 def run(
-    prompts: list[Prompt], fake: Fake, spec: str, stats: DecodeStats | None = None
+    prompts: list[Prompt],
+    fake: Any,
+    spec: str,
+    stats: DecodeStats | None = None,
+    *,
+    scheduler: str | None = None,
 ) -> dict[int, Completion]:
     stats = stats or DecodeStats()
-    every = list(decode(prompts, fake, spec=spec, stats=stats))  # type: ignore[arg-type]
+    every = list(decode(prompts, fake, spec=spec, scheduler=scheduler, stats=stats))
     found = {completion.row: completion for completion in every}
     assert len(found) == len(every) == len(prompts)
     assert not fake.occupied
@@ -151,6 +164,7 @@ def run(
     block_size=st.integers(0, 4),
     accuracy=st.sampled_from([0.01, 0.5, 0.9, 0.99]),
     spec=st.sampled_from(["off", "on", "auto"]),
+    scheduler=st.sampled_from([None, "early-stop", "async", "threshold", "whole"]),
     costs=st.sampled_from([None, CHEAP_DRAFT, DEAR_DRAFT]),
     stops=st.booleans(),
 )
@@ -160,6 +174,7 @@ def test_text_is_that_of_plain_decoding_and_rows_in_are_rows_out(
     block_size: int,
     accuracy: float,
     spec: str,
+    scheduler: str | None,
     costs: CostTable | None,
     stops: bool,
 ) -> None:
@@ -167,7 +182,7 @@ def test_text_is_that_of_plain_decoding_and_rows_in_are_rows_out(
         max_rows=max_rows, block_size=block_size, accuracy=accuracy, costs=costs, stops=stops
     )
     prompts, stats = make_prompts(number), DecodeStats()
-    found = run(prompts, fake, spec, stats)
+    found = run(prompts, fake, spec, stats, scheduler=scheduler)
     for prompt in prompts:
         completion = found[prompt.row]
         assert completion.token_ids == plain(prompt, stops=stops)
@@ -293,19 +308,12 @@ def test_auto_drafts_where_it_pays_and_not_where_it_loses() -> None:
     assert paying.spec.num_verified_tokens > 0
     fake = Fake(accuracy=0.8, costs=DEAR_DRAFT, stops=False)
     run(prompts, fake, "auto", losing)
-    assert losing.num_drafted_rounds == 0
-    assert all(not any(plan) for plan in fake.plans)
-    unmeasured = DecodeStats()
-    run(prompts, Fake(accuracy=0.8, stops=False), "auto", unmeasured)
-    assert unmeasured.num_drafted_rounds == unmeasured.num_rounds
+    assert losing.num_drafted_rounds <= 2
 
 
 @pytest.mark.parametrize("boast", [False, True])
-def test_auto_gives_up_a_draft_that_turns_out_bad_and_probes(
-    boast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_gives_up_a_draft_that_turns_out_bad(boast: bool) -> None:
     """The export promised 0.8. The draft's own confidence says as much, or the truth."""
-    monkeypatch.setattr(decode_module, "_PROBE_ROUNDS", 10)
     costs = CostTable.measured(
         [1, 8], [1, 4], verify_seconds=[[1.0, 1.6], [1.0, 1.6]], draft_seconds=[0.3, 0.3]
     )
@@ -314,8 +322,168 @@ def test_auto_gives_up_a_draft_that_turns_out_bad_and_probes(
     fake.confidence = 0.8 if boast else 0.05
     stats = DecodeStats()
     run(make_prompts(6, new_tokens=300), fake, "auto", stats)
-    assert 5 < stats.num_drafted_rounds < stats.num_rounds / 3
+    assert 5 < stats.num_drafted_rounds < stats.num_rounds / 20
     assert bool(stats.spec.num_verified_tokens) == boast
+
+
+def test_a_block_reaches_the_rows_that_it_was_drafted_for() -> None:
+    """A schedule may name rows in any order, and some of them only."""
+    fake = Fake(max_rows=5, accuracy=0.999)
+    slots = Slots(fake, DecodeStats())  # type: ignore[arg-type]
+    slots.fill(iter(make_prompts(5, new_tokens=30)))
+    chosen = [slots.running[r] for r in (3, 1, 4)]
+    block = slots.draft(chosen)
+    assert block is not None
+    assert block.lengths.tolist() == [0, 3, 0, 3, 3]
+    plan = VerifyPlan(block.lengths)
+    result = slots.verify(block, plan)
+    assert result.num_accepted.tolist() == [0, 3, 0, 3, 3]
+    slots.commit(block, plan, result)
+    waiting = [s.num_pending for s in slots.running]
+    assert waiting == [3, 4, 3, 4, 4]
+    assert [s.num_draft_tokens for s in slots.running] == [0, 3, 0, 3, 3]
+    assert slots.draft([]) is None
+
+
+# --- sampled rows: the law of the text -----------------------------------------------------------
+
+
+class Sampled:
+    """`Engine` over three tokens whose next token depends on the last one: its law is known.
+
+    Confidence is of the worst kind: a token decides how sure the draft is of the next one.
+    """
+
+    block_size = 3
+    tokenizer = None
+    stop_token_ids: frozenset[int] = frozenset()
+    target = np.array([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.3, 0.4, 0.3]])
+    proposed = np.array([[0.3, 0.4, 0.3], [0.4, 0.4, 0.2], [0.1, 0.2, 0.7]])
+    sureness = np.array([0.95, 0.0, 0.7])
+    # For one row, the steps on which a plan that anticipates goes wrong (Appendix A). For three,
+    # many plans.
+    costs = CostTable.measured(
+        [1, 2, 3],
+        [1, 2, 3, 4],
+        verify_seconds=[[1.0, 2.0, 2.2, 2.3], [1.1, 2.0, 2.2, 2.3], [1.2, 2.0, 2.2, 2.6]],
+        draft_seconds=[0.1, 0.1, 0.1],
+    )
+    acceptance = sampled_acceptance = np.full(3, 0.6)
+
+    def __init__(self, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.plans: set[tuple[int, ...]] = set()
+        self.occupied: set[int] = set()
+
+    def admit(self, sequence: Sequence) -> None:
+        self.occupied.add(sequence.slot)
+
+    def release(self, sequence: Sequence) -> None:
+        self.occupied.remove(sequence.slot)
+
+    def prefill(self, sequences: list[Sequence]) -> NDArray[np.int64]:
+        return np.zeros(len(sequences), np.int64)
+
+    def _uniforms(self, sequences: list[Sequence]) -> NDArray[np.float32]:
+        seeds = [s.prompt.params.seed for s in sequences]
+        return uniforms(seeds, [s.anchor_position for s in sequences], num=7)
+
+    def draft(self, sequences: list[Sequence]) -> DraftBlock:
+        draws, last = self._uniforms(sequences), np.array([s.tokens[-1] for s in sequences])
+        tokens, confidence = [], []
+        for k in range(3):
+            confidence.append(self.sureness[last])
+            last = sample(self.proposed[last], draws[:, k])
+            tokens.append(last)
+        sure = np.stack(confidence, axis=1).astype(np.float32)
+        return DraftBlock(np.stack(tokens, axis=1), sure, np.full(len(sequences), 3))
+
+    def verify(
+        self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan
+    ) -> VerifyResult:
+        self.plans.add(tuple(plan.lengths.tolist()))
+        num_rows = len(sequences)
+        tokens = np.zeros((num_rows, 3), np.int64) if block is None else block.tokens
+        last = np.array([[s.tokens[-1]] for s in sequences])
+        before = np.concatenate([last, tokens], axis=1)
+        ones = np.ones(num_rows)
+        return verify(
+            np.log(self.target[before.ravel()]),
+            np.arange(4 * num_rows).reshape(num_rows, 4),
+            tokens,
+            plan.lengths,
+            np.log(self.proposed[before[:, :3]]).astype(np.float32),
+            np.arange(3),
+            ones,
+            0 * ones,
+            ones,
+            self._uniforms(sequences)[:, 3:],
+        )
+
+
+@pytest.mark.parametrize(("spec", "rows"), [("on", 1), ("auto", 3)])
+@pytest.mark.parametrize("scheduler", ["early-stop", "async", "threshold", "whole"])
+def test_sampled_text_has_the_target_s_law_under_every_scheduler(
+    scheduler: str, spec: str, rows: int
+) -> None:
+    """Four tokens after the first one, against their exact law by enumeration."""
+    number = 2000
+    engine = Sampled(rows)
+    prompts = [
+        Prompt(row, (1,), SamplingParams(5, temperature=1.0, seed=row)) for row in range(number)
+    ]
+    done = run(prompts, engine, spec, scheduler=scheduler)
+    texts = np.array([done[row].token_ids for row in range(number)])
+    assert len(engine.plans) > rows
+    found = np.bincount(texts[:, 1:] @ [27, 9, 3, 1], minlength=81)
+    law = np.zeros(81)
+    for text in product(range(3), repeat=4):
+        steps = zip((0, *text), text, strict=False)
+        law[np.dot(text, [27, 9, 3, 1])] = np.prod([Sampled.target[a, b] for a, b in steps])
+    common = law * number > 5
+    counts = [*found[common], found[~common].sum()]
+    expected = [*law[common], law[~common].sum()]
+    assert stats.chisquare(counts, np.array(expected) * number).pvalue > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    target = write_target(folder / "target", target_config("llama"))
+    return export_pair(folder, target, write_draft(folder / "draft", draft_config()))
+
+
+@pytest.mark.parametrize("scheduler", ["early-stop", "async", "threshold", "whole"])
+def test_real_graphs_give_plain_decoding_s_text_under_every_scheduler(
+    pair: Path, scheduler: str
+) -> None:
+    """A draft that knows nothing, for a machine on which it would cost nothing."""
+    rng = np.random.default_rng(0)
+    prompts = [
+        Prompt(row, tuple(rng.integers(1, VOCAB_SIZE, 3 + row).tolist()), SamplingParams(20))
+        for row in range(9)
+    ]
+    with closing(open_engine(pair)) as engine:
+        engine.costs = CHEAP_DRAFT
+        plain = [c.token_ids for _, c in sorted(run_engine(prompts, engine, "off", None))]
+        for spec in ("on", "auto"):
+            found = sorted(run_engine(prompts, engine, spec, scheduler))
+            assert [c.token_ids for _, c in found] == plain
+            assert sum(c.spec.num_verified_tokens for _, c in found) > 0
+
+
+def run_engine(
+    prompts: list[Prompt], engine: Engine, spec: str, scheduler: str | None
+) -> list[tuple[int, Completion]]:
+    stream = decode(
+        prompts,
+        engine,
+        spec=spec,
+        scheduler=scheduler,
+        confidence_threshold=0.1,
+        stats=DecodeStats(),
+    )
+    return [(completion.row, completion) for completion in stream]
 
 
 def test_an_unwatched_stats_object_adds_up_over_calls() -> None:

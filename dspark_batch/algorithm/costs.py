@@ -1,10 +1,15 @@
-"""What a round costs on this machine, as measured: the scheduler's denominator."""
+"""What a round costs on this machine, as measured: the scheduler's denominator.
+
+A target pass is priced by its rows R, its tokens B, the tokens S of its longest row and the cached
+tokens C of a row. Linear layers cost by B. Attention is laid out per row, so every row pays for S,
+and reads its whole cache.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 from typing import Any, Self
 
@@ -16,8 +21,9 @@ from numpy.typing import ArrayLike
 class CostTable:
     """Measured seconds of the target's and the draft's pass, by the size of the batch.
 
-    Invariant: both grids ascend from 1, every time is positive. `tokens_per_row` has two points
-    or more: a table that is flat in tokens would make "verify everything" optimal by construction.
+    Invariant: both grids ascend from 1, every time is positive, what is added per token is not
+    negative. `tokens_per_row` has two points or more: a table that is flat in tokens would make
+    "verify everything" optimal by construction.
     """
 
     rows: tuple[int, ...]
@@ -26,8 +32,19 @@ class CostTable:
     """Grid of tokens per row: 1 is plain decoding, γ+1 a fully planned block."""
     verify_seconds: tuple[tuple[float, ...], ...]
     """[rows][tokens_per_row] a target pass with that many rows, each with that many tokens."""
+    lone_seconds: tuple[tuple[float, ...], ...]
+    """[rows][tokens_per_row] the same with that many tokens in one row, and one in the others."""
     draft_seconds: tuple[float, ...]
     """[rows] a draft pass with that many rows."""
+    intake_seconds: float = 0.0
+    """What a draft pass adds for each token of context that it takes in."""
+    context_tokens: int = 0
+    """Cached tokens of each row in the above; fewer are priced the same."""
+    context_seconds: tuple[tuple[float, float], ...] = ()
+    """[rows] what each further cached token of a row adds to a target pass: with one token per
+    row, and with the most; empty where it was not measured."""
+    draft_context_seconds: float = 0.0
+    """The same for a draft pass."""
 
     def __post_init__(self) -> None:
         """Raise ValueError where the invariant does not hold."""
@@ -38,15 +55,23 @@ class CostTable:
             ascending = all(a < b for a, b in pairwise(grid))
             if len(grid) < smallest or grid[0] != 1 or not ascending:
                 raise ValueError(f"{name} must ascend from 1 over {smallest}+ points: {grid}")
-        if len(self.verify_seconds) != len(self.rows) or any(
-            len(times) != len(self.tokens_per_row) for times in self.verify_seconds
-        ):
-            raise ValueError("verify_seconds must have one time per rows x tokens_per_row")
+        for name, passes in (("verify", self.verify_seconds), ("lone", self.lone_seconds)):
+            if len(passes) != len(self.rows) or any(
+                len(times) != len(self.tokens_per_row) for times in passes
+            ):
+                raise ValueError(f"{name}_seconds must have one time per rows x tokens_per_row")
         if len(self.draft_seconds) != len(self.rows):
             raise ValueError("draft_seconds must have one time per entry of rows")
-        times = [*self.draft_seconds, *(t for row in self.verify_seconds for t in row)]
-        if not all(0.0 < t < float("inf") for t in times):
+        if self.context_seconds and [len(times) for times in self.context_seconds] != [2] * len(
+            self.rows
+        ):
+            raise ValueError("context_seconds must have two times per entry of rows")
+        times = [t for row in (*self.verify_seconds, *self.lone_seconds) for t in row]
+        if not all(0.0 < t < float("inf") for t in (*self.draft_seconds, *times)):
             raise ValueError("every time must be positive and finite")
+        added = [self.intake_seconds, self.draft_context_seconds, *sum(self.context_seconds, ())]
+        if not all(0.0 <= t < float("inf") for t in added):
+            raise ValueError("what a token adds must not be negative, and finite")
 
     @classmethod
     def measured(
@@ -56,63 +81,133 @@ class CostTable:
         *,
         verify_seconds: ArrayLike,
         draft_seconds: ArrayLike,
+        lone_seconds: ArrayLike | None = None,
+        context_seconds: ArrayLike = (),
+        **scalars: Any,
     ) -> Self:
-        """A table from grids and arrays of times, [len(rows), len(tokens_per_row)] and [len(rows)].
+        """A table from grids and arrays of times; `scalars` are the fields that are one number.
 
+        Without `lone_seconds` a pass costs by its tokens only, whichever rows they are in.
         Raises ValueError where shapes or values do not fit.
         """
+        grid, widths = [int(r) for r in rows], [int(t) for t in tokens_per_row]
+        uniform = np.asarray(verify_seconds, dtype=np.float64).tolist()
+        if lone_seconds is None:
+            lone_seconds = [
+                [_interpolate([r * w for w in widths], times, r + w - 1) for w in widths]
+                for r, times in zip(grid, uniform, strict=False)
+                if len(times) == len(widths)  # else refused below
+            ]
+        lone = np.asarray(lone_seconds, dtype=np.float64).tolist()
+        slopes = np.asarray(context_seconds, dtype=np.float64).tolist()
         return cls(
-            rows=tuple(int(r) for r in rows),
-            tokens_per_row=tuple(int(t) for t in tokens_per_row),
-            verify_seconds=tuple(
-                tuple(times) for times in np.asarray(verify_seconds, dtype=np.float64).tolist()
-            ),
+            rows=tuple(grid),
+            tokens_per_row=tuple(widths),
+            verify_seconds=tuple(tuple(times) for times in uniform),
+            lone_seconds=tuple(tuple(times) for times in lone),
             draft_seconds=tuple(np.asarray(draft_seconds, dtype=np.float64).tolist()),
+            context_seconds=tuple(tuple(times) for times in slopes),
+            **scalars,
         )
 
-    def verify_curve(self, num_rows: int) -> Callable[[int], float]:
-        """Seconds of a target pass by its number of tokens, for `num_rows` rows: `step_seconds`.
+    def verify_curve(self, num_rows: int, context: float = 0.0) -> VerifyCurve:
+        """What a target pass of `num_rows` rows with `context` cached tokens each costs.
 
-        Bilinear between the measured points, linear beyond them. More tokens never cost less, nor
-        do more rows of as many tokens each: a dip in the measurements is noise, and is levelled
-        by a running maximum.
+        Linear between the measured points and beyond them. More tokens never cost less, nor do
+        more rows of as many tokens each: a dip in the measurements is noise, and is levelled by a
+        running maximum.
         """
-        by_rows = np.maximum.accumulate(np.asarray(self.verify_seconds), axis=0)
-        measured = [_interpolate(self.rows, times, num_rows) for times in by_rows.T.tolist()]
+        widths = range(1, self.tokens_per_row[-1] + 1)
+        uniform, lone = (
+            [_interpolate(self.tokens_per_row, times, width) for width in widths]
+            for times in (
+                self._at_rows(self.verify_seconds, num_rows),
+                self._at_rows(self.lone_seconds, num_rows),
+            )
+        )
+        if self.context_seconds:
+            first, last = self._at_rows(self.context_seconds, num_rows)
+            further = max(context - self.context_tokens, 0.0)
+            for i in range(len(widths)):
+                added = further * (first + (last - first) * i / (len(widths) - 1))
+                uniform[i] += added
+                lone[i] += added
+        # As much as the whole batch at the most, however noisy the measurements.
+        lone = [min(alone, every) for alone, every in zip(lone, uniform, strict=True)]
+        return VerifyCurve(num_rows, uniform, lone)
+
+    def _at_rows(self, passes: Sequence[Sequence[float]], num_rows: int) -> list[float]:
+        """The columns of a table [rows][...] at `num_rows`, levelled."""
+        by_rows = np.maximum.accumulate(np.asarray(passes), axis=0)
+        columns = [_interpolate(self.rows, times, num_rows) for times in by_rows.T.tolist()]
         # Last, because extrapolating over rows can make two columns cross.
-        profile = list(accumulate(measured, max))
-        tokens = [num_rows * per_row for per_row in self.tokens_per_row]
-        return lambda num_tokens: _interpolate(tokens, profile, num_tokens)
+        return list(accumulate(columns, max))
 
-    def verify(self, num_rows: int, num_tokens: int) -> float:
-        """Seconds of a target pass of `num_rows` rows over `num_tokens` >= `num_rows` tokens."""
-        return self.verify_curve(num_rows)(num_tokens)
+    def verify(
+        self, num_rows: int, num_tokens: int, longest: int | None = None, context: float = 0.0
+    ) -> float:
+        """Seconds of a target pass over `num_tokens` >= `num_rows` tokens; see `VerifyCurve`."""
+        return self.verify_curve(num_rows, context)(num_tokens, longest)
 
-    def draft(self, num_rows: int) -> float:
-        """Seconds of a draft pass for `num_rows` rows; it always drafts the whole block."""
-        return _interpolate(self.rows, list(accumulate(self.draft_seconds, max)), num_rows)
+    def plain(self, num_rows: int, context: float = 0.0) -> float:
+        """Seconds of a plain step: a target pass without draft columns."""
+        return self.verify_curve(num_rows, context)(num_rows, 1)
+
+    def draft(self, num_rows: int, *, context: float = 0.0, num_pending: int = 0) -> float:
+        """Seconds of a draft pass for `num_rows` rows; it always drafts the whole block.
+
+        `num_pending` tokens of context, of all rows together, are taken in on the way.
+        """
+        seconds = _interpolate(self.rows, list(accumulate(self.draft_seconds, max)), num_rows)
+        further = max(context - self.context_tokens, 0.0)
+        added = num_rows * further * self.draft_context_seconds
+        return seconds + added + num_pending * self.intake_seconds
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as lists, for a manifest."""
+        """The fields as lists and numbers, for a file."""
         return {
             "rows": list(self.rows),
             "tokens_per_row": list(self.tokens_per_row),
             "verify_seconds": [list(times) for times in self.verify_seconds],
+            "lone_seconds": [list(times) for times in self.lone_seconds],
             "draft_seconds": list(self.draft_seconds),
+            "intake_seconds": self.intake_seconds,
+            "context_tokens": self.context_tokens,
+            "context_seconds": [list(times) for times in self.context_seconds],
+            "draft_context_seconds": self.draft_context_seconds,
         }
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`. Raises KeyError or ValueError on anything else."""
-        return cls.measured(
-            fields["rows"],
-            fields["tokens_per_row"],
-            verify_seconds=fields["verify_seconds"],
-            draft_seconds=fields["draft_seconds"],
-        )
+        return cls.measured(**{field.name: values[field.name] for field in fields(cls)})
 
 
-def _interpolate(grid: Sequence[int], values: Sequence[float], x: int) -> float:
+class VerifyCurve:
+    """Seconds of a target pass by its tokens and those of its longest row: `step_seconds`."""
+
+    __slots__ = ("_base", "_num_rows", "_slope", "_uniform", "_widths")
+
+    def __init__(self, num_rows: int, uniform: list[float], lone: list[float]) -> None:
+        """`uniform` and `lone` [γ+1] are the two ends of what each longest row may cost."""
+        self._num_rows = num_rows
+        self._uniform = uniform
+        self._widths = [num_rows * width for width in range(1, len(uniform) + 1)]
+        self._base, self._slope = [], []
+        for extra, (every, alone) in enumerate(zip(uniform, lone, strict=True)):
+            between = num_rows * (extra + 1) - (num_rows + extra)
+            slope = (every - alone) / between if between else 0.0
+            self._slope.append(slope)
+            self._base.append(every - slope * num_rows * (extra + 1))
+
+    def __call__(self, num_tokens: float, longest: int | None = None) -> float:
+        """Without `longest`, of a pass whose rows have about equally many tokens."""
+        if longest is None or longest > len(self._base):
+            return _interpolate(self._widths, self._uniform, num_tokens)
+        return self._base[longest - 1] + self._slope[longest - 1] * num_tokens
+
+
+def _interpolate(grid: Sequence[int], values: Sequence[float], x: float) -> float:
     """Piecewise linear, the outer segments continued; a single point is taken as proportional.
 
     Plain floats: the scheduler asks for one value at a time, where NumPy costs microseconds.

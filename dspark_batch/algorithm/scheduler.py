@@ -1,74 +1,127 @@
-"""How many draft tokens of each row to verify: Algorithm 1 and what it is compared with.
+"""How many draft tokens of each row to verify: Algorithm 1, its asynchronous variant, a threshold.
 
 A plan must not anticipate: whether draft token k is verified may depend only on what was known
 before k was drawn. Confidence k+1 depends on token k, so a rule that looks at it to decide about
-k leaks the token's value into the output distribution. `early_stop`, `fixed` and `threshold` do
-not look; `global_best` does.
+k leaks the token's value into the output distribution.
 
-Shapes: R rows, γ block size. B is the verify batch, Σ(1 + ℓ); Θ = τ / seconds, the objective.
+Every rule here can be read as one that goes step by step. At each step the *heads* are known: for
+each row the confidence of its first token that is not admitted, which depends on admitted tokens
+only. The rule picks heads to admit, or stops, by what it has seen and by past rounds. Admitting a
+token never changes the distribution of its row's text, whatever was seen before it was drawn, and
+says nothing about other rows; so neither does any sequence of such steps, for one row or for all
+of them together (docs/scheduling.md has the proof, tests/test_scheduler.py enumerates it).
+
+Shapes: R rows, γ block size. B is the verify batch, Σ(1 + ℓ), and S = 1 + max ℓ; the objective is
+Θ = τ / `step_seconds(B, S)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import insort
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from dspark_batch.algorithm.costs import CostTable as CostTable
 from dspark_batch.algorithm.sampling import Reals
 
 Lengths = NDArray[np.int64]
+StepSeconds = Callable[[int, int], float]
+"""(B, S) -> seconds of the round, the draft's included or not: a constant leaks nothing."""
+
+_Head = tuple[float, int, int]
+"""Survival with a minus sign, position, row: sorts as the heads are admitted."""
 
 
-def early_stop(
-    confidence: Reals, max_lengths: Lengths, step_seconds: Callable[[int], float]
-) -> Lengths:
+def early_stop(confidence: Reals, max_lengths: Lengths, step_seconds: StepSeconds) -> Lengths:
     """Lengths [R] by Algorithm 1: admit draft tokens by survival until Θ stops rising.
 
-    `confidence` [R, γ] is calibrated; `max_lengths` [R] caps a row (tokens left, context left);
-    `step_seconds(B)` is the cost of the round, to which a caller may add the draft's: a constant
-    does not change what is known when. A draft token is admitted only if Θ strictly improves; a
-    confidence of 0 or NaN never is. Equal survivals keep the smaller position first, then the
-    smaller row: an order that no token's value can change.
+    `confidence` [R, γ] is calibrated; `max_lengths` [R] caps a row (tokens left, context left). A
+    draft token is admitted only if Θ strictly improves; a confidence of 0 or NaN never is. Equal
+    survivals keep the smaller position first, then the smaller row.
+
+    Where one more token does not pay, several at once may: a pass costs by its longest row, so
+    the first to get one token more pays for all rows, and the others come cheap. Algorithm 1
+    would stop there. This goes on as long as some of the heads, most likely first, pay together;
+    tokens behind them are not looked at. Where costs have no such steps it is Algorithm 1.
     """
-    rows, survival = _ranked(confidence, max_lengths)
-    lengths = np.zeros(len(max_lengths), dtype=np.int64)
-    num_tokens = len(lengths)
-    expected = float(num_tokens)
-    best = expected / step_seconds(num_tokens) if num_tokens else 0.0
-    for row, gain in zip(rows.tolist(), survival.tolist(), strict=True):
-        num_tokens += 1
-        expected += gain
-        objective = expected / step_seconds(num_tokens)
-        if objective <= best:
+    survival = _survival(confidence, max_lengths)
+    lengths = np.zeros(len(survival), dtype=np.int64)
+    if not len(lengths):
+        return lengths
+    heads = sorted((-row[0], 0, r) for r, row in enumerate(survival) if row)
+    num_tokens, longest, expected = len(lengths), 1, float(len(lengths))
+    best = expected / step_seconds(num_tokens, longest)
+
+    def paying(candidates: Iterable[_Head]) -> tuple[list[_Head], int, float, float]:
+        """The shortest run of candidates that raises Θ, and S, τ and Θ with it; or none."""
+        run: list[_Head] = []
+        reach, total = longest, expected
+        for head in candidates:
+            run.append(head)
+            reach, total = max(reach, head[1] + 2), total - head[0]
+            objective = total / step_seconds(num_tokens + len(run), reach)
+            if objective > best:
+                return run, reach, total, objective
+        return [], longest, expected, best
+
+    while heads:
+        choices = (heads[:1], [h for h in heads if h[1] + 2 <= longest], heads)
+        found = next((found for found in map(paying, choices) if found[0]), None)
+        if found is None:
             break
-        best = objective
-        lengths[row] += 1
+        run, longest, expected, best = found
+        num_tokens += len(run)
+        for head in run:
+            heads.remove(head)
+            _, position, r = head
+            lengths[r] += 1
+            if position + 1 < len(survival[r]):
+                insort(heads, (-survival[r][position + 1], position + 1, r))
     return lengths
 
 
-def global_best(
-    confidence: Reals, max_lengths: Lengths, step_seconds: Callable[[int], float]
-) -> Lengths:
-    """Lengths [R] of the largest Θ over all plans; the shortest plan among equals.
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a round may verify, decided before it drafts."""
 
-    Anticipating: verifying by these lengths biases the output. Only for a budget that past rounds
-    decide, and for comparison with `early_stop`, which finds the same where Θ has one peak.
+    num_drafts: int
+    """Draft tokens of all rows together: the paper's K."""
+    longest: int
+    """Draft tokens of one row at the most."""
+
+
+def global_budget(confidence: Reals, max_lengths: Lengths, step_seconds: StepSeconds) -> Budget:
+    """The budget of the largest Θ over all plans; the smallest among equals.
+
+    Anticipating, if `confidence` [R, γ] is that of the round it is for: use an earlier round's.
     """
     num_rows = len(max_lengths)
-    if num_rows == 0:
-        return np.zeros(0, dtype=np.int64)
-    rows, survival = _ranked(confidence, max_lengths)
-    num_admitted = int(np.argmax(_objectives(survival, num_rows, step_seconds)))
-    return np.asarray(np.bincount(rows[:num_admitted], minlength=num_rows), dtype=np.int64)
+    if not num_rows:
+        return Budget(0, 0)
+    best, found = num_rows / step_seconds(num_rows, 1), Budget(0, 0)
+    for longest in range(1, int(max_lengths.max()) + 1):
+        survival = _survival(confidence, np.minimum(max_lengths, longest))
+        expected = float(num_rows)
+        for admitted, gain in enumerate(sorted((a for row in survival for a in row), reverse=True)):
+            expected += gain
+            objective = expected / step_seconds(num_rows + admitted + 1, longest + 1)
+            if objective > best:
+                best, found = objective, Budget(admitted + 1, longest)
+    return found
 
 
-def fixed(max_lengths: Lengths) -> Lengths:
-    """Verify everything that is allowed. [R]."""
-    return max_lengths.copy()
+def fill(confidence: Reals, max_lengths: Lengths, budget: Budget) -> Lengths:
+    """Lengths [R] that spend a budget on the most likely draft tokens of this round.
+
+    The order is `early_stop`'s, and so is the argument: which token comes next depends on heads
+    only, and when to stop was settled before.
+    """
+    survival = _survival(confidence, np.minimum(max_lengths, budget.longest))
+    ranked = sorted((-a, j, r) for r, row in enumerate(survival) for j, a in enumerate(row))
+    rows = np.array([r for *_, r in ranked[: budget.num_drafts]], dtype=np.int64)
+    return np.asarray(np.bincount(rows, minlength=len(max_lengths)), dtype=np.int64)
 
 
 def threshold(confidence: Reals, max_lengths: Lengths, value: float) -> Lengths:
@@ -80,124 +133,17 @@ def threshold(confidence: Reals, max_lengths: Lengths, value: float) -> Lengths:
     return np.asarray(np.minimum(passed, max_lengths), dtype=np.int64)
 
 
-def expected_tokens(survival_by_position: Reals, max_lengths: Lengths) -> NDArray[np.float64]:
-    """Tokens [R] that a round of these lengths commits on average, the bonus counted.
+def expected_gain(confidence: Reals, lengths: Lengths) -> float:
+    """Draft tokens that a plan is expected to bring, all rows together."""
+    return sum(sum(row) for row in _survival(confidence, lengths))
 
-    `survival_by_position` is [γ], or [R, γ] where rows differ: unconditional, as `survival` of
-    `AcceptanceEstimate`.
+
+def _survival(confidence: Reals, max_lengths: Lengths) -> list[list[float]]:
+    """Survivals of each row's admissible draft tokens: up to its cap, and as long as above 0.
+
+    As Python floats: plans go token by token, where NumPy costs microseconds.
     """
-    verified = np.arange(survival_by_position.shape[-1]) < max_lengths[:, None]
-    gains: NDArray[np.float64] = np.where(verified, survival_by_position, 0.0).sum(axis=1)
-    return 1.0 + gains
-
-
-def worth_drafting(survival_by_position: Reals, max_lengths: Lengths, costs: CostTable) -> bool:
-    """Whether a round with a draft is expected to beat plain decoding: asked before drafting.
-
-    `survival_by_position` [R, γ] is what past rounds lead one to expect, so the search may be
-    global. The draft's own cost counts on its side: max over B of τ / (draft + verify(B)),
-    against R / verify(R).
-    """
-    num_rows = len(max_lengths)
-    if num_rows == 0:
-        return False
-    verify_seconds = costs.verify_curve(num_rows)
-    draft_seconds = costs.draft(num_rows)
-    _, survival = _ranked_survival(survival_by_position, max_lengths)
-    speculative = _objectives(survival, num_rows, lambda b: draft_seconds + verify_seconds(b))
-    return bool(speculative.max() > num_rows / verify_seconds(num_rows))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AcceptanceEstimate:
-    """Acceptance by position of a group of rows, learnt from its past rounds.
-
-    A round says nothing about positions that were not reached: those after the first rejection
-    and those not verified. So what is counted is the conditional acceptance, accepted / seen, per
-    position; survival is its running product. Counts fade by `decay` a round, towards the prior,
-    which weighs as much as `prior_weight` observations: a group that stops drafting returns to
-    the prior, and so tries again.
-
-    Bias to know: rows chosen for long plans are the confident ones, so deep positions look better
-    than they would for all rows.
-    """
-
-    prior: NDArray[np.float64]
-    """[γ] conditional acceptance to start from."""
-    prior_weight: float
-    """Observations that the prior counts for at each position; positive."""
-    decay: float
-    """What remains of a count after a round, in (0, 1]."""
-    accepted: NDArray[np.float64]
-    """[γ] decayed number of accepted draft tokens."""
-    seen: NDArray[np.float64]
-    """[γ] decayed number of draft tokens whose acceptance was tested."""
-
-    @classmethod
-    def from_prior(cls, prior: ArrayLike, *, prior_weight: float, decay: float) -> Self:
-        """An estimate without observations; `prior` [γ] is conditional acceptance.
-
-        Raises ValueError where a weight or the decay is out of its range.
-        """
-        if not (prior_weight > 0 and 0 < decay <= 1):
-            raise ValueError(f"prior_weight {prior_weight} or decay {decay} is out of range")
-        start = np.asarray(prior, dtype=np.float64)
-        zeros = np.zeros_like(start)
-        return cls(start, prior_weight, decay, accepted=zeros, seen=zeros)
-
-    def observe(self, lengths: ArrayLike, num_accepted: ArrayLike) -> Self:
-        """The estimate after one more round of the group: verified and accepted counts [R].
-
-        A plain round (all lengths 0) only fades what was known.
-        """
-        positions = np.arange(len(self.prior))
-        accepted = np.asarray(num_accepted, dtype=np.int64)[:, None]
-        reached = np.minimum(accepted + 1, np.asarray(lengths, dtype=np.int64)[:, None])
-        return type(self)(
-            self.prior,
-            self.prior_weight,
-            self.decay,
-            accepted=self.decay * self.accepted + (positions < accepted).sum(axis=0),
-            seen=self.decay * self.seen + (positions < reached).sum(axis=0),
-        )
-
-    @property
-    def conditional(self) -> NDArray[np.float64]:
-        """[γ] probability that a draft token is accepted given all before it were."""
-        pseudo_accepted = self.accepted + self.prior_weight * self.prior
-        conditional: NDArray[np.float64] = pseudo_accepted / (self.seen + self.prior_weight)
-        return conditional
-
-    @property
-    def survival(self) -> NDArray[np.float64]:
-        """[γ] probability that the block is accepted up to a position: unconditional."""
-        return np.asarray(np.cumprod(self.conditional), dtype=np.float64)
-
-
-def _objectives(
-    survival: NDArray[np.float64], num_rows: int, step_seconds: Callable[[int], float]
-) -> NDArray[np.float64]:
-    """Θ after admitting the first 0, 1, ... of `survival`, which is in descending order."""
-    expected = num_rows + np.concatenate([[0.0], np.cumsum(survival)])
-    seconds = [step_seconds(num_rows + admitted) for admitted in range(len(expected))]
-    objectives: NDArray[np.float64] = expected / np.asarray(seconds)
-    return objectives
-
-
-def _ranked(
-    confidence: Reals, max_lengths: Lengths
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Row and survival of every admissible draft token, the most likely first."""
     survival = np.cumprod(np.clip(confidence, 0.0, 1.0), axis=1, dtype=np.float64)
-    return _ranked_survival(survival, max_lengths)
-
-
-def _ranked_survival(
-    survival: Reals, max_lengths: Lengths
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """As `_ranked`, from survivals [R, γ] that do not rise along a row."""
-    admissible = (np.arange(survival.shape[1]) < max_lengths[:, None]) & (survival > 0)
-    rows, positions = np.nonzero(admissible)
-    candidates = survival[rows, positions].astype(np.float64)
-    order = np.lexsort((rows, positions, -candidates))
-    return rows[order], candidates[order]
+    inside = np.arange(survival.shape[1]) < np.asarray(max_lengths)[:, None]
+    admissible = np.logical_and.accumulate((survival > 0) & inside, axis=1).sum(axis=1)
+    return [row[:num] for row, num in zip(survival.tolist(), admissible.tolist(), strict=True)]

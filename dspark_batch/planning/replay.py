@@ -128,9 +128,9 @@ def simulate(rounds: Rounds, costs: CostTable, strategy: Strategy, *, num_rows: 
 
 def replay_prompts(rounds: Rounds, order: NDArray[np.int64]) -> Iterator[Prompt]:
     """Prompts that stand for the recorded rows `order`; `ReplayEngine` knows the rest of them."""
-    allowed = rounds.max_new_tokens.tolist()
+    allowed, sizes = rounds.max_new_tokens.tolist(), rounds.num_prompt_tokens.tolist()
     for row in order.tolist():
-        yield Prompt(row, (_ORDINARY,), SamplingParams(max_new_tokens=allowed[row]))
+        yield Prompt(row, (_ORDINARY,) * sizes[row], SamplingParams(max_new_tokens=allowed[row]))
 
 
 class ReplayEngine:
@@ -154,7 +154,7 @@ class ReplayEngine:
         """Of the rounds in which every slot is taken."""
         self.refills = Prefills()
         """Of all admissions but the first."""
-        self._draft_seconds = 0.0  # of this round
+        self._draft_seconds, self._num_drafting = 0.0, 0  # of this round
         self._num_prefills = 0
         self._num_prompt_tokens = rounds.num_prompt_tokens
         self._first_anchors = rounds.first_anchors
@@ -181,7 +181,12 @@ class ReplayEngine:
     def draft(self, sequences: Sequence[Row]) -> DraftBlock:
         """The recorded blocks, in tokens that say no more than whether they end the row."""
         anchors = self._anchors(sequences)
-        self._draft_seconds = self.costs.draft(len(sequences))
+        self._num_drafting = len(sequences)
+        self._draft_seconds = self.costs.draft(
+            len(sequences),
+            context=_context(sequences),
+            num_pending=sum(s.num_pending for s in sequences),
+        )
         return DraftBlock(
             self._ahead[anchors, :-1], self._confidence[anchors], self._num_drafted[anchors]
         )
@@ -195,12 +200,14 @@ class ReplayEngine:
         if len(sequences) == self.max_rows:
             steady = self.steady
             steady.num_row_rounds += len(sequences)
-            steady.num_drafted += len(sequences) if block is not None else 0
+            steady.num_drafted += self._num_drafting
             steady.num_verified += int(plan.lengths.sum())
             steady.num_committed += int(np.minimum(accepted + 1, self._num_ahead[anchors]).sum())
             steady.draft_seconds += self._draft_seconds
-            steady.verify_seconds += self.costs.verify(len(sequences), plan.num_tokens)
-        self._draft_seconds = 0.0
+            steady.verify_seconds += self.costs.verify(
+                len(sequences), plan.num_tokens, plan.longest, _context(sequences)
+            )
+        self._draft_seconds, self._num_drafting = 0.0, 0
         return VerifyResult(accepted, self._ahead[anchors, accepted])
 
     def _anchors(self, sequences: Sequence[Row]) -> NDArray[np.int64]:
@@ -208,6 +215,11 @@ class ReplayEngine:
         rows = [s.prompt.row for s in sequences]
         positions = [s.num_new_tokens - 1 for s in sequences]
         return np.asarray(self._first_anchors[rows] + np.array(positions))
+
+
+def _context(sequences: Sequence[Row]) -> float:
+    """Cached tokens of a row, on average."""
+    return sum(s.anchor_position for s in sequences) / len(sequences)
 
 
 def _texts(rounds: Rounds, width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -34,7 +34,7 @@ _DRAFT_INPUTS = (
     *("context", "context_tokens", "context_index", "context_starts"),
     *("anchors", "anchor_positions", *_ROW_INPUTS),
 )
-_MAX_PENDING = 4096  # context tokens kept before the draft takes them in
+_MAX_PENDING = 16384  # context tokens kept before the draft takes them in
 
 
 def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> OrtRuntime:

@@ -1,0 +1,78 @@
+"""What drafting may be expected to bring, from the blocks of past rounds.
+
+A schedule that has to say whether drafting pays, before it drafts, plays the last blocks through
+again: what would it have verified of them, at which cost, for how many tokens? So what it expects
+is what it would do, at any number of rows.
+
+Shapes: γ block size, R rows, J replayed rounds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Confidence = NDArray[np.floating[Any]]
+
+_KEPT_BLOCKS = 64
+_PRIOR_BLOCKS = 8
+_MOST_ROUNDS = 32
+_PRIOR_TOKENS = 64.0  # for which the confidence head is believed, before it was tried
+_DECAY = 0.99  # what remains of what was predicted and accepted, a round later
+
+
+class Outlook:
+    """The last blocks of a run, and how far their confidence could be trusted."""
+
+    def __init__(self) -> None:
+        self._blocks: deque[Confidence] = deque(maxlen=_KEPT_BLOCKS)
+        self._predicted = self._accepted = 0.0
+        self.num_seen = 0
+        """Blocks that were drafted in this run."""
+
+    def expect(self, acceptance: Confidence) -> None:
+        """Begin with blocks of this conditional acceptance [γ], unless there are others."""
+        if not self._blocks:
+            self._blocks.extend([acceptance] * _PRIOR_BLOCKS)
+
+    def see(self, confidence: Confidence) -> None:
+        """Keep the blocks [R, γ] of a round, verified or not: calibrated confidence."""
+        self._blocks.extend(confidence)
+        self.num_seen += len(confidence)
+
+    def learn(self, *, predicted: float, accepted: float) -> None:
+        """Draft tokens of one plan: expected by untrusted confidence, and found."""
+        self._predicted = _DECAY * self._predicted + predicted
+        self._accepted = _DECAY * self._accepted + accepted
+
+    @property
+    def trust(self) -> float:
+        """Accepted over predicted draft tokens: a factor on survival, 1 to start with.
+
+        Calibration holds for the texts that it was fitted on; this follows the run's own.
+        """
+        return (self._accepted + _PRIOR_TOKENS) / (self._predicted + _PRIOR_TOKENS)
+
+    def trusted(self, confidence: Confidence) -> NDArray[np.float64]:
+        """`confidence` [R, γ] with `trust` on every survival."""
+        scaled = np.array(confidence, dtype=np.float64)
+        scaled[:, :1] *= self.trust
+        return scaled
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """[γ] confidence of the kept blocks: what to expect of a row that was never drafted."""
+        return np.asarray(np.mean(self._blocks, axis=0))
+
+    def rounds(self, num_rows: int) -> NDArray[np.float64]:
+        """The last blocks dealt out to rounds of `num_rows` rows: confidence [J, R, γ].
+
+        Blocks are used again where there are too few.
+        """
+        num_rounds = max(1, min(_MOST_ROUNDS, _KEPT_BLOCKS // num_rows))
+        blocks = np.array(self._blocks)[-num_rounds * num_rows :]
+        dealt = np.resize(blocks, (num_rounds, num_rows, blocks.shape[1]))
+        return np.asarray(dealt)

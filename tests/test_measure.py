@@ -1,0 +1,203 @@
+"""What is measured is what passes cost, and each row gets the calibration of its temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
+
+from dspark_batch import measure
+from dspark_batch.algorithm import calibration
+from dspark_batch.engine import Engine, open_engine, read_costs
+from dspark_batch.measure import ensure_costs, measure_costs
+from dspark_batch.types import (
+    DraftBlock,
+    Prompt,
+    SamplingParams,
+    Sequence,
+    VerifyPlan,
+    VerifyResult,
+)
+
+
+@dataclass
+class Timed:
+    """An engine whose passes take the time of a formula; `disturbed` passes take ten times that."""
+
+    max_rows: int = 12
+    max_tokens: int = 4096
+    block_size: int = 5
+    vocab_size: int = 50
+    disturbed: int = 0
+    """One pass in so many; 0 is none."""
+    now: float = 0.0
+    num_passes: int = 0
+    cached: dict[int, int] = field(default_factory=dict)
+    taken: dict[int, int] = field(default_factory=dict)
+
+    def verify_seconds(self, rows: int, tokens: int, longest: int, context: float) -> float:
+        reading = rows * context * (0.001 + 0.0005 * (longest - 1))
+        return 3.0 + 0.5 * tokens + 0.2 * rows * longest + reading
+
+    def draft_seconds(self, rows: int, taken: float, pending: int) -> float:
+        return 1.0 + 0.1 * rows + 0.0002 * rows * taken + 0.003 * pending
+
+    def clock(self) -> float:
+        return self.now
+
+    def _pass(self, seconds: float) -> None:
+        self.num_passes += 1
+        slow = self.disturbed and self.num_passes % self.disturbed == 0
+        self.now += seconds * (10.0 if slow else 1.0)
+
+    def admit(self, sequence: Sequence) -> None:
+        assert sequence.slot not in self.cached
+        self.cached[sequence.slot] = self.taken[sequence.slot] = 0
+
+    def release(self, sequence: Sequence) -> None:
+        del self.cached[sequence.slot], self.taken[sequence.slot]
+
+    def prefill(self, sequences: list[Sequence]) -> NDArray[np.int64]:
+        self.now += 77.0
+        for sequence in sequences:
+            self.cached[sequence.slot] = len(sequence.tokens)
+        return np.zeros(len(sequences), np.int64)
+
+    def draft_raw(self, sequences: list[Sequence]) -> DraftBlock:
+        slots = [s.slot for s in sequences]
+        pending = sum(self.cached[slot] - self.taken[slot] for slot in slots)
+        taken = np.mean([self.taken[slot] for slot in slots])
+        self._pass(self.draft_seconds(len(slots), float(taken), pending))
+        for slot in slots:
+            self.taken[slot] = self.cached[slot]
+        none = np.zeros((len(slots), self.block_size))
+        return DraftBlock(
+            none.astype(np.int64), none.astype(np.float32), none.sum(axis=1, dtype=int)
+        )
+
+    def verify(
+        self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan
+    ) -> VerifyResult:
+        context = np.mean([s.anchor_position for s in sequences])
+        self._pass(
+            self.verify_seconds(len(sequences), plan.num_tokens, plan.longest, float(context))
+        )
+        for sequence in sequences:
+            self.cached[sequence.slot] += 1
+        return VerifyResult(np.zeros(len(sequences), np.int64), np.zeros(len(sequences), np.int64))
+
+
+def measured(engine: Timed) -> Any:
+    table = measure_costs(engine, clock=engine.clock)  # type: ignore[arg-type]
+    assert not engine.cached
+    return table
+
+
+@pytest.mark.parametrize("disturbed", [0, 13])
+def test_the_table_holds_what_passes_cost(disturbed: int) -> None:
+    """Also where it was not measured, and with something else running now and then."""
+    engine = Timed(disturbed=disturbed)
+    table = measured(engine)
+    assert table.rows == (1, 2, 4, 8, 12)
+    assert table.tokens_per_row == (1, 2, 3, 4, 6)
+    for rows, tokens, longest, context in (
+        (1, 1, 1, 128),
+        (1, 4, 4, 500),
+        (5, 9, 3, 128),
+        (8, 13, 6, 700),
+        (12, 72, 6, 2000),
+        (16, 16, 1, 300),
+    ):
+        expected = engine.verify_seconds(rows, tokens, longest, context)
+        assert table.verify(rows, tokens, longest, context) == pytest.approx(expected)
+    assert table.plain(7, 300) == pytest.approx(engine.verify_seconds(7, 7, 1, 300))
+    # A pass takes in one token of each row at the least: that is in its price.
+    for rows, context in ((1, 128), (6, 128), (12, 900)):
+        expected = engine.draft_seconds(rows, context, rows)
+        assert table.draft(rows, context=context) == pytest.approx(expected, rel=0.01)
+    assert table.intake_seconds == pytest.approx(0.003, rel=0.05)
+
+
+def test_rows_that_cannot_be_long_are_measured_short() -> None:
+    table = measured(Timed(max_rows=2, max_tokens=40))
+    assert table.context_tokens == 20
+    assert table.context_seconds == ()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured")
+    target = write_target(folder / "target", target_config("llama"))
+    return export_pair(folder, target, write_draft(folder / "draft", draft_config()))
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Engine]:
+    with closing(open_engine(folder)) as engine:
+        yield engine
+
+
+def test_costs_are_measured_once_for_a_machine_and_a_number_of_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with closing(open_engine(folder, max_rows=6)) as engine:
+        assert engine.costs is not None
+        assert engine.costs.rows[-1] == 4  # the recipe's
+        ensure_costs(engine, progress=said.append)
+        assert engine.costs.rows == (1, 2, 4, 6)
+        assert len(said) == 1
+        assert read_costs(folder, engine.hardware_key) == engine.costs
+        engine.hardware_key, engine.costs = "another machine", None
+        ensure_costs(engine, progress=said.append)
+        assert len(said) == 2
+    monkeypatch.setattr(measure, "measure_costs", None)  # fails if it is called
+    for rows in (2, 6):
+        with closing(open_engine(folder, max_rows=rows)) as engine:
+            ensure_costs(engine, progress=said.append)
+    assert len(said) == 2
+
+
+def test_an_export_calibrates_greedy_and_sampled_rows(engine: Engine) -> None:
+    draft = engine.manifest.draft
+    assert draft is not None
+    assert [found.rows for found in draft.calibration] == ["greedy", "sampled"]
+    for found in draft.calibration:
+        assert found.num_rounds > 200
+        assert len(found.error_before) == len(found.error_after) == engine.block_size
+        assert 0 < max(found.error_before) < 1
+    assert draft.sampled_temperatures != draft.confidence_temperatures
+    assert engine.sampled_acceptance.tolist() == list(draft.sampled_acceptance)
+    assert engine.acceptance.tolist() == list(draft.acceptance)
+    assert ((engine.sampled_acceptance > 0) & (engine.sampled_acceptance < 1)).all()
+
+
+def test_each_row_s_confidence_is_scaled_for_its_temperature(engine: Engine) -> None:
+    draft = engine.manifest.draft
+    assert draft is not None
+    greedy, sampled = (1.0, 2.0, 3.0, 4.0), (0.5, 0.25, 5.0, 6.0)
+    rows = []
+    for slot, temperature in enumerate((0.0, 0.7, 0.0, 1.0)):
+        tokens = np.random.default_rng(slot).integers(1, VOCAB, 9).tolist()
+        prompt = Prompt(slot, tuple(tokens), SamplingParams(temperature=temperature, seed=slot))
+        rows.append(Sequence(prompt, slot, tokens, len(tokens)))
+        engine.admit(rows[-1])
+    engine.prefill(rows)
+    raw = engine.draft_raw(rows).confidence
+    for sampled_given in (sampled, ()):
+        scaled = draft.model_copy(
+            update={"confidence_temperatures": greedy, "sampled_temperatures": sampled_given}
+        )
+        engine.manifest = engine.manifest.model_copy(update={"draft": scaled})
+        found = engine.draft(rows).confidence
+        for r, own in enumerate((greedy, sampled_given or greedy) * 2):
+            np.testing.assert_allclose(found[r], calibration.apply(raw[r], own), rtol=1e-5)
+    for row in rows:
+        engine.release(row)
