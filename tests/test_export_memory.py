@@ -29,5 +29,5 @@ def test_building_holds_no_more_of_a_larger_model(precision: str, tmp_path: Path
         kind: large["steps"][step][kind] - small["steps"][step][kind] for kind in ("own", "total")
     }
     # Held, it would be 60 MiB of int8 at the least, 120 of the source's bfloat16.
-    assert max(grown.values()) < 25 * MIB, grown
+    assert max(grown.values()) < 45 * MIB, grown
     assert not list(tmp_path.iterdir())
