@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Built:
 
 
 def build(
-    model: bytes,
+    model: bytes | Path,
     kernels: tuple[Kernel, ...],
     profile: tuple[Shapes, Shapes, Shapes] | None = None,
     arch: int = 89,
@@ -50,7 +51,9 @@ def build(
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
-    assert parser.parse(model), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    parse = parser.parse if isinstance(model, bytes) else parser.parse_from_file
+    parsed = parse(model if isinstance(model, bytes) else str(model))
+    assert parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)]
     layers = [network.get_layer(i).type.name for i in range(network.num_layers)]
     outputs = {
         tensor.name: (tuple(tensor.shape), tensor.dtype.name)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,21 @@ import pytest
 import rtx
 from interpreted import prepare
 from onnx import TensorProto, numpy_helper
+from tiny import VOCAB, target_config, write_target
 from verify_calls import assert_same, make_call, one_node_model
 
 from dspark_batch.errors import EngineError
+from dspark_batch.models import decoder_spec
+from dspark_batch.models.decoder import DecoderGraph
+from dspark_batch.models.graph import GraphBuilder
 from dspark_batch.plugin import trt_body
 from dspark_batch.plugin.launch import Kernel, compile_kernels
 from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.weights import open_weights
 
 pytest.importorskip("tensorrt_rtx_libs")
 pytest.importorskip("triton")
-VOCAB, DRAFT_VOCAB, GAMMA = 64, 32, 4
+DRAFT_VOCAB, GAMMA = 20, 4
 KERNELS = (
     Kernel(arch=89, num_threads=512, shared_bytes=256, cubin=bytes(range(256)) * 9),
     Kernel(arch=120, num_threads=256, shared_bytes=128, cubin=b"\x00\xff another"),
@@ -92,6 +98,43 @@ def test_the_parser_takes_the_plugin_and_the_engine_keeps_the_kernel(
     assert f"cubin_sm_{arch}".encode() in built.plan
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_a_target_graph_builds_with_the_plugin(
+    family: str, tmp_path: Path, process: Executor
+) -> None:
+    """The graph as ONNX Runtime has it, but for the cache's capacity."""
+    rows, most, capacity = 4, 5, 64
+    with open_weights(write_target(tmp_path / "target", target_config(family))) as weights:
+        builder = GraphBuilder("target", tmp_path)
+        spec = decoder_spec(weights.config)
+        graph = DecoderGraph(builder, spec, weights.tensor, precision="fp32")
+        graph.build(taps=[0, 1], draft_vocab=np.arange(0, VOCAB, 2), max_tokens=capacity)
+        path = builder.save()
+    made = onnx.load(path, load_external_data=False)
+    least = {"R": 1, "S": 1, "T": 1, "N": 1, "K": 0, "K1": 1, "G": GAMMA, "G1": GAMMA + 1}
+    largest = {"R": rows, "S": most, "T": rows * most, "N": rows * most, "K": most - 1, "K1": most}
+    shapes: tuple[rtx.Shapes, rtx.Shapes] = ({}, {})
+    for value in (*made.graph.input, *made.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        for dim in dims:
+            if dim.dim_param == "C":
+                dim.dim_value = capacity
+        if value in made.graph.input:
+            for found, sizes in zip(shapes, (least, least | largest), strict=True):
+                found[value.name] = tuple(
+                    sizes[dim.dim_param] if dim.dim_param else dim.dim_value for dim in dims
+                )
+    onnx.save(made, path)
+    profile = (shapes[0], shapes[1], shapes[1])
+    built = process.submit(rtx.build, path, compile_kernels([89]), profile).result()
+    assert built.refusal is None
+    assert built.layers.count("PLUGIN_V3") == 1
+    assert built.layers.count("KV_CACHE_UPDATE") == 2 * spec.num_layers
+    assert built.layers.count("ROTARY_EMBEDDING") == spec.num_layers
+    assert built.outputs["bonus"][1] == "INT64"
+    assert built.plan is not None
+
+
 def test_outputs_have_a_row_each(process: Executor) -> None:
     sizes = {"R": 3, "N": 12, "K": 3, "K1": 4, "G": GAMMA, "G1": GAMMA + 1}
     fixed = onnx.load_from_string(model())
@@ -120,7 +163,8 @@ def test_half_precision_logits_are_refused(process: Executor) -> None:
 
 
 @pytest.mark.parametrize(
-    "draft_vocab", [np.arange(DRAFT_VOCAB)[::-1], np.r_[np.arange(DRAFT_VOCAB - 1), 30]]
+    "draft_vocab",
+    [np.arange(DRAFT_VOCAB)[::-1], np.arange(DRAFT_VOCAB) // 2],
 )
 def test_a_draft_vocabulary_that_does_not_ascend_is_refused(
     draft_vocab: Any, process: Executor
