@@ -16,14 +16,7 @@ from dspark_batch.errors import UsageError
 from dspark_batch.planning.catalogue import DTYPE_BYTES, GPUS, PAIRS
 from dspark_batch.planning.figures import draw_figures, frontier, queries, throughput
 from dspark_batch.planning.machines import measured_machine, roofline_machine
-from dspark_batch.planning.replay import (
-    ReplayEngine,
-    Simulated,
-    Strategy,
-    replay_prompts,
-    simulate,
-    strategies,
-)
+from dspark_batch.planning.replay import ReplayEngine, Simulated, Strategy, simulate, strategies
 from dspark_batch.planning.roofline import Roofline
 from dspark_batch.planning.rounds import Block, Rounds, num_matching
 from dspark_batch.planning.simulation import Simulation, run_simulation
@@ -65,8 +58,9 @@ def the(name: str) -> Strategy:
 
 
 def test_strategies_are_plain_fixed_and_auto() -> None:
-    assert [s.name for s in strategies(7)] == ["plain", "fixed 7", "fixed 4", "fixed 2", "auto"]
-    assert [s.name for s in strategies(2)] == ["plain", "fixed 2", "auto"]
+    names = ["plain", "fixed 7", "fixed 4", "fixed 2", "early-stop", "auto"]
+    assert [s.name for s in strategies(7)] == names
+    assert [s.name for s in strategies(2)] == ["plain", "fixed 2", "early-stop", "auto"]
     assert [(s.spec, s.block_size) for s in strategies(7)[:3]] == [("off", 7), ("on", 7), ("on", 4)]
 
 
@@ -108,9 +102,8 @@ def test_only_full_rounds_and_later_admissions_are_steady() -> None:
         confidence_logits=np.zeros((13, BLOCK), np.float32),
         stopped=np.array([False, True]),
     )
-    engine = ReplayEngine(rounds, COSTS, max_rows=2)
-    order = np.array([0, 1, 1, 0])
-    done = decode(replay_prompts(rounds, order), engine, spec="off", stats=DecodeStats())  # type: ignore[arg-type]
+    engine = ReplayEngine(rounds, COSTS, order=np.array([0, 1, 1, 0]), max_rows=2)
+    done = decode(engine.prompts(), engine, spec="off", stats=DecodeStats())  # type: ignore[arg-type]
     assert [len(c.token_ids) for c in done] == [2, 2, 13, 13]
     # The long rows overlap for 10 rounds, each short one takes one, and two are left at the end.
     assert engine.steady.num_row_rounds == engine.steady.num_committed == 2 * 12
@@ -123,7 +116,7 @@ def test_a_text_that_ends_inside_a_block_commits_no_bonus() -> None:
     rounds = made_up([0] * 10 + [2, 1], num_rows=1)
     rounds = replace(rounds, stopped=np.array([True]), max_new_tokens=np.array([99]))
     engine = ReplayEngine(rounds, COSTS, max_rows=1)
-    (done,) = decode(replay_prompts(rounds, np.array([0])), engine, spec="on", stats=DecodeStats())  # type: ignore[arg-type]
+    (done,) = decode(engine.prompts(), engine, spec="on", stats=DecodeStats())  # type: ignore[arg-type]
     assert (len(done.token_ids), done.finish_reason, done.spec.num_rounds) == (13, "stop", 11)
     assert engine.steady.num_committed == 12
     assert engine.steady.num_row_rounds == 11
@@ -131,7 +124,7 @@ def test_a_text_that_ends_inside_a_block_commits_no_bonus() -> None:
 
 def test_a_round_without_a_draft_pays_for_none() -> None:
     engine = ReplayEngine(made_up([0] * 12), COSTS, max_rows=1)
-    (prompt,) = replay_prompts(made_up([0] * 12), np.array([0]))
+    prompt = next(engine.prompts())
     row = Row(prompt, 0, tokens=[0, 0], num_prompt_tokens=1)
     block = engine.draft([row])
     engine.verify([row], block, VerifyPlan(np.array([2])))

@@ -22,6 +22,12 @@ class Machine:
     """What limits the rows: measurement or memory."""
     roofline: Roofline | None = None
 
+    def prefill_seconds(self, num_rows: int, num_tokens: int) -> float:
+        """A pass over prompts; a measured table's last slope goes on beyond its grid."""
+        if self.roofline is not None:
+            return self.roofline.verify_seconds(num_rows, num_tokens)
+        return self.costs.verify(num_rows, num_tokens)
+
 
 def measured_machine(hardware: str, costs: CostTable) -> Machine:
     """The machine that an engine's cost table was measured on."""

@@ -7,7 +7,7 @@ takes the rounds that the real one takes, plan by plan. Time is the table's: not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,25 +19,30 @@ from dspark_batch.planning.rounds import Rounds
 from dspark_batch.types import DraftBlock, Prompt, SamplingParams, VerifyPlan, VerifyResult
 from dspark_batch.types import Sequence as Row
 
+PassSeconds = Callable[[int, int], float]
+"""Seconds of a target pass by its rows and tokens."""
+
 _GENERATIONS = 4  # of rows that pass through every slot, on average
 _ORDINARY, _STOP = 0, 1  # the only tokens of a replayed text
 
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A way to decode: `spec` is `decode`'s, with blocks cut to their first `block_size` tokens."""
+    """A way to decode, in `decode`'s words; blocks are cut to their first `block_size` tokens."""
 
     name: str
     spec: str
     block_size: int
+    scheduler: str | None = None
 
 
 def strategies(block_size: int) -> tuple[Strategy, ...]:
-    """Plain decoding first, fixed lengths, and the scheduler."""
+    """Plain decoding first; fixed lengths; Algorithm 1 on every block; the product's default."""
     fixed = [block_size, *(n for n in (4, 2) if n < block_size)]
     return (
         Strategy("plain", "off", block_size),
         *(Strategy(f"fixed {n}", "on", n) for n in fixed),
+        Strategy("early-stop", "on", block_size, "early-stop"),
         Strategy("auto", "auto", block_size),
     )
 
@@ -89,20 +94,36 @@ class Simulated:
         return self.tokens_per_second / self.num_rows
 
 
-def simulate(rounds: Rounds, costs: CostTable, strategy: Strategy, *, num_rows: int) -> Simulated:
+def simulate(
+    rounds: Rounds,
+    costs: CostTable,
+    strategy: Strategy,
+    *,
+    num_rows: int,
+    prefill: PassSeconds | None = None,
+) -> Simulated:
     """The steady state: only rounds in which all `num_rows` rows run are counted.
 
     Every recorded row is decoded equally often, in an order that is random but always the same.
+    `prefill` is as for `ReplayEngine`.
     """
     size = len(rounds.num_new_tokens)
     num_passes = -(-_GENERATIONS * num_rows // size)
     rng = np.random.default_rng(0)
     order = np.concatenate([rng.permutation(size) for _ in range(num_passes)])
-    engine = ReplayEngine(rounds, costs, max_rows=num_rows, block_size=strategy.block_size)
+    engine = ReplayEngine(
+        rounds,
+        costs,
+        order=order,
+        max_rows=num_rows,
+        block_size=strategy.block_size,
+        prefill=prefill,
+    )
     for _ in decode(
-        replay_prompts(rounds, order),
+        engine.prompts(),
         engine,  # type: ignore[arg-type]
         spec=strategy.spec,
+        scheduler=strategy.scheduler,
         stats=DecodeStats(),
     ):
         pass
@@ -112,8 +133,8 @@ def simulate(rounds: Rounds, costs: CostTable, strategy: Strategy, *, num_rows: 
     )
     new_tokens = float(rounds.num_new_tokens.mean())
     decoded = new_tokens - 1.0  # the first one is the prefill's
-    prefill = refills.seconds / refills.num_rows
-    seconds = decoded * (draft + verify) + prefill
+    filling = refills.seconds / refills.num_rows
+    seconds = decoded * (draft + verify) + filling
     return Simulated(
         strategy=strategy.name,
         num_rows=num_rows,
@@ -122,29 +143,30 @@ def simulate(rounds: Rounds, costs: CostTable, strategy: Strategy, *, num_rows: 
         num_verified=steady.num_verified / steady.num_row_rounds,
         drafted=steady.num_drafted / steady.num_row_rounds,
         draft_share=decoded * draft / seconds,
-        prefill_share=prefill / seconds,
+        prefill_share=filling / seconds,
     )
-
-
-def replay_prompts(rounds: Rounds, order: NDArray[np.int64]) -> Iterator[Prompt]:
-    """Prompts that stand for the recorded rows `order`; `ReplayEngine` knows the rest of them."""
-    allowed, sizes = rounds.max_new_tokens.tolist(), rounds.num_prompt_tokens.tolist()
-    for row in order.tolist():
-        yield Prompt(row, (_ORDINARY,) * sizes[row], SamplingParams(max_new_tokens=allowed[row]))
 
 
 class ReplayEngine:
     """What `decode` needs of an `Engine`, from a record.
 
-    A pass costs what the table says. A prefill is a pass over that many tokens: beyond the table's
-    grid its last slope goes on.
+    `order` says which recorded row each prompt stands for; by default each once. A pass costs what
+    the table says, a prefill what `prefill` says of its rows and tokens. Without it a prefill is a
+    pass over that many tokens: beyond the table's grid its last slope goes on.
     """
 
     tokenizer = None
     stop_token_ids = frozenset({_STOP})
 
     def __init__(
-        self, rounds: Rounds, costs: CostTable, *, max_rows: int, block_size: int | None = None
+        self,
+        rounds: Rounds,
+        costs: CostTable,
+        *,
+        max_rows: int,
+        order: NDArray[np.int64] | None = None,
+        block_size: int | None = None,
+        prefill: PassSeconds | None = None,
     ) -> None:
         self.max_rows = max_rows
         self.block_size = block_size or rounds.block_size
@@ -156,12 +178,21 @@ class ReplayEngine:
         """Of all admissions but the first."""
         self._draft_seconds, self._num_drafting = 0.0, 0  # of this round
         self._num_prefills = 0
-        self._num_prompt_tokens = rounds.num_prompt_tokens
-        self._first_anchors = rounds.first_anchors
+        self._prefill_seconds = prefill or costs.verify
+        self._order = np.arange(len(rounds.num_new_tokens)) if order is None else order
+        self._num_prompt_tokens = rounds.num_prompt_tokens[self._order]
+        self._max_new_tokens = rounds.max_new_tokens[self._order]
+        self._first_anchors = rounds.first_anchors[self._order]
         self._confidence = rounds.confidence[:, : self.block_size]
         self._num_drafted = np.minimum(rounds.num_drafted, self.block_size)
         self._num_accepted = np.minimum(rounds.num_accepted, self.block_size)
         self._num_ahead, self._ahead = _texts(rounds, self.block_size + 1)
+
+    def prompts(self) -> Iterator[Prompt]:
+        """As long as the recorded ones; the engine knows the rest of them."""
+        sizes = zip(self._num_prompt_tokens.tolist(), self._max_new_tokens.tolist(), strict=True)
+        for row, (size, allowed) in enumerate(sizes):
+            yield Prompt(row, (_ORDINARY,) * size, SamplingParams(max_new_tokens=allowed))
 
     def admit(self, sequence: Row) -> None:
         """Nothing: slots cost nothing."""
@@ -172,9 +203,9 @@ class ReplayEngine:
     def prefill(self, sequences: Sequence[Row]) -> NDArray[np.int64]:
         """First tokens [R]: none ends its row."""
         if self._num_prefills:
-            num_tokens = int(self._num_prompt_tokens[[s.prompt.row for s in sequences]].sum())
+            num_tokens = sum(s.num_prompt_tokens for s in sequences)
             self.refills.num_rows += len(sequences)
-            self.refills.seconds += self.costs.verify(len(sequences), num_tokens)
+            self.refills.seconds += self._prefill_seconds(len(sequences), num_tokens)
         self._num_prefills += 1
         return np.full(len(sequences), _ORDINARY)
 

@@ -23,7 +23,6 @@ from dspark_batch.planning.catalogue import DTYPE_BYTES, GPUS, PAIRS
 
 _CACHE_BYTES = 2  # of a key or value number, in any of these
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-_LONG_PASSES = (16, 64, 256, 1024)  # tokens of a row, for prefill
 
 
 _SHEET, _SHAPE, _GUESS, _RECORD, _GIVEN = "datasheet", "shape", "guess", "record", "given"
@@ -198,10 +197,7 @@ class Roofline:
 
     def costs(self) -> CostTable:
         """The cost table that this machine would be measured to have."""
-        per_row = (
-            *range(1, self.block_size + 2),
-            *(n for n in _LONG_PASSES if n > self.block_size + 1),
-        )
+        per_row = range(1, self.block_size + 2)
         return CostTable.measured(
             _ROWS,
             per_row,

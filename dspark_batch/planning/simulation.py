@@ -231,7 +231,15 @@ def run_simulation(
     for num_rows in covered:
         progress(f"simulating {num_rows} rows")
         for strategy in strategies(rounds.block_size):
-            results.append(simulate(rounds, machine.costs, strategy, num_rows=num_rows))
+            results.append(
+                simulate(
+                    rounds,
+                    machine.costs,
+                    strategy,
+                    num_rows=num_rows,
+                    prefill=machine.prefill_seconds,
+                )
+            )
     return Simulation(
         rounds=rounds,
         machine=machine,
