@@ -220,7 +220,7 @@ def run(
 
     def open_measured(folder: Path, *, max_rows: int | None = None) -> Engine:
         engine = open_engine(folder, max_rows=max_rows, with_draft=job.spec != "off")
-        if job.spec == "auto":
+        if job.needs_costs:
             ensure_costs(engine, progress=progress.phase)
         return engine
 

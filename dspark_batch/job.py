@@ -17,7 +17,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dspark_batch.errors import InputError, StorageError, UsageError
-from dspark_batch.types import SamplingParams
+from dspark_batch.types import CONFIDENCE_THRESHOLD, SamplingParams
 
 _DEFAULTS = SamplingParams()
 _MAX_SEED = 2**63 - 1  # the output column `seed` is int64
@@ -62,7 +62,19 @@ class Job(BaseModel):
     top_k: int = Field(_DEFAULTS.top_k, description="Most likely tokens sampled from; 0 is all.")
     seed: int = Field(_DEFAULTS.seed, description="Makes the seed of every row, with its index.")
     stop: tuple[str, ...] = Field(_DEFAULTS.stop, description="The text ends before this string.")
-    spec: Literal["auto", "on", "off"] = Field("auto", description="Speculative decoding.")
+    spec: Literal["auto", "on", "off"] = Field(
+        "auto", description="Speculative decoding: where it pays, always or never."
+    )
+    scheduler: Literal["early-stop", "async", "threshold", "whole"] | None = Field(
+        None,
+        description="How much of a draft is verified; by default early-stop, whole with spec on.",
+    )
+    confidence_threshold: float = Field(
+        CONFIDENCE_THRESHOLD,
+        ge=0,
+        le=1,
+        description="Confidence below which the scheduler threshold verifies no further.",
+    )
     max_rows: int | None = Field(
         None, ge=1, description="Rows decoded at a time; by default the engine's number."
     )
@@ -82,7 +94,15 @@ class Job(BaseModel):
         problem = invalid_params(self.params)
         if problem:
             raise ValueError(problem)
+        if "confidence_threshold" in self.model_fields_set and self.scheduler != "threshold":
+            raise ValueError("confidence_threshold goes with scheduler = threshold only")
         return self
+
+    @property
+    def needs_costs(self) -> bool:
+        """Whether its schedule weighs what passes cost."""
+        weighs = self.spec == "auto" or self.scheduler in ("early-stop", "async")
+        return weighs and self.spec != "off"
 
     @property
     def params(self) -> SamplingParams:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from dspark_batch import __version__
 from dspark_batch.errors import StoppedEarly, StorageError
+from dspark_batch.job import Job
 from dspark_batch.output import OutputFolder, now
 from dspark_batch.plan import JobPlan
+from dspark_batch.schedule import settled
 from dspark_batch.summary import Summary
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class RunRecord:
                 for file in plan.files.files
             ],
             "job": plan.job.model_dump(mode="json"),
+            "schedule": _schedule(plan.job, engine),
             "num_input_rows": plan.num_rows,
             "num_planned_parts": len(plan.shards),
             "error": None,
@@ -83,6 +86,13 @@ class RunRecord:
         self._values["error"] = f"{kind.__name__}: {error}" if kind else None
         with suppress(StorageError):  # the error on its way says more than a full disk here
             self._output.write_record(self._values)
+
+
+def _schedule(job: Job, engine: Engine) -> dict[str, Any]:
+    """How the run drafts and verifies, whatever was left to defaults."""
+    spec, scheduler = settled(engine, job.spec, job.scheduler)
+    threshold = job.confidence_threshold if scheduler == "threshold" else None
+    return {"spec": spec, "scheduler": scheduler, "confidence_threshold": threshold}
 
 
 def _versions() -> dict[str, str]:

@@ -43,7 +43,14 @@ class Decode(Protocol):
     """`decode.decode`."""
 
     def __call__(
-        self, prompts: Iterable[Prompt], engine: Engine, *, spec: str, stats: DecodeStats
+        self,
+        prompts: Iterable[Prompt],
+        engine: Engine,
+        *,
+        spec: str,
+        scheduler: str | None,
+        confidence_threshold: float,
+        stats: DecodeStats,
     ) -> Iterator[Completion]:
         """One completion per prompt, in any order."""
 
@@ -88,9 +95,16 @@ class _Run:
 
     def decode(self, pending: Sequence[Shard], decode: Decode, stats: DecodeStats) -> None:
         """Decode the pending shards and commit those that become complete."""
-        started = self._clock()
-        prompts = self._prompts(pending)
-        for completion in decode(prompts, self._engine, spec=self._plan.job.spec, stats=stats):
+        started, job = self._clock(), self._plan.job
+        completions = decode(
+            self._prompts(pending),
+            self._engine,
+            spec=job.spec,
+            scheduler=job.scheduler,
+            confidence_threshold=job.confidence_threshold,
+            stats=stats,
+        )
+        for completion in completions:
             self._state.seconds = self._clock() - started
             self._take(completion)
         self._wall_seconds = self._clock() - started

@@ -38,6 +38,7 @@ _EVIDENCE = 16  # blocks of this run, without which a promise is the export's
 _LOOKING = 4  # rows that are drafted to look
 _HURDLE = 1.05  # times plain decoding, that drafting must promise to begin with
 _REFRESH = 8  # drafted rounds after which an answer is worked out again
+_PRICED = ("early-stop", "async")  # schedulers that need costs, and confidence to be trusted
 _GRAIN = 16  # cached tokens by which prices are told apart
 
 Confidence = NDArray[np.floating[Any]]
@@ -66,18 +67,29 @@ def open_schedule(
     scheduler: str | None = None,
     confidence_threshold: float = CONFIDENCE_THRESHOLD,
 ) -> Schedule:
-    """A schedule for one decode. `spec` says whether to draft, `scheduler` how much to verify.
-
-    None is `early-stop` under `auto`, `whole` under `on`. Where nothing was measured, nothing can
-    be weighed: then every round drafts, and is verified whole or by the threshold.
-    """
-    if spec == "off" or not engine.block_size:
+    """The schedule of one decode: what `settled` says of these settings."""
+    spec, scheduler = settled(engine, spec, scheduler)
+    if scheduler is None:
         return Plain()
-    scheduler = scheduler or ("early-stop" if spec == "auto" else "whole")
-    weighs = spec == "auto" or scheduler in ("early-stop", "async")
-    if weighs and engine.costs is not None:
+    if spec == "auto" or scheduler in _PRICED:
+        assert engine.costs is not None
         return Weighed(engine, engine.costs, scheduler, confidence_threshold, auto=spec == "auto")
     return Unweighed(confidence_threshold if scheduler == "threshold" else None)
+
+
+def settled(engine: Engine, spec: str, scheduler: str | None) -> tuple[str, str | None]:
+    """Whether to draft, and how much to verify, with defaults filled in and as the engine allows.
+
+    The scheduler is `early-stop` under `auto` and `whole` under `on`, unless one is given, and
+    None where nothing is drafted. Where no costs were measured nothing can be weighed: then every
+    round drafts, and is verified whole or by the threshold.
+    """
+    if spec == "off" or not engine.block_size:
+        return "off", None
+    scheduler = scheduler or ("early-stop" if spec == "auto" else "whole")
+    if engine.costs is None and (spec == "auto" or scheduler in _PRICED):
+        return "on", "threshold" if scheduler == "threshold" else "whole"
+    return spec, scheduler
 
 
 class Plain:
@@ -159,7 +171,7 @@ class Weighed:
     ) -> None:
         self._engine, self._costs, self._auto = engine, costs, auto
         self._rule = _rules(threshold)[scheduler]
-        self._trusts = scheduler in ("early-stop", "async")
+        self._trusts = scheduler in _PRICED
         self._outlook = Outlook()
         self._earlier: deque[dict[int, Confidence]] = deque(maxlen=2)
         self._price_lists: dict[tuple[int, int], Prices] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.types import Completion, FinishReason, Prompt, RowError, SpecCounts
 
 BEGIN = 256
@@ -41,7 +42,12 @@ class FakeEngine:
     block_size: int = 3
     vocab_size: int = VOCAB_SIZE
     fingerprint: dict[str, str] = field(default_factory=lambda: {"target": "a" * 64})
-    costs: str = "measured"
+    max_rows: int = 1
+    costs: CostTable = field(
+        default_factory=lambda: CostTable.measured(
+            [1], [1, 2], verify_seconds=[[1.0, 2.0]], draft_seconds=[1.0]
+        )
+    )
     closed: bool = False
 
     def close(self) -> None:
@@ -69,11 +75,21 @@ class FakeDecode:
     failing: Callable[[Prompt], RowError | None] = lambda prompt: None
     admitted: list[Prompt] = field(default_factory=list)
     spec: str = ""
+    scheduler: str | None = None
+    confidence_threshold: float = -1.0
 
     def __call__(
-        self, prompts: Iterable[Prompt], engine: FakeEngine, *, spec: str, stats: FakeStats
+        self,
+        prompts: Iterable[Prompt],
+        engine: FakeEngine,
+        *,
+        spec: str,
+        scheduler: str | None,
+        confidence_threshold: float,
+        stats: FakeStats,
     ) -> Iterator[Completion]:
-        self.spec = spec
+        self.spec, self.scheduler = spec, scheduler
+        self.confidence_threshold = confidence_threshold
         rng = random.Random(7)
         waiting, slots, num_done = iter(prompts), [], 0
         while True:

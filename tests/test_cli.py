@@ -102,7 +102,8 @@ def test_every_flag_reaches_the_job(fakes, monkeypatch):
     command = (
         "run in.parquet -o out --engine e --prompt-column p --no-chat-template --system s "
         "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 7 --stop a --stop b "
-        "--spec off --max-rows 2 --part-rows 9 --limit 8 --token-ids --output-prefix o_ "
+        "--spec off --scheduler threshold --confidence-threshold 0.75 --max-rows 2 --part-rows 9 "
+        "--limit 8 --token-ids --output-prefix o_ "
         "--max-error-rate 0 --deadline 60 --overwrite --progress none"
     )
     invoke(*shlex.split(command))
@@ -121,6 +122,8 @@ def test_every_flag_reaches_the_job(fakes, monkeypatch):
         seed=7,
         stop=("a", "b"),
         spec="off",
+        scheduler="threshold",
+        confidence_threshold=0.75,
         max_rows=2,
         part_rows=9,
         limit=8,

@@ -45,6 +45,11 @@ def test_paths_of_a_file_are_relative_to_it_and_those_of_flags_are_not(tmp_path)
         ('input = "a"\npart_rows = 0\n', "part_rows: Input should be greater than or equal to 1"),
         ('input = "a"\ntop_p = 0.0\n', "top_p must be above 0 and at most 1, not 0.0"),
         ('input = "a"\nspec = "maybe"\n', "spec: Input should be 'auto', 'on' or 'off'"),
+        ('input = "a"\nconfidence_threshold = 2\n', "confidence_threshold: Input should be less"),
+        (
+            'input = "a"\nscheduler = "async"\nconfidence_threshold = 0.5\n',
+            "confidence_threshold goes with scheduler = threshold only",
+        ),
         ("input = \n", "is not TOML"),
     ],
 )
@@ -125,9 +130,27 @@ def test_the_ends_of_the_ranges_are_valid():
 
 def test_every_setting_either_decides_the_result_or_may_change_between_runs():
     # A new field must be put on one side: forgetting it would let two jobs share a folder.
-    may_change = {"output", "engine", "spec", "max_rows", "max_error_rate", "deadline"}
+    may_change = {"output", "engine", "max_rows", "max_error_rate", "deadline"}
+    may_change |= {"spec", "scheduler", "confidence_threshold"}
     in_the_row_range = {"part_rows", "limit"}
     resolved = {"input", "prompt_column", "messages_column", "token_ids_column"}
     others = may_change | in_the_row_range | resolved
     assert others | set(RESULT_FIELDS) == set(Job.model_fields)
     assert not others & set(RESULT_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("spec", "scheduler", "needed"),
+    [
+        ("auto", None, True),
+        ("auto", "threshold", True),
+        ("on", None, False),
+        ("on", "threshold", False),
+        ("on", "early-stop", True),
+        ("on", "async", True),
+        ("off", "async", False),
+        ("off", None, False),
+    ],
+)
+def test_costs_are_needed_where_something_is_weighed(spec, scheduler, needed):
+    assert Job(input="a", spec=spec, scheduler=scheduler).needs_costs is needed

@@ -197,7 +197,7 @@ def test_rows_of_a_shard_come_by_length_turning_round_at_each_shard(tmp_path):
 def test_no_more_shards_are_open_than_rows_are_running(tmp_path, monkeypatch):
     # One row that never ends keeps its shard open; all the others must be committed meanwhile.
     class Straggler(FakeDecode):
-        def __call__(self, prompts, engine, *, spec, stats):
+        def __call__(self, prompts, engine, **options):
             held = None
             for prompt in prompts:
                 if held is None:
@@ -415,9 +415,11 @@ def test_settings_that_leave_the_result_alone_may_change(tmp_path):
     with pytest.raises(Killed):
         run(job, decode=FakeDecode(before_yield=killing(12)))
     decode = FakeDecode()
-    changed = job.model_copy(update={"spec": "off", "max_rows": 2, "max_error_rate": 0.5})
+    update = {"spec": "on", "scheduler": "threshold", "confidence_threshold": 0.7}
+    changed = job.model_copy(update=update | {"max_rows": 2, "max_error_rate": 0.5})
     assert run(changed, decode=decode).num_parts == 8
-    assert decode.spec == "off"
+    assert (decode.spec, decode.scheduler) == ("on", "threshold")
+    assert decode.confidence_threshold == 0.7
 
 
 def test_a_moved_input_folder_is_still_the_same_input(tmp_path):
@@ -482,7 +484,7 @@ def test_progress_counts_rows_of_earlier_runs_but_only_this_runs_tokens(tmp_path
 
 def test_parts_are_listed_in_input_order_though_they_end_in_another(tmp_path):
     class Backwards(FakeDecode):
-        def __call__(self, prompts, engine, *, spec, stats):
+        def __call__(self, prompts, engine, **options):
             for prompt in reversed(list(prompts)):
                 yield self.answer(prompt, engine)
 
@@ -674,10 +676,8 @@ class Lossy(FakeDecode):
 
     how = "drop"
 
-    def __call__(self, prompts, engine, *, spec, stats):
-        for index, completion in enumerate(
-            super().__call__(prompts, engine, spec=spec, stats=stats)
-        ):
+    def __call__(self, prompts, engine, **options):
+        for index, completion in enumerate(super().__call__(prompts, engine, **options)):
             if index == 3 and self.how == "twice":
                 yield completion
             if index == 3 and self.how == "foreign":
@@ -721,6 +721,11 @@ def test_the_record_tells_the_whole_story(tmp_path):
     assert record["state"] == "finished"
     assert record["argv"] == ARGV
     assert record["job"]["seed"] == 4
+    assert record["schedule"] == {
+        "spec": "auto",
+        "scheduler": "early-stop",
+        "confidence_threshold": None,
+    }
     assert record["engine"]["fingerprint"] == {"target": "a" * 64}
     assert record["input"][0]["num_rows"] == 12
     assert record["versions"]["pyarrow"] == pa.__version__
