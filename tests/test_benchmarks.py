@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import accepted_length
+import calibration
 import identity
 import numpy as np
 import precision
@@ -190,6 +192,31 @@ def test_accepted_length_counts_rows_that_differ(
     found = [e["num_differing_rows"] for e in last_json(result)["engines"].values()]
     assert found == [0, 1]
     assert f"rows unlike the first engine of the target: {lookup} 1" in result.stdout
+
+
+def test_calibration_is_tabulated_and_drawn_for_greedy_and_sampled_rows(
+    folder: Path, tmp_path: Path
+) -> None:
+    engine, figure = folder / "engines/tiny", tmp_path / "reliability.png"
+    arguments = [str(engine), "--prompts", str(folder / "prompts.parquet"), "--new-tokens", "40"]
+    result = CliRunner().invoke(calibration.main, [*arguments, "--figure", str(figure)])
+    assert result.exit_code == 0, result.output
+    kinds = last_json(result)["kinds"]
+    with closing(open_engine(engine)) as opened:
+        draft = opened.manifest.draft
+    assert draft is not None
+    fitted = {"greedy": draft.confidence_temperatures, "sampled": draft.sampled_temperatures}
+    for kind, temperatures in fitted.items():
+        found = kinds[kind]
+        assert found["temperatures"] == list(temperatures)
+        assert found["num_rounds"] > 300
+        for name in ("accepted", "error_before", "error_after", "brier_before", "brier_after"):
+            assert len(found[name]) == 4
+            assert all(0 <= value <= 1 for value in found[name])
+        shown = f"{found['error_before'][0]:.1%} | {found['error_after'][0]:.1%}"
+        assert any(shown in " ".join(line.split()) for line in result.stdout.splitlines())
+    assert kinds["greedy"]["num_rounds"] != kinds["sampled"]["num_rounds"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_identity_finds_no_difference_and_agrees_with_transformers(folder: Path) -> None:
