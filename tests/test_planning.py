@@ -308,7 +308,7 @@ def test_everything_says_that_it_is_a_simulation(simulation: Simulation, tmp_pat
     for draw in (frontier, throughput, queries):
         title = draw(simulation).get_suptitle()
         assert title.startswith("SIMULATION, not measured: ")
-        assert title.endswith("\nhere")
+        assert title.endswith("\nhere\nacceptance recorded with the engine made up")
 
 
 def test_figures_show_every_strategy_and_axis(simulation: Simulation, tmp_path: Path) -> None:
@@ -324,6 +324,14 @@ def test_figures_show_every_strategy_and_axis(simulation: Simulation, tmp_path: 
     paths = draw_figures(simulation, tmp_path)
     assert [path.name for path in paths] == ["frontier.png", "throughput.png", "queries.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+
+
+def test_every_strategy_has_a_line_of_its_own(simulation: Simulation) -> None:
+    names = [strategy.name for strategy in strategies(7)]
+    results = tuple(found for name in names for found in curve(name, 100, 80, 40))
+    lines = frontier(replace(simulation, results=results)).axes[0].lines[: len(names)]
+    assert [line.get_label() for line in lines] == names
+    assert len({line.get_color() for line in lines}) == len(names)
 
 
 def test_figures_take_what_says_nothing(simulation: Simulation) -> None:

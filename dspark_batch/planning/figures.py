@@ -6,6 +6,7 @@ The first two follow figures 7 and 8 of the DSpark paper. Every title says "simu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ from dspark_batch.plots import new_figure, save_figure
 if TYPE_CHECKING:
     from dspark_batch.plots import Axes, Figure
 
-_STYLES = {PLAIN: ("#444444", "o"), AUTO: ("#c2410c", "D")}
-_OTHERS = (("#1d4ed8", "s"), ("#0891b2", "^"), ("#65a30d", "v"))
+_STYLES = {PLAIN: ("#444444", "o"), AUTO: ("#c2410c", "D")}  # the two that are compared
+_OTHERS = (("#1d4ed8", "s"), ("#0891b2", "^"), ("#65a30d", "v"), ("#a21caf", "P"))
 _NUM_FLOORS = 60  # points of a curve over floors
 _QUERY_TICKS = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 _LABEL_DISTANCE = 0.035  # of the figure, between labelled points
@@ -48,7 +49,7 @@ def frontier(simulation: Simulation) -> Figure:
         if name in (PLAIN, AUTO):
             _label_rows(axes, name, simulation)
     axes.axvline(simulation.floor, color="#999999", linestyle=":", linewidth=1.2)
-    axes.text(0.99, 0.68, _floor_note(simulation), transform=axes.transAxes, ha="right", fontsize=8)
+    axes.text(0.99, 0.6, _floor_note(simulation), transform=axes.transAxes, ha="right", fontsize=8)
     axes.set(xlabel="tokens/s per row", ylabel="tokens/s of all rows", ylim=(0, None))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(fontsize=8, loc="upper right")
@@ -128,7 +129,7 @@ def _floor_note(simulation: Simulation) -> str:
 
 
 def _lines(simulation: Simulation) -> Iterator[tuple[str, dict[str, Any]]]:
-    others = iter(_OTHERS)
+    others = cycle(_OTHERS)
     for name in simulation.strategies:
         color, marker = _STYLES.get(name) or next(others)
         strong = name in _STYLES
@@ -174,4 +175,5 @@ def _finish(axes: Axes) -> None:
 
 
 def _title(what: str, simulation: Simulation) -> str:
-    return f"SIMULATION, not measured: {what}\n{simulation.machine.title}"
+    accepted = f"acceptance recorded with the engine {simulation.rounds.origin['engine']}"
+    return f"SIMULATION, not measured: {what}\n{simulation.machine.title}\n{accepted}"
