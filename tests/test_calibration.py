@@ -43,8 +43,8 @@ def errors(logits: Array, accepted: Array, temperatures: Array) -> Array:
 def test_known_temperatures_are_recovered() -> None:
     true = np.array([1.0, 2.5, 0.4, 5.0])
     fitted = fit(*rounds(0, true))
-    # One grid step is 1/8 of an octave; later positions have fewer survivors to learn from.
-    assert np.abs(np.log2(fitted / true)).max() < 0.4
+    # One grid step is 1/8 of an octave; a gain below the tolerance is not worth one.
+    assert np.abs(np.log2(fitted / true)).max() < 0.6
     assert set(fitted) <= set(TEMPERATURE_GRID)
 
 
@@ -54,7 +54,7 @@ def test_fitting_lowers_the_error_of_every_position_on_unseen_rounds() -> None:
     unseen = rounds(2, true)
     before, after = errors(*unseen, np.ones(4)), errors(*unseen, fitted)
     assert (before > 0.03).all()
-    assert (after < 0.015).all()
+    assert (after < 0.02).all()
 
 
 def test_each_position_is_fitted_on_the_survival_of_those_before_it() -> None:
@@ -65,9 +65,11 @@ def test_each_position_is_fitted_on_the_survival_of_those_before_it() -> None:
         tried = np.tile(fitted, (49, 1))
         tried[:, position] = TEMPERATURE_GRID
         by_temperature = [errors(logits, accepted, t)[position] for t in tried]
-        # Same up to float32: this test multiplies the confidences in another precision.
+        # Up to the tolerance, and to float32: this test multiplies confidences in another one.
         best = errors(logits, accepted, fitted)[position]
-        assert best == pytest.approx(min(by_temperature), abs=2e-4)
+        assert min(by_temperature) - 2e-4 < best < min(by_temperature) + 0.0022
+        nearer = np.abs(np.log(TEMPERATURE_GRID)) < np.abs(np.log(fitted[position])) - 1e-9
+        assert (np.array(by_temperature)[nearer] > min(by_temperature) + 0.0018).all()
 
 
 def test_logits_that_no_temperature_can_change_keep_temperature_one() -> None:

@@ -17,9 +17,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from dspark_batch.algorithm.sampling import Floats, Reals
 
-# 49 log-spaced values in 0.125..8, nearest to 1 first: equal errors change nothing.
+# 49 log-spaced values in 0.125..8, nearest to 1 first: without a reason nothing is scaled.
 _EXPONENTS = np.linspace(-3.0, 3.0, 49)
 TEMPERATURE_GRID = 2.0 ** _EXPONENTS[np.argsort(np.abs(_EXPONENTS), kind="stable")]
+_TOLERANCE = 0.002  # of calibration error, that a temperature further from 1 must gain
 NUM_BINS = 20
 
 
@@ -28,7 +29,9 @@ def fit(confidence_logits: Reals, accepted: ArrayLike) -> NDArray[np.float64]:
 
     `confidence_logits` [n, γ]; `accepted` [n] draft tokens accepted with the whole block verified.
     Position by position: the temperature with the smallest error of survival against "accepted up
-    to here", those before it being fixed. Raises ValueError without rounds.
+    to here", those before it being fixed. Among those that are as good but for `_TOLERANCE` it is
+    the one nearest to 1: late positions are seldom reached, and the smallest error of all is often
+    chance there. Raises ValueError without rounds.
     """
     num_rounds, block_size = confidence_logits.shape
     if num_rounds == 0:
@@ -41,7 +44,7 @@ def fit(confidence_logits: Reals, accepted: ArrayLike) -> NDArray[np.float64]:
             confidence_logits[:, position], TEMPERATURE_GRID[:, None]
         ).astype(np.float64)
         errors = [expected_calibration_error(c, survived[:, position]) for c in candidates]
-        best = int(np.argmin(errors))
+        best = int(np.argmax(np.array(errors) <= min(errors) + _TOLERANCE))
         temperatures[position] = TEMPERATURE_GRID[best]
         survival = candidates[best]
     return temperatures

@@ -28,7 +28,7 @@ from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import check_target
-from dspark_batch.export.texts import example_prompts
+from dspark_batch.export.texts import NUM_SMOOTHING_TEXTS, example_prompts
 from dspark_batch.manifest import (
     FILE_NAME,
     FORMAT,
@@ -241,7 +241,8 @@ class _Export:
         """For int8: the factors that the example prompts ask for. fp32 needs none."""
         if self._recipe.engine.precision != "int8":
             return Smoothing()
-        return Smoothing(smoothing_factors(self._spec, self._target.tensor, self._prompts))
+        prompts = self._prompts[:NUM_SMOOTHING_TEXTS]
+        return Smoothing(smoothing_factors(self._spec, self._target.tensor, prompts))
 
     def _build_draft(
         self, folder: Path, target: DecoderGraph, embed: StoredWeight, reach: int

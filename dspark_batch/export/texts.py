@@ -26,7 +26,28 @@ TEXTS = (
     "Write a Python function to check whether a string is a palindrome.",
     "Describe how a bicycle works to a child.",
     "If 5 apples cost 10 dollars, how much do 8 apples cost? Explain step by step.",
+    "Maria reads 12 pages a day. Her book has 180 pages. How many days does she need, and how many "
+    "pages are left after 9 days?",
+    "A rectangle is 8 cm long and 5 cm wide. What are its perimeter and its area?",
+    "There are 24 pupils in a class. A third of them walk to school, and half of the others take "
+    "the bus. How many take the bus?",
+    "A recipe for 4 people needs 300 grams of flour. How much flour do 10 people need?",
+    "Write a Python function that merges two sorted lists into one sorted list.",
+    "Write a Python class for a bank account with methods to deposit, to withdraw and to show the "
+    "balance.",
+    "What does this code print? for i in range(3): print(i * i)",
+    "Write a JavaScript function that removes duplicates from an array, and explain it.",
+    "Who wrote Romeo and Juliet, and what is the play about?",
+    "Explain photosynthesis in simple words.",
+    "What is the difference between weather and climate?",
+    "Give me three arguments for and three against working from home.",
+    "Translate into French: The library opens at nine o'clock in the morning.",
+    "Is this review positive or negative? The food was cold, but the staff were very friendly.",
+    "Write a short dialogue between a customer and a baker.",
+    "Plan a two-day trip to Rome for a family with small children.",
 )
+NUM_SMOOTHING_TEXTS = 16
+"""The first ones are enough to see outliers of activations by, which takes a slow forward pass."""
 
 
 def example_prompts(tokenizer: Tokenizer | None, *, vocab_size: int) -> list[tuple[int, ...]]:
