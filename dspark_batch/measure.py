@@ -251,14 +251,15 @@ def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
     new_tokens = min(_CALIBRATION_TOKENS, engine.max_tokens - max(len(p) for p in prompts))
     params = SamplingParams(max_new_tokens=new_tokens)
     source = [Prompt(i, tuple(ids), replace(params, seed=i)) for i, ids in enumerate(prompts)]
-    rounds, completions = observe_rounds(engine, source)
-    if draft.drafter in LOOKUPS:
-        texts = [(prompts[c.row], c.token_ids) for c in completions]
-        lookup: DraftInfo = import_module(LOOKUPS[draft.drafter]).calibrated(draft, texts)
-        return lookup
     sampling = [replace(p, params=replace(p.params, temperature=1.0)) for p in source]
-    greedy = calibration.calibrated(rounds)
-    sampled = calibration.calibrated(observe_rounds(engine, sampling)[0])
+    observed = [observe_rounds(engine, rows) for rows in (source, sampling)]
+    rounds = [found for found, _ in observed]
+    if draft.drafter in LOOKUPS:  # what it learns from the texts is to be calibrated
+        lookup = import_module(LOOKUPS[draft.drafter])
+        texts = [[(prompts[c.row], c.token_ids) for c in done] for _, done in observed]
+        draft = lookup.learnt(draft, texts[0])
+        rounds = [lookup.rounds(draft, rows) for rows in texts]
+    greedy, sampled = map(calibration.calibrated, rounds)
     found = {
         "confidence_temperatures": greedy.temperatures,
         "acceptance": greedy.acceptance,
@@ -266,7 +267,8 @@ def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
         "sampled_acceptance": sampled.acceptance,
         "calibration": (_described("greedy", greedy), _described("sampled", sampled)),
     }
-    return draft.model_copy(update=found)
+    calibrated: DraftInfo = draft.model_copy(update=found)
+    return calibrated
 
 
 def _described(rows: Literal["greedy", "sampled"], fit: calibration.Calibrated) -> CalibrationInfo:

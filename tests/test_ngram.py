@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from scipy import stats
 from tiny import VOCAB, export_pair, target_config, write_target
 
+from dspark_batch.algorithm import calibration
 from dspark_batch.cli import main
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.drafters.ngram import (
     Round,
-    acceptance,
-    calibrated,
     continuation,
+    learnt,
     longest_match,
     open_lookup,
     replay,
+    rounds,
     text_of,
 )
 from dspark_batch.engine import Engine, open_engine
@@ -136,22 +137,40 @@ def test_trust_is_the_table_s_and_nothing_is_proposed_without_a_match() -> None:
     np.testing.assert_allclose(confidence, [[0.0] * 3, *table], atol=1e-6)
 
 
+ROW = ([1, 2, 3], [9, 1, 2, 3, 9, 1, 2, 5])
+"""Rounds worked out by hand; the first begins after the first anchor, 9."""
+
+
 def test_a_row_is_replayed_as_it_would_have_been_drafted() -> None:
-    """1 2 3 | 9 1 2 3 9 1 2 5: worked out by hand; the prompt's end and the first anchor first."""
-    rounds = list(replay([1, 2, 3, 9, 1, 2, 3, 9, 1, 2, 5], 3, block_size=3, shortest=1, longest=3))
-    assert rounds == [
-        Round(size=0, num_accepted=0, num_known=3),  # anchor 9 is new
+    assert list(replay(draft_info(((0.5,) * 3,) * 3), *ROW)) == [
+        Round(size=0, num_accepted=0, num_known=3),  # 9 is new
         Round(size=1, num_accepted=3, num_known=3),  # 1 -> 2 3 9
         Round(size=3, num_accepted=1, num_known=2),  # 3 9 1 -> 2, then 3 where the row says 5
     ]
-    np.testing.assert_allclose(acceptance(rounds, np.full(3, 0.5)), [3 / 5, 2 / 4, 2 / 3])
-    found = calibrated(draft_info(((0.5,) * 3,) * 3), [([1, 2, 3], [9, 1, 2, 3, 9, 1, 2, 5])])
-    assert found.acceptance == pytest.approx((3 / 5, 2 / 4, 2 / 3))
-    assert found.lookup is not None
-    once, never = (2 * 2 / 3 + 1) / 3, (2 * 2 / 3) / 3  # a match of two was not seen: as of one
+
+
+def test_acceptance_by_match_is_learnt_from_finished_rows() -> None:
+    before = draft_info(((0.5,) * 3,) * 3)
+    draft = learnt(before, [ROW, ROW])
+    assert draft.lookup is not None
+    seen = (2 * 0.5 + 2) / (2 + 2)
+    two_of, none_of = (2 * seen + 2) / (2 + 2), 2 * seen / (2 + 2)
+    # A match of two tokens was not seen: it is worth what one token is, and so to begin with is
+    # one of three.
     np.testing.assert_allclose(
-        found.lookup.acceptance, [[2 / 3] * 3, [2 / 3] * 3, [once, never, 2 / 3]]
+        draft.lookup.acceptance, [[seen] * 3, [seen] * 3, [two_of, none_of, seen]]
     )
+    assert before.model_copy(update={"lookup": draft.lookup}) == draft
+
+
+def test_calibration_gets_the_rounds_of_whole_blocks() -> None:
+    draft = draft_info(((0.5,) * 3, (0.6,) * 3, (0.7,) * 3))
+    found = rounds(draft, [ROW, ([4], [4, 4, 4, 4, 4, 4])])
+    assert found.accepted.tolist() == [0, 3, 3]
+    assert found.rows.tolist() == [0, 0, 1]
+    confidence = calibration.apply(found.logits, np.ones(3))
+    np.testing.assert_allclose(confidence, [[0.0] * 3, [0.5] * 3, [0.5] * 3], atol=1e-6)
+    np.testing.assert_allclose(found.acceptance, [3 / 5, 3 / 4, 3 / 4])
 
 
 class Exported:
@@ -209,6 +228,8 @@ def test_a_recipe_without_weights_makes_an_engine_without_a_draft_graph(exported
     assert (draft.lookup.shortest_match, draft.lookup.longest_match) == (1, 3)
     assert np.shape(draft.lookup.acceptance) == (3, GAMMA)
     assert len({*draft.acceptance, *np.ravel(draft.lookup.acceptance)}) > 3  # measured
+    assert [found.rows for found in draft.calibration] == ["greedy", "sampled"]
+    assert draft.sampled_acceptance[0] < draft.acceptance[0]
     assert not [name for name in manifest.files if name.startswith("draft")]
     costs = exported.engine.costs
     assert costs is not None
@@ -243,19 +264,17 @@ def test_greedy_text_is_plain_decoding_s(exported: Exported, new_tokens: int) ->
 
 
 def test_rounds_are_those_that_a_replay_predicts(exported: Exported) -> None:
-    prompts = make_prompts()
+    prompts, draft = make_prompts(), exported.engine.manifest.draft
+    assert draft is not None
     for i, completion in run(exported.engine, prompts, "on").items():
-        tokens = [*prompts[i].token_ids, *completion.token_ids]
-        rounds = list(
-            replay(tokens, len(prompts[i].token_ids), block_size=GAMMA, shortest=1, longest=3)
-        )
+        found = list(replay(draft, prompts[i].token_ids, completion.token_ids))
         spec = completion.spec
-        assert spec.num_rounds == len(rounds)
-        assert spec.num_draft_tokens == GAMMA * sum(r.size > 0 for r in rounds)
+        assert spec.num_rounds == len(found)
+        assert spec.num_draft_tokens == GAMMA * sum(r.size > 0 for r in found)
         # The last round takes its last token from the target, not from the draft.
-        last = rounds[-1]
-        rounds[-1] = last._replace(num_accepted=min(last.num_accepted, last.num_known - 1))
-        counts = np.bincount([r.num_accepted for r in rounds], minlength=GAMMA + 1)
+        last = found[-1]
+        found[-1] = last._replace(num_accepted=min(last.num_accepted, last.num_known - 1))
+        counts = np.bincount([r.num_accepted for r in found], minlength=GAMMA + 1)
         assert spec.accepted_histogram == tuple(counts.tolist())
 
 

@@ -1,7 +1,9 @@
 """Drafters: methods of proposing a block.
 
 Those of `DRAFTERS` build a graph from a checkpoint, all with the same contract; those of `LOOKUPS`
-have no weights, and propose from the rows' own tokens on the host.
+have no weights, and propose from the rows' own tokens on the host. A module of the latter has
+`open_lookup` (a manifest's draft -> `Lookup`), `learnt` (the draft with what finished rows teach)
+and `rounds` (those that would have led to finished rows, for calibration).
 """
 
 from __future__ import annotations

@@ -21,8 +21,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.algorithm import calibration
 from dspark_batch.manifest import DraftInfo
 from dspark_batch.types import DraftBlock, Sequence
+
+Text = tuple[SequenceOf[int], SequenceOf[int]]
+"""Prompt and new tokens of a finished row."""
 
 _PRIOR_ROUNDS = 2.0
 
@@ -72,72 +76,65 @@ def continuation(tokens: SequenceOf[int], follows: int, block_size: int) -> list
     return [tokens[follows + k % period] for k in range(block_size)]
 
 
-def replay(
-    tokens: SequenceOf[int],
-    num_prompt_tokens: int,
-    *,
-    block_size: int,
-    shortest: int,
-    longest: int,
-) -> Iterator[Round]:
+def replay(info: DraftInfo, prompt: SequenceOf[int], new: SequenceOf[int]) -> Iterator[Round]:
     """The rounds that would have led to a finished row; its first new token is the first anchor."""
+    assert info.lookup is not None
+    shortest, longest = info.lookup.shortest_match, info.lookup.longest_match
+    tokens, end = [*prompt, *new], len(prompt) + 1
     text = text_of(tokens)
-    end = num_prompt_tokens + 1
     while end < len(tokens):
-        known = list(tokens[end : end + block_size])
+        known = tokens[end : end + info.block_size]
         match = longest_match(text[:end], shortest=shortest, longest=longest)
         num_accepted = 0
         if match is not None:
-            proposed = continuation(tokens[:end], match.follows, block_size)
+            proposed = continuation(tokens[:end], match.follows, info.block_size)
             equal = [a == b for a, b in zip(proposed, known, strict=False)]
             num_accepted = (*equal, False).index(False)
         yield Round(match.size if match else 0, num_accepted, len(known))
         end += num_accepted + 1
 
 
-def acceptance(rounds: Iterable[Round], prior: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Conditional acceptance [γ] by position over `rounds`; one without a match accepted nothing.
-
-    `prior` [γ] counts as much as `_PRIOR_ROUNDS`, so that nothing is taken for certain.
-    """
-    passed, reached = _PRIOR_ROUNDS * prior, np.full(len(prior), _PRIOR_ROUNDS)
-    for round_ in rounds:
-        passed[: round_.num_accepted] += 1
-        reached[: min(round_.num_accepted + 1, round_.num_known)] += 1
-    conditional: NDArray[np.float64] = passed / reached
-    return conditional
-
-
-def calibrated(
-    info: DraftInfo, texts: Iterable[tuple[SequenceOf[int], SequenceOf[int]]]
-) -> DraftInfo:
-    """The draft with the acceptance that finished greedy rows (prompt, new tokens) show."""
+def learnt(info: DraftInfo, texts: Iterable[Text]) -> DraftInfo:
+    """The draft with the acceptance by match that finished greedy rows show."""
     lookup = info.lookup
     assert lookup is not None
-    shortest, longest = lookup.shortest_match, lookup.longest_match
-    rounds = [
-        round_
-        for prompt, new in texts
-        for round_ in replay(
-            [*prompt, *new],
-            len(prompt),
-            block_size=info.block_size,
-            shortest=shortest,
-            longest=longest,
-        )
+    found = [round_ for prompt, new in texts for round_ in replay(info, prompt, new)]
+    table = [np.full(info.block_size, 0.5)]
+    for size in range(lookup.shortest_match, lookup.longest_match + 1):
+        # A length that was hardly seen is believed as the next shorter one.
+        passed, reached = _PRIOR_ROUNDS * table[-1], np.full(info.block_size, _PRIOR_ROUNDS)
+        for round_ in found:
+            if round_.size == size:
+                passed[: round_.num_accepted] += 1
+                reached[: min(round_.num_accepted + 1, round_.num_known)] += 1
+        table.append(passed / reached)
+    acceptance = tuple(tuple(row.tolist()) for row in table[1:])
+    return info.model_copy(update={"lookup": lookup.model_copy(update={"acceptance": acceptance})})
+
+
+def rounds(info: DraftInfo, texts: Iterable[Text]) -> calibration.Rounds:
+    """What calibration is fitted on: the replayed rounds, but for those that a row's end cuts."""
+    logits = _logits(info)
+    found = [
+        (logits[round_.size], round_.num_accepted, row)
+        for row, (prompt, new) in enumerate(texts)
+        for round_ in replay(info, prompt, new)
+        if round_.num_known == info.block_size
     ]
-    even = np.full(info.block_size, 0.5)
-    by_match = [even]  # a length that was hardly seen is believed as the next shorter one
-    for size in range(shortest, longest + 1):
-        alike = (round_ for round_ in rounds if round_.size == size)
-        by_match.append(acceptance(alike, by_match[-1]))
-    table = tuple(tuple(row.tolist()) for row in by_match[1:])
-    return info.model_copy(
-        update={
-            "lookup": lookup.model_copy(update={"acceptance": table}),
-            "acceptance": tuple(acceptance(rounds, even).tolist()),
-        }
+    return calibration.Rounds(
+        np.array([logits for logits, _, _ in found], np.float32).reshape(-1, info.block_size),
+        np.array([num_accepted for _, num_accepted, _ in found], np.int64),
+        np.array([row for _, _, row in found], np.int64),
     )
+
+
+def _logits(info: DraftInfo) -> NDArray[np.float32]:
+    """[longest + 1, γ] of confidence by length of the match; those without a match are -inf."""
+    assert info.lookup is not None
+    table = np.array(info.lookup.acceptance, np.float64)
+    logits = np.full((info.lookup.longest_match + 1, info.block_size), -np.inf, np.float32)
+    logits[info.lookup.shortest_match :] = np.log(table / (1.0 - table))
+    return logits
 
 
 def open_lookup(info: DraftInfo) -> NgramDrafter:
@@ -153,14 +150,16 @@ class NgramDrafter:
         assert info.lookup is not None
         self._block_size = info.block_size
         self._shortest, self._longest = info.lookup.shortest_match, info.lookup.longest_match
-        table = np.array(info.lookup.acceptance, np.float64)
-        self._logits = np.log(table / (1.0 - table)).astype(np.float32)
+        self._logits = _logits(info)
         self._texts: dict[int, str] = {}
 
     def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """A block for every row, with the logits of its confidence; `lengths` 0 without a match."""
         shape = (len(sequences), self._block_size)
-        tokens, confidence = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
+        tokens, confidence = (
+            np.zeros(shape, np.int64),
+            np.tile(self._logits[0], (len(sequences), 1)),
+        )
         lengths = np.zeros(len(sequences), np.int64)
         for r, sequence in enumerate(sequences):
             text = self._texts.get(sequence.slot, "")
@@ -169,7 +168,7 @@ class NgramDrafter:
             match = longest_match(text, shortest=self._shortest, longest=self._longest)
             if match is not None:
                 tokens[r] = continuation(sequence.tokens, match.follows, self._block_size)
-                confidence[r] = self._logits[match.size - self._shortest]
+                confidence[r] = self._logits[match.size]
                 lengths[r] = self._block_size
         return DraftBlock(tokens, confidence, lengths)
 
