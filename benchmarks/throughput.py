@@ -45,7 +45,7 @@ from dspark_batch.bench import PER_ROW, ROWS, run_bench
     type=click.IntRange(min=1),
     default=PER_ROW,
     show_default=True,
-    help="Prompts for each concurrent row; 8 prompts in all at the least.",
+    help="Prompts for each concurrent row; 16 prompts in all at the least.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use this many rows of the file.")
 @click.option(

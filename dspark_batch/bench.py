@@ -1,13 +1,16 @@
 """New tokens per second on this machine: plain decoding, fixed speculation and the scheduler.
 
-The three modes decode the same prompts on the same opened engine, one after the other and over
-again, each time in another order, so that a machine that slows down slows all of them. Ratios
-between figures of one run hold; figures of two runs are not comparable.
+The three modes decode the same prompts, one after the other and over again, each time in another
+order, so that a machine that slows down slows all of them. Ratios between figures of one run hold;
+figures of two runs are not comparable. Plain decoding has the engine opened without its draft, as
+`run --spec off` has it. Rows get half to all of the new tokens, so that they do not end together:
+real ones do not, and a batch that empties all at once flatters whoever takes equal steps.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -28,9 +31,10 @@ from dspark_batch.types import SamplingParams
 from dspark_batch.workload import MODES, Decoded, Workload, decode_all, read_workload
 
 ROWS = (1, 4, 16, 32)
-PER_ROW = 3
-_MIN_PROMPTS = 8
+PER_ROW = 4
+_MIN_PROMPTS = 16
 _WARM_UP_TOKENS = 12
+_GOLDEN = 0.5 * (5**0.5 - 1.0)  # its multiples are spread evenly between whole numbers
 _PHASES = ("draft", "verify", "prefill")
 _PACKAGES = ("numpy", "onnx", "onnxruntime", "tokenizers", "torch", "transformers")
 
@@ -90,10 +94,16 @@ def run_bench(
         "concurrencies": [],
     }
     for num_rows in concurrencies:
-        part = workload.spread(_num_prompts(num_rows, per_row=per_row, limit=limit))
-        with closing(open_engine(engine_folder, max_rows=num_rows)) as engine:
+        part = _staggered(
+            workload.spread(_num_prompts(num_rows, per_row=per_row, limit=limit)), new_tokens
+        )
+        with (
+            closing(open_engine(engine_folder, max_rows=num_rows)) as engine,
+            closing(open_engine(engine_folder, max_rows=num_rows, with_draft=False)) as plain,
+        ):
             engine.costs = costs
-            found = _measure(engine, part, repeat=repeat, progress=progress)
+            engines = {mode: plain if mode == "off" else engine for mode in MODES}
+            found = _measure(engines, part, repeat=repeat, progress=progress)
         record["concurrencies"].append(
             {
                 "rows": num_rows,
@@ -102,6 +112,7 @@ def run_bench(
                 "modes": found,
             }
         )
+    record["least_ratio"] = _least_ratio(record["concurrencies"])
     record["load_average_at_end"] = os.getloadavg()[0]
     return Bench(record)
 
@@ -142,6 +153,25 @@ def _num_prompts(num_rows: int, *, per_row: int, limit: int | None) -> int:
     return min(wanted, limit) if limit else wanted
 
 
+def _staggered(workload: Workload, new_tokens: int) -> Workload:
+    """Each row with its share of the new tokens, half of them to all."""
+    shares = (0.5 + 0.5 * (row * _GOLDEN % 1.0) for row in range(1, len(workload.prompts) + 1))
+    prompts = [
+        replace(prompt, params=replace(prompt.params, max_new_tokens=math.ceil(new_tokens * share)))
+        for prompt, share in zip(workload.prompts, shares, strict=True)
+    ]
+    return replace(workload, prompts=tuple(prompts))
+
+
+def _least_ratio(concurrencies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`auto` against plain decoding where it does worst, by medians."""
+    ratios = {
+        part["rows"]: part["modes"]["auto"]["ratio_to_plain"]["median"] for part in concurrencies
+    }
+    rows = min(ratios, key=ratios.__getitem__)
+    return {"rows": rows, "ratio": ratios[rows]}
+
+
 def _costs(engine: Engine, *, fresh: bool, progress: Progress) -> CostTable:
     if fresh:
         progress("measuring the cost table")
@@ -152,20 +182,20 @@ def _costs(engine: Engine, *, fresh: bool, progress: Progress) -> CostTable:
 
 
 def _measure(
-    engine: Engine, workload: Workload, *, repeat: int, progress: Progress
+    engines: Mapping[str, Engine], workload: Workload, *, repeat: int, progress: Progress
 ) -> dict[str, Any]:
     """Every mode `repeat` times; the text of the first plain run is what all must give."""
     short = SamplingParams(max_new_tokens=_WARM_UP_TOKENS)
-    longest = workload.prompts[-engine.max_rows :]
-    warm_up = [replace(prompt, params=short) for prompt in longest]
+    num_rows = engines["off"].max_rows
+    warm_up = [replace(prompt, params=short) for prompt in workload.prompts[-num_rows:]]
     for mode in MODES:
-        decode_all(engine, warm_up, mode)
+        decode_all(engines[mode], warm_up, mode)
     runs: dict[str, list[Decoded]] = {mode: [] for mode in MODES}
     for turn in range(repeat):
-        progress(f"decoding with {engine.max_rows} rows, turn {turn + 1} of {repeat}")
+        progress(f"decoding with {num_rows} rows, turn {turn + 1} of {repeat}")
         shift = turn % len(MODES)
         for mode in MODES[shift:] + MODES[:shift]:
-            runs[mode].append(decode_all(engine, workload.prompts, mode))
+            runs[mode].append(decode_all(engines[mode], workload.prompts, mode))
     plain = runs["off"]
     return {mode: _figures(runs[mode], plain, workload) for mode in MODES}
 
@@ -230,7 +260,8 @@ def _heading(record: Mapping[str, Any]) -> str:
         f"{engine['folder']} ({engine['target']}, {engine['precision']}, block of "
         f"{engine['block_size']})\n{record['hardware']}; load {record['load_average']:.2f}\n"
         f"{record['num_file_prompts']} prompts of {record['prompts']}, "
-        f"{record['num_rejected']} rejected; greedy, {record['new_tokens']} new tokens; "
+        f"{record['num_rejected']} rejected; greedy, {record['new_tokens'] // 2} to "
+        f"{record['new_tokens']} new tokens; "
         f"{record['repeat']} interleaved runs of each mode, medians and bests"
     )
 
@@ -255,8 +286,12 @@ def _mode_table(record: Mapping[str, Any]) -> str:
 
 
 def _closing(record: Mapping[str, Any]) -> list[str]:
-    """τ by source, of the concurrency with the most prompts; costs; whether the texts agree."""
-    lines = []
+    """The least ratio; τ by source, of the most rows; costs; whether the texts agree."""
+    least = record["least_ratio"]
+    lines = [
+        f"\n`auto` against plain decoding: {least['ratio']:.3f} at the least, "
+        f"with {least['rows']} rows"
+    ]
     last = record["concurrencies"][-1]
     by_source = {mode: last["modes"][mode]["accepted_length_by_source"] for mode in MODES[1:]}
     if by_source["on"]:

@@ -64,6 +64,15 @@ def test_bench_measures_every_mode(folder: Path) -> None:
     assert record["engine"]["name"] == "tiny"
     assert {"python", "dspark-batch", "onnxruntime"} <= set(record["versions"])
     assert "Greedy texts are identical: 6 rows" in result.stdout
+    ratios = {
+        part["rows"]: part["modes"]["auto"]["ratio_to_plain"]["median"]
+        for part in record["concurrencies"]
+    }
+    least = record["least_ratio"]
+    assert least["ratio"] == ratios[least["rows"]] == min(ratios.values())
+    assert f"{least['ratio']:.3f} at the least, with {least['rows']} rows" in result.stdout
+    # Rows get 3 to 6 new tokens: each a share of its own.
+    assert 3 * 3 < record["concurrencies"][0]["modes"]["off"]["num_new_tokens"] < 3 * 6
     assert list(folder.iterdir()).count(folder / "prompts.simulation") == 0
 
 

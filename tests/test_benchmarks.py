@@ -69,11 +69,11 @@ def corrupt(monkeypatch: pytest.MonkeyPatch, module: Any, mode: str) -> None:
 
 
 def test_throughput_compares_all_modes_at_every_concurrency(folder: Path) -> None:
-    result = invoke(throughput.main, folder, "--rows", "3", "--rows", "1", "--repeat", "2")
+    result = invoke(throughput.main, folder, "--rows", "5", "--rows", "1", "--repeat", "2")
     assert result.exit_code == 0, result.output
     record = last_json(result)
-    assert [part["rows"] for part in record["concurrencies"]] == [1, 3]
-    assert [part["num_prompts"] for part in record["concurrencies"]] == [8, 9]
+    assert [part["rows"] for part in record["concurrencies"]] == [1, 5]
+    assert [part["num_prompts"] for part in record["concurrencies"]] == [16, 20]
     for part in record["concurrencies"]:
         assert list(part["modes"]) == ["off", "on", "auto"]
         plain = part["modes"]["off"]
