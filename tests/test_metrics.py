@@ -7,50 +7,35 @@ import pytest
 
 from dspark_batch.algorithm.metrics import (
     acceptance_by_position,
-    acceptance_rate,
-    accepted_length,
     add,
-    count_rounds,
     drafted_rounds,
 )
 from dspark_batch.types import SpecCounts
 
+# Six rounds that verified 13 of 20 draft tokens, and accepted so many of each block.
 ACCEPTED = [0, 3, 1, 3, 0, 2]
-LENGTHS = [0, 3, 3, 3, 2, 2]
+COUNTS = SpecCounts(6, 20, 13, 9, (2, 1, 1, 2, 0))
 
 
-def test_rounds_are_counted_by_what_they_accepted() -> None:
-    counts = count_rounds(ACCEPTED, LENGTHS, block_size=4, num_draft_tokens=20)
-    assert counts == SpecCounts(
-        num_rounds=6,
-        num_draft_tokens=20,
-        num_verified_tokens=13,
-        num_accepted_tokens=9,
-        accepted_histogram=(2, 1, 1, 2, 0),
-    )
-    assert all(type(n) is int for n in (counts.num_accepted_tokens, *counts.accepted_histogram))
-
-
-def test_figures_from_the_histogram_equal_those_of_the_counts() -> None:
-    counts = count_rounds(ACCEPTED, LENGTHS, block_size=4, num_draft_tokens=20)
-    assert accepted_length(counts.accepted_histogram) == counts.accepted_length == 2.5
-    rate = acceptance_rate(counts.accepted_histogram, counts.num_verified_tokens)
-    assert rate == counts.acceptance_rate == pytest.approx(9 / 13)
+def test_figures_of_counts_are_those_of_their_rounds() -> None:
+    assert COUNTS.accepted_length == 1 + np.mean(ACCEPTED)
+    assert COUNTS.acceptance_rate == pytest.approx(9 / 13)
+    nothing = add([])
+    assert (nothing.accepted_length, nothing.acceptance_rate) == (0.0, 0.0)
 
 
 def test_acceptance_by_position_is_the_share_of_rounds_that_got_there() -> None:
-    counts = count_rounds(ACCEPTED, LENGTHS, block_size=4, num_draft_tokens=20)
-    shares = acceptance_by_position(counts.accepted_histogram)
+    shares = acceptance_by_position(COUNTS.accepted_histogram)
     expected = [np.mean(np.array(ACCEPTED) > position) for position in range(4)]
     assert shares == pytest.approx(expected)
-    assert 1 + shares.sum() == pytest.approx(counts.accepted_length)
+    assert 1 + shares.sum() == pytest.approx(COUNTS.accepted_length)
 
 
 def test_counts_add_up_also_over_different_block_sizes() -> None:
     parts = [
-        count_rounds([0, 2], [1, 2], block_size=2, num_draft_tokens=4),
-        count_rounds(ACCEPTED, LENGTHS, block_size=4, num_draft_tokens=20),
-        count_rounds([], [], block_size=3, num_draft_tokens=0),
+        SpecCounts(2, 4, 3, 2, (1, 0, 1)),
+        COUNTS,
+        SpecCounts(0, 0, 0, 0, (0, 0, 0, 0)),
     ]
     assert add(parts) == SpecCounts(
         num_rounds=8,
@@ -64,8 +49,6 @@ def test_counts_add_up_also_over_different_block_sizes() -> None:
 
 def test_no_rounds_have_no_figures() -> None:
     assert add([]) == SpecCounts(0, 0, 0, 0, ())
-    assert accepted_length((0, 0)) == 0
-    assert acceptance_rate((5, 0), 0) == 0
     assert acceptance_by_position((0, 0, 0)).tolist() == [0, 0]
 
 

@@ -10,26 +10,9 @@ from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from dspark_batch.types import SpecCounts
-
-
-def count_rounds(
-    num_accepted: ArrayLike, lengths: ArrayLike, *, block_size: int, num_draft_tokens: int
-) -> SpecCounts:
-    """Counts of rounds given as accepted and verified draft tokens, [n] each.
-
-    `num_draft_tokens` is what was drafted for them, verified or not: γ per round that drafted.
-    """
-    accepted = np.asarray(num_accepted, dtype=np.int64)
-    return SpecCounts(
-        num_rounds=len(accepted),
-        num_draft_tokens=num_draft_tokens,
-        num_verified_tokens=int(np.asarray(lengths, dtype=np.int64).sum()),
-        num_accepted_tokens=int(accepted.sum()),
-        accepted_histogram=tuple(np.bincount(accepted, minlength=block_size + 1).tolist()),
-    )
 
 
 def add(counts: Iterable[SpecCounts]) -> SpecCounts:
@@ -43,19 +26,6 @@ def add(counts: Iterable[SpecCounts]) -> SpecCounts:
         num_accepted_tokens=sum(c.num_accepted_tokens for c in every),
         accepted_histogram=tuple(sum(column) for column in histograms),
     )
-
-
-def accepted_length(accepted_histogram: Sequence[int]) -> float:
-    """τ: mean tokens committed per round, the bonus counted; 0 without rounds."""
-    num_rounds = sum(accepted_histogram)
-    accepted = sum(a * rounds for a, rounds in enumerate(accepted_histogram))
-    return 1.0 + accepted / num_rounds if num_rounds else 0.0
-
-
-def acceptance_rate(accepted_histogram: Sequence[int], num_verified_tokens: int) -> float:
-    """Accepted / verified draft tokens, the bonus not counted; 0 where nothing was verified."""
-    accepted = sum(a * rounds for a, rounds in enumerate(accepted_histogram))
-    return accepted / num_verified_tokens if num_verified_tokens else 0.0
 
 
 def acceptance_by_position(
