@@ -208,7 +208,7 @@ def run(
 
     \b
     Example:
-      dspark-batch run jobs/prompts.parquet --max-new-tokens 64 --temperature 0.7
+      dspark-batch run jobs/prompts.parquet --max-new-tokens 64 --temperature 0.7 --overwrite
     """
     job = load_job(input, _given(flags))
 
