@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
 
-_DOTS_PER_INCH = 150
+_DOTS_PER_INCH = 110
 
 
 def new_figure(title: str, *, width: float = 8.0, height: float = 5.0) -> Figure:

@@ -303,7 +303,11 @@ def test_a_speed_that_recovers_is_not_counted(simulation: Simulation) -> None:
 
 
 def test_everything_says_that_it_is_a_simulation(simulation: Simulation, tmp_path: Path) -> None:
-    assert simulation.lines()[0].startswith("SIMULATION, not a measurement")
+    lines = simulation.lines()
+    assert lines[0].startswith("SIMULATION, not a measurement")
+    captions = [line for line in lines if line.startswith("SIMULATED ")]
+    assert len(captions) == 2
+    assert any("| simulated tokens/s |" in line for line in lines)
     assert simulation.to_json()["simulation"] is True
     for draw in (frontier, throughput, queries):
         title = draw(simulation).get_suptitle()

@@ -90,7 +90,7 @@ class Simulation:
             *self._about(),
             "",
             *self._assumptions(),
-            "Steady state: all rows run all the time, finished ones are replaced, prefill counted.",
+            "SIMULATED steady state: all rows run all the time, finished ones are replaced.",
             "",
             self._result_table(),
             "",
@@ -130,7 +130,7 @@ class Simulation:
         return [table(["assumed", "value", "unit", "from"], rows, left=4), "", change, ""]
 
     def _result_table(self) -> str:
-        headers = ["rows", "strategy", "tokens/s", "per row", "× plain", "τ", "verified"]
+        headers = ["rows", "strategy", "simulated tokens/s", "per row", "× plain", "τ", "verified"]
         headers += ["drafted", "draft time", "prefill time"]
         rows = []
         for plain in self.curve(PLAIN):
@@ -167,7 +167,7 @@ class Simulation:
                     found[1] if found else "-",
                 ]
             )
-        lines = ["Rows that each get a speed, tokens/s per row; what 100 of plain become", ""]
+        lines = ["SIMULATED rows that each get a speed (tokens/s); what 100 of plain become", ""]
         lines += [table(["floor", PLAIN, *others, "100 →"], rows), ""] if rows else []
         return [*lines, self.verdict()]
 
