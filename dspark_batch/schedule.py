@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -43,8 +44,9 @@ _GRAIN = 16  # cached tokens by which prices are told apart
 
 Confidence = NDArray[np.floating[Any]]
 Lengths = NDArray[np.int64]
-Rule = Callable[[Confidence, Lengths, plans.StepSeconds, Confidence], Lengths]
-"""Confidence [R, γ], caps [R], prices, and confidence that the round may anticipate -> lengths."""
+Rule = Callable[[Confidence, Lengths, plans.StepSeconds, Callable[[], Confidence]], Lengths]
+"""Confidence [R, γ], caps [R], prices, and what gives the confidence of two drafts ago -> lengths.
+"""
 
 
 class Schedule(Protocol):
@@ -171,7 +173,6 @@ class Weighed:
     ) -> None:
         self._engine, self._costs, self._auto = engine, costs, auto
         self._rule = _rules(threshold)[scheduler]
-        self._trusts = scheduler in _PRICED
         self._outlook = Outlook()
         self._earlier: deque[dict[int, Confidence]] = deque(maxlen=2)
         self._price_lists: dict[tuple[int, int], Prices] = {}
@@ -189,7 +190,8 @@ class Weighed:
     def drafts(self, running: list[Sequence]) -> list[Sequence]:
         """See `Schedule`."""
         self._prices = self._price_list(running)
-        self._outlook.expect(self._prior(running))
+        if not self._outlook.has_blocks:
+            self._outlook.expect(self._prior(running))
         self._drafting = self._worth_drafting(running) if self._auto else running
         self._draft_seconds = self._price(self._drafting) if self._drafting else 0.0
         return self._drafting
@@ -201,12 +203,18 @@ class Weighed:
         proposed = np.arange(block.confidence.shape[1]) < block.lengths[:, None]
         confidence = np.where(proposed, block.confidence, 0.0)
         step = self._prices.step(len(self._drafting))
-        earlier = self._confidence_before(running, confidence)
         rule = _early_stop if self._looking else self._rule
-        lengths = self._planned(rule, confidence, _limits(running, block), step, earlier)
-        plan = VerifyPlan(lengths)
+        plan = VerifyPlan(
+            rule(
+                self._believed(confidence, rule),
+                _limits(running, block),
+                step,
+                lambda: self._believed(self._confidence_before(running), rule),
+            )
+        )
 
-        self._predicted = plans.expected_gain(confidence, lengths)
+        self._earlier.append(dict(zip((s.prompt.row for s in running), confidence, strict=True)))
+        self._predicted = plans.expected_gain(confidence, plan.lengths)
         tokens = len(running) + self._outlook.trust * self._predicted
         paid = tokens / step(plan.num_tokens, plan.longest) > len(running) / self._prices.plain
         self._last_paid = paid and len(self._drafting) == len(running)
@@ -229,18 +237,9 @@ class Weighed:
             self._answers.clear()
             self._num_since_answer = 0
 
-    def _planned(
-        self,
-        rule: Rule,
-        confidence: Confidence,
-        limits: Lengths,
-        step: plans.StepSeconds,
-        earlier: Confidence,
-    ) -> Lengths:
-        """Lengths by a rule; one that weighs gets confidence as far as this run can trust it."""
-        if self._trusts or rule is _early_stop:
-            confidence, earlier = self._outlook.trusted(confidence), self._outlook.trusted(earlier)
-        return rule(confidence, limits, step, earlier)
+    def _believed(self, confidence: Confidence, rule: Rule) -> Confidence:
+        """What a rule gets to see: if it weighs, no more than this run has reason to trust."""
+        return self._outlook.trusted(confidence) if rule in (_early_stop, _async) else confidence
 
     def _worth_drafting(self, running: list[Sequence]) -> list[Sequence]:
         """All rows if drafting pays, some to look whether it does, or none: what is affordable."""
@@ -267,8 +266,10 @@ class Weighed:
             limits = np.full(num_rows, self._engine.block_size)
             rounds = self._outlook.rounds(num_rows)
             tokens = seconds = 0.0
-            for confidence, earlier in zip(rounds, np.roll(rounds, 2, axis=0), strict=True):
-                plan = VerifyPlan(self._planned(self._rule, confidence, limits, step, earlier))
+            seen = [self._believed(confidence, self._rule) for confidence in rounds]
+            for j, confidence in enumerate(rounds):
+                before = partial(seen.__getitem__, j - 2)
+                plan = VerifyPlan(self._rule(seen[j], limits, step, before))
                 gain = self._outlook.trust * plans.expected_gain(confidence, plan.lengths)
                 tokens += num_rows + gain
                 seconds += step(plan.num_tokens, plan.longest)
@@ -293,14 +294,11 @@ class Weighed:
             self._price_lists[key] = Prices.of(self._costs, len(running), context)
         return self._price_lists[key]
 
-    def _confidence_before(self, running: list[Sequence], confidence: Confidence) -> Confidence:
-        """[R, γ] of each row two drafted rounds ago, or what is usual; keeps this round's."""
+    def _confidence_before(self, running: list[Sequence]) -> Confidence:
+        """[R, γ] of each row two drafts ago, or what is usual for a row that did not draft then."""
         earlier = self._earlier[0] if len(self._earlier) == 2 else {}
         usual = self._outlook.mean
-        found = np.array([earlier.get(s.prompt.row, usual) for s in running])
-        rows = (s.prompt.row for s in running)
-        self._earlier.append(dict(zip(rows, confidence, strict=True)))
-        return found
+        return np.array([earlier.get(s.prompt.row, usual) for s in running])
 
     def _prior(self, running: list[Sequence]) -> NDArray[np.float64]:
         """[γ] conditional acceptance that the export found for rows like these."""
@@ -319,15 +317,21 @@ def _limits(running: list[Sequence], block: DraftBlock) -> Lengths:
 
 
 def _early_stop(
-    confidence: Confidence, limits: Lengths, step: plans.StepSeconds, earlier: Confidence
+    confidence: Confidence,
+    limits: Lengths,
+    step: plans.StepSeconds,
+    earlier: Callable[[], Confidence],
 ) -> Lengths:
     return plans.early_stop(confidence, limits, step)
 
 
 def _async(
-    confidence: Confidence, limits: Lengths, step: plans.StepSeconds, earlier: Confidence
+    confidence: Confidence,
+    limits: Lengths,
+    step: plans.StepSeconds,
+    earlier: Callable[[], Confidence],
 ) -> Lengths:
-    return plans.fill(confidence, limits, plans.global_budget(earlier, limits, step))
+    return plans.fill(confidence, limits, plans.global_budget(earlier(), limits, step))
 
 
 def _rules(threshold: float) -> dict[str, Rule]:

@@ -366,13 +366,14 @@ def test_trust_follows_what_confidence_was_worth() -> None:
 
 def test_the_last_blocks_are_dealt_out_to_rounds_of_any_size() -> None:
     outlook = Outlook()
+    assert not outlook.has_blocks
     outlook.expect(np.array([0.5, 0.25]))
+    assert outlook.has_blocks
     assert outlook.rounds(3).shape == (21, 3, 2)
     assert (outlook.rounds(3) == [0.5, 0.25]).all()
     assert outlook.num_seen == 0
     blocks = np.arange(140.0).reshape(70, 2)
     outlook.see(blocks)
-    outlook.expect(np.array([9.0, 9.0]))  # there is something better
     assert outlook.num_seen == 70
     assert outlook.rounds(1).ravel().tolist() == blocks[-32:].ravel().tolist()
     assert outlook.rounds(64)[0].tolist() == blocks[-64:].tolist()

@@ -33,10 +33,14 @@ class Outlook:
         self.num_seen = 0
         """Blocks that were drafted in this run."""
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there is anything to expect by."""
+        return bool(self._blocks)
+
     def expect(self, acceptance: Confidence) -> None:
-        """Begin with blocks of this conditional acceptance [γ], unless there are others."""
-        if not self._blocks:
-            self._blocks.extend([acceptance] * _PRIOR_BLOCKS)
+        """Begin with blocks of this conditional acceptance [γ]."""
+        self._blocks.extend([acceptance] * _PRIOR_BLOCKS)
 
     def see(self, confidence: Confidence) -> None:
         """Keep the blocks [R, γ] of a round, verified or not: calibrated confidence."""
