@@ -33,7 +33,7 @@ _TABLES = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 # speculators saves what it needed of its target for training.
 _OF_THE_TARGET = "verifier_"
 
-# Settings under which the graph would be another one. None of them is rare in the field.
+# Settings under which the network is another one than the graph.
 _REFUSED: tuple[tuple[str, Callable[[Any], bool]], ...] = (
     ("attention_bias", bool),
     ("mlp_bias", bool),
