@@ -43,10 +43,14 @@ steps = 2
 
 
 def shown_commands() -> list[str]:
-    """Indented lines that start with the command, in order, each once; comments cut off."""
+    """Indented lines that start with the command, in order, each once; comments cut off.
+
+    A line that ends in a backslash goes on in the next one.
+    """
     found: dict[str, None] = {}
     for page in PAGES:
-        for line in re.findall(r"^ {4,}(dspark-batch .+)$", page.read_text(), re.MULTILINE):
+        text = re.sub(r"\\\n *", "", page.read_text())
+        for line in re.findall(r"^ {4,}(dspark-batch .+)$", text, re.MULTILINE):
             found[line.split("  #")[0].strip()] = None
     return list(found)
 
