@@ -35,7 +35,7 @@ _CREDIT = 3.0  # by drafts that seem to pay, and by the first looks
 _SHARE = 0.005  # of every plain step, by looking from then on
 _MOST_SAVED = 8.0  # of what drafting gained
 
-_EVIDENCE = 16  # blocks of this run, without which a promise is the export's
+_EVIDENCE = 24  # blocks of this run, without which a promise is the export's
 _LOOKING = 4  # rows that are drafted to look
 _HURDLE = 1.05  # times plain decoding, that drafting must promise to begin with
 _REFRESH = 8  # drafted rounds after which an answer is worked out again
@@ -162,10 +162,10 @@ class Prices:
 class Weighed:
     """Weighs what verifying brings against what it costs; under `auto` what drafting does, too.
 
-    `auto` keeps an account, in seconds of the cost table: a round that drafted adds what its tokens
-    would have cost plainly, less what it cost, and every round a `_SHARE` of a plain step. It
-    drafts for all rows where that pays, for some of them to look whether it does, and only as far
-    as the account allows.
+    `auto` keeps an account, in plain steps by the cost table: a round that drafted adds what its
+    tokens would have cost plainly, less what it cost, and every round a `_SHARE`. It drafts for
+    all rows where that pays, for some of them to look whether it does, and only as far as the
+    account allows.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class Weighed:
         prices = self._prices
         plainly = prices.plain * (prices.num_rows + num_accepted) / prices.num_rows
         spent = self._draft_seconds + prices.verify(plan.num_tokens, plan.longest)
-        self._account += plainly - spent
+        self._account += (plainly - spent) / prices.plain
         self._num_since_answer += 1
         if self._looking or self._num_since_answer >= _REFRESH:
             self._answers.clear()
@@ -243,12 +243,12 @@ class Weighed:
 
     def _worth_drafting(self, running: list[Sequence]) -> list[Sequence]:
         """All rows if drafting pays, some to look whether it does, or none: what is affordable."""
-        plain = self._prices.plain
-        self._account = min(self._account + _SHARE * plain, _MOST_SAVED * plain)
+        self._account = min(self._account + _SHARE, _MOST_SAVED)
         knows = self._outlook.num_seen >= _EVIDENCE
         pays = knows and (self._pays(running) or self._last_paid)
         self._looking = not pays
-        affordable = self._account + (_CREDIT * plain if pays or not knows else 0.0)
+        credit = _CREDIT if pays or not knows else 0.0
+        affordable = (self._account + credit) * self._prices.plain
         rows = sorted(running, key=lambda s: s.num_pending)
         if self._looking:
             rows = rows[:_LOOKING]

@@ -244,10 +244,11 @@ def test_what_auto_loses_is_bounded_whatever_the_draft_promises(
     costs = costs_of(draft=draft, token=token)
     engine = Clocked(Draft(alpha, beta, lies=lies, promise=promise), rows, costs=costs)
     run(engine, "auto", number=6 * rows, scheduler=scheduler)
-    lost = np.cumsum(engine.losses)
-    plain = np.array(engine.plain_steps)
-    allowed = 0.005 * np.cumsum(plain) + 3.01 * np.maximum.accumulate(plain)
-    assert (lost <= allowed + np.maximum.accumulate(np.maximum(engine.losses, 0.0))).all()
+    losses = np.array(engine.losses) / engine.plain_steps
+    rounds = np.arange(1, len(losses) + 1)
+    worst = np.maximum.accumulate(np.maximum(losses, 0.0))
+    # Prices are told apart by sixteen cached tokens, which is a little less than exact.
+    assert (np.cumsum(losses) <= 1.05 * (3.0 + 0.005 * rounds + worst)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
