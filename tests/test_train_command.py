@@ -94,10 +94,20 @@ def one_thread() -> Any:
 
 def talking_target(folder: Path, family: str = "llama") -> Path:
     """A target that mostly walks a fixed cycle of words, so that there is something to learn."""
-    target = write_target(folder, target_config(family, tie_word_embeddings=False))
+    if family == "gemma4_text":
+        pytest.importorskip("transformers")
+        from test_gemma4 import write_gemma4
+
+        write_gemma4(folder, tie_word_embeddings=False)
+        target = folder
+    else:
+        target = write_target(folder, target_config(family, tie_word_embeddings=False))
     tensors = load_file(target / "model.safetensors")
+    added = ("o_proj.weight", "down_proj.weight")
+    if family == "gemma4_text":  # which normalises what they give
+        added = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
     for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(added):
             tensor *= 0.1
     order = np.random.default_rng(4).permutation(WORDS)
     embed = tensors["model.embed_tokens.weight"]
@@ -262,9 +272,10 @@ def test_the_next_command_builds_an_engine_that_accepts_what_training_said(
     [
         ("qwen3", 'markov_head = "gated"\nmarkov_rank = 8', "random"),
         ("gemma3_text", 'markov_head = "rnn"\nmarkov_rank = 8\nvocab_size = "full"', "target"),
+        ("gemma4_text", "markov_rank = 8", "random"),
         ("llama", 'markov_head = "none"\nconfidence_head = false', "target"),
     ],
-    ids=["gated-qwen3", "rnn-gemma3", "dflash-llama"],
+    ids=["gated-qwen3", "rnn-gemma3", "vanilla-gemma4", "dflash-llama"],
 )
 def test_every_head_and_family_trains_exports_and_decodes(
     workspace: Workspace,
@@ -495,6 +506,16 @@ def test_a_draft_for_another_target_is_refused(
     status, message = fails(recipe)
     assert status == 5
     assert "is for another target: hidden_size and vocab_size (16, 40) are not (32, 40)" in message
+
+
+def test_a_start_that_does_not_fit_is_refused_before_responses_are_generated(
+    workspace: Workspace,
+) -> None:
+    target = talking_target(workspace.folder / "target-unlike", "gemma4_text")
+    status, message = fails(workspace.recipe("unlike", target=target.name, data=PROMPTS))
+    assert status == 5
+    assert 'set [training] start = "random"' in message
+    assert not (workspace.draft("unlike.training") / "responses").exists()
 
 
 def test_a_recipe_needs_ten_lines(tmp_path: Path) -> None:

@@ -29,18 +29,23 @@ def initialise_from_target(draft: DSparkDraft, read: NamedTensor, spec: DecoderS
     half layer starts by adding nothing. Raises `EngineError` where the shapes do not fit.
     """
     initialise_heads(draft)
+    copy_layers([cast("DraftLayer", layer) for layer in draft.layers], read, spec)
     with torch.no_grad():
-        first = spec.num_layers - len(draft.layers)
-        for i, layer in enumerate(draft.layers):
-            assert isinstance(layer, DraftLayer)
-            try:
-                _copy_layer(layer, read, f"model.layers.{first + i}", spec)
-            except (EngineError, RuntimeError) as error:
-                raise EngineError(
-                    f"the draft cannot start from the target's layer {first + i} ({error}); "
-                    'set [training] start = "random"'
-                ) from error
         draft.norm.weight.copy_(tensor(read, "model.norm.weight") + spec.norm_offset)
+
+
+@torch.no_grad()
+def copy_layers(layers: Sequence[DraftLayer], read: NamedTensor, spec: DecoderSpec) -> None:
+    """Copy the target's last layers into `layers`. Raises `EngineError` where shapes differ."""
+    first = spec.num_layers - len(layers)
+    for i, layer in enumerate(layers):
+        try:
+            _copy_layer(layer, read, f"model.layers.{first + i}", spec)
+        except (EngineError, RuntimeError) as error:
+            raise EngineError(
+                f"the draft cannot start from the target's layer {first + i} ({error}); "
+                'set [training] start = "random"'
+            ) from error
 
 
 def _copy_layer(layer: DraftLayer, read: NamedTensor, name: str, spec: DecoderSpec) -> None:

@@ -33,13 +33,13 @@ from dspark_batch.progress import Progress
 from dspark_batch.recipe import Recipe
 from dspark_batch.stop import Stop
 from dspark_batch.training.card import Facts, TrainingSummary, write_draft_folder
-from dspark_batch.training.checkpoint import WEIGHTS, load_draft, save_draft
+from dspark_batch.training.checkpoint import CONFIG, WEIGHTS, load_draft, save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import calibrate, evaluation_of, score_sequences
 from dspark_batch.training.features import FeatureSource
 from dspark_batch.training.recipe import TrainingRecipe, load_training_recipe
 from dspark_batch.training.responses import Responses, Sequences
-from dspark_batch.training.start import resolved_taps, start_draft
+from dspark_batch.training.start import check_start, resolved_taps, start_draft
 from dspark_batch.training.target import EngineFeatures, TargetTables, context_layer_ids
 from dspark_batch.training.trainer import Trainer
 from dspark_batch.weights import Weights, open_weights
@@ -149,11 +149,12 @@ class _Training:
             self._progress.phase(f"{self._recipe.draft_folder} is trained; --overwrite trains anew")
             return TrainingSummary.from_json(values)
         with open_weights(self._recipe.target_source) as weights:
-            taps = resolved_taps(self._recipe, weights)
+            taps, tables = resolved_taps(self._recipe, weights), TargetTables.of(weights)
+            if not self._has_started:
+                check_start(self._recipe, weights, tables)
             self._build_engine(taps, num_layers=weights.config["num_hidden_layers"])
             sequences = self._sequences()
-            tables = TargetTables.of(weights)
-            if not (self._files.start / "config.json").exists():
+            if not self._has_started:
                 self._progress.phase("making the draft to start from")
                 draft = start_draft(
                     self._recipe, weights, tables, sequences, engine_folder=self._files.engine
@@ -161,6 +162,10 @@ class _Training:
                 save_draft(draft, self._files.start, dtype=torch.float32)
             with closing(self._open_engine()) as engine:
                 return self._train(weights, engine, tables, sequences, num_taps=len(taps))
+
+    @property
+    def _has_started(self) -> bool:
+        return (self._files.start / CONFIG).exists()
 
     def _begin(self) -> None:
         """Check that the work folder is this recipe's; empty it where training starts again."""

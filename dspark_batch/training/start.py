@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.errors import EngineError, InputError
+from dspark_batch.training.backbone import DraftLayer
 from dspark_batch.training.checkpoint import CONFIG, load_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.draft_config import (
@@ -23,6 +24,7 @@ from dspark_batch.training.draft_config import (
 )
 from dspark_batch.training.features import TrainingSequence
 from dspark_batch.training.initialise import (
+    copy_layers,
     frequent_ids,
     initialise_from_draft,
     initialise_from_target,
@@ -51,6 +53,16 @@ def resolved_taps(recipe: TrainingRecipe, weights: Weights) -> tuple[int, ...]:
             f"(the target has {num_layers} layers)"
         )
     return taps
+
+
+def check_start(recipe: TrainingRecipe, weights: Weights, tables: TargetTables) -> None:
+    """Raise `EngineError` where no draft can start as the recipe says, whatever the responses."""
+    start = _started_from(recipe, tables)
+    if start is None:
+        config = _from_scratch(recipe, weights, tables)
+        if recipe.training.start != "random":
+            layers = [DraftLayer(config) for _ in range(config.num_hidden_layers)]
+            copy_layers(layers, weights.tensor, tables.spec)
 
 
 def start_draft(
