@@ -161,17 +161,38 @@ class FeatureSource:
         self._rows = {}
         # Rows of like length share a pass; the order is that of the set, whatever `indices`' is.
         ordered = sorted(indices, key=lambda index: (len(self.sequences[index].token_ids), index))
+        # One slab for all: between rows that come and stay one by one, what a pass leaves behind
+        # is too small for the next, longer one, and the heap grows to several times `max_bytes`.
+        slab = self._slab(ordered)
         captured = self.target([self.sequences[index].token_ids for index in ordered])
-        for index, (features, last_hidden) in zip(ordered, captured, strict=True):
-            tail = last_hidden[self.sequences[index].num_prompt_tokens :].to(self.dtype)
-            self._rows[index] = _Row(
-                features.to(self.dtype, copy=True), tail.clone(), self.log_normalizer(tail)
-            )
+        for index, row, (features, last_hidden) in zip(ordered, slab, captured, strict=True):
+            row.features.copy_(features)
+            row.last_hidden.copy_(last_hidden[self.sequences[index].num_prompt_tokens :])
+            row.log_normalizer.copy_(self.log_normalizer(row.last_hidden))
+            self._rows[index] = row
             self.num_captured += len(features)
             if not running():
                 self._rows = {}
                 return False
         return True
+
+    def _slab(self, indices: Sequence[int]) -> list[_Row]:
+        """Room for these sequences, in three pieces of memory."""
+        chosen = [self.sequences[index] for index in indices]
+        lengths = [len(sequence.token_ids) for sequence in chosen]
+        tails = [sequence.num_response_tokens for sequence in chosen]
+        features = torch.empty(sum(lengths), self.target.feature_size, dtype=self.dtype)
+        last_hidden = torch.empty(sum(tails), self.target.hidden_size, dtype=self.dtype)
+        log_normalizer = torch.empty(sum(tails))
+        return [
+            _Row(*pieces)
+            for pieces in zip(
+                torch.split(features, lengths),
+                torch.split(last_hidden, tails),
+                torch.split(log_normalizer, tails),
+                strict=True,
+            )
+        ]
 
     @torch.no_grad()
     def log_normalizer(self, last_hidden: Tensor) -> Tensor:
