@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from verify_calls import Call, Result
 
-from dspark_batch.plugin.launch import OPERANDS, VerifyCall
+from dspark_batch.plugin.launch import OPERANDS, PARAMETERS, SIZES, VerifyCall
 from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
 
 
@@ -69,10 +70,16 @@ def _at(address: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
 
 
 def _run(arrays: list[NDArray[Any]], sizes: tuple[int, ...], block: int, tile: int) -> None:
+    named = dict(zip((*OPERANDS, *SIZES), (*arrays, *sizes), strict=True))
+    _call(len(arrays[-1]), [named[name] for name in PARAMETERS], block, tile)
+
+
+def _call(num_rows: int, values: Sequence[Any], block: int, tile: int) -> None:
+    """Run the kernel on `values`, its parameters in order."""
     import torch
 
     from dspark_batch.plugin.triton_kernel import dspark_verify
 
-    tensors = [torch.from_numpy(array) for array in arrays]
+    tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
     with np.errstate(all="ignore"):
-        dspark_verify[(len(arrays[-1]) // tile,)](*tensors, *sizes, ROWS=tile, BLOCK=block)
+        dspark_verify[(num_rows // tile,)](*tensors, ROWS=tile, BLOCK=block)

@@ -222,7 +222,8 @@ def test_the_parameters_are_the_contract_s() -> None:
     from dspark_batch.plugin.triton_kernel import dspark_verify
 
     assert tuple(launch.OPERANDS) == INPUTS + OUTPUTS
-    assert dspark_verify.arg_names == [*launch.OPERANDS, *launch.SIZES, "ROWS", "BLOCK"]
+    assert (*INPUTS, *launch.SIZES, *OUTPUTS) == launch.PARAMETERS
+    assert dspark_verify.arg_names == [*launch.PARAMETERS, "ROWS", "BLOCK"]
     assert len(launch.PARAMETER_TYPES) == 12 + 4 + launch.HIDDEN_POINTERS
 
 
@@ -240,7 +241,7 @@ def test_the_kernel_compiles_without_a_gpu(arch: int) -> None:
     assert target[1] == f"sm_{arch}" + ("a" if arch >= 90 else "")
     assert version is not None
     assert int(version[1].replace(".", "")) == launch.PTX_VERSIONS[arch] < 90  # CUDA 13.0 has 9.0
-    assert launch.parameter_bytes(kernel.ptx) == [8] * 12 + [4] * 4 + [8] * 2
+    assert launch.parameter_bytes(kernel.ptx) == [8] * 10 + [4] * 4 + [8] * 4
     folder = str(inspect.getfile(launch)).rsplit("/", 1)[0]
     assert folder not in kernel.ptx
     assert folder.encode() not in kernel.cubin
@@ -308,7 +309,7 @@ def test_a_launch_passes_every_parameter_in_its_place() -> None:
     assert [arguments[0] for arguments in driver.called("cuLibraryLoadData")] == [KERNEL.cubin]
     assert driver.called("cuLibraryGetKernel") == [["library", b"dspark_verify"]]
     first, second = driver.called("cuLaunchKernel")
-    values = (*CALL.pointers, 50, 20, 4, 7, 0, 0)
+    values = (*range(1000, 1010), 50, 20, 4, 7, 1010, 1011, 0, 0)
     parameters = (values, launch.PARAMETER_TYPES)
     assert first == ["function", 3, 1, 1, 512, 1, 1, 256, 77, parameters, 0]
     assert second[8] == 78

@@ -20,7 +20,7 @@ NUM_WARPS = 16
 # newest that its assembler knows, which an older driver refuses.
 PTX_VERSIONS = {75: 80, 80: 80, 86: 80, 89: 80, 90: 80, 100: 87, 120: 87}
 ARCHS = tuple(PTX_VERSIONS)
-# The kernel's parameters in order: the contract's operands and results, then four sizes.
+# The contract's operands and results.
 OPERANDS = {
     "logits": "*fp32",
     "logit_rows": "*i64",
@@ -36,12 +36,13 @@ OPERANDS = {
     "bonus": "*i64",
 }
 SIZES = ("vocab_size", "draft_vocab_size", "num_drafts", "block_size")
+# The kernel's parameters in order. Quick plugins of TensorRT have the sizes before the results.
+PARAMETERS = (*tuple(OPERANDS)[:-2], *SIZES, *tuple(OPERANDS)[-2:])
 # Triton appends two pointers to scratch memory. This kernel uses none, so they are null.
 HIDDEN_POINTERS = 2
 PARAMETER_TYPES = (
-    (ctypes.c_void_p,) * len(OPERANDS)
-    + (ctypes.c_int32,) * len(SIZES)
-    + (ctypes.c_void_p,) * HIDDEN_POINTERS
+    *(ctypes.c_int32 if name in SIZES else ctypes.c_void_p for name in PARAMETERS),
+    *(ctypes.c_void_p,) * HIDDEN_POINTERS,
 )
 
 
@@ -53,7 +54,7 @@ class Kernel:
     num_threads: int
     shared_bytes: int
     cubin: bytes
-    ptx: str = ""  # what the cubin was assembled from; an engine does without it
+    ptx: str = ""  # what the cubin was assembled from; only a quick plugin needs it
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def _compile(arch: int) -> Kernel:
         ) from error
     from dspark_batch.plugin.triton_kernel import dspark_verify
 
-    signature = OPERANDS | dict.fromkeys(SIZES, "i32")
+    signature = {name: OPERANDS.get(name, "i32") for name in PARAMETERS}
     signature |= {"ROWS": "constexpr", "BLOCK": "constexpr"}
     with triton.knobs.compilation.scope():
         # Line information names the folders of this machine.
@@ -162,8 +163,9 @@ class CudaLauncher:
             handle = _checked(driver.cuLibraryGetKernel(library, KERNEL_NAME.encode()))
             self._loaded[kernel.arch] = handle
         function = _checked(driver.cuKernelGetFunction(self._loaded[kernel.arch]))
-        sizes = (call.vocab_size, call.draft_vocab_size, call.num_drafts, call.block_size)
-        values = (*call.pointers, *sizes, *(0,) * HIDDEN_POINTERS)
+        named = dict(zip(OPERANDS, call.pointers, strict=True))
+        named |= {name: getattr(call, name) for name in SIZES}
+        values = (*(named[name] for name in PARAMETERS), *(0,) * HIDDEN_POINTERS)
         grid, block = (call.num_rows, 1, 1), (kernel.num_threads, 1, 1)
         parameters = (values, PARAMETER_TYPES)
         _checked(

@@ -50,16 +50,19 @@ def dspark_verify(
     top_k,
     top_p,
     uniforms,
-    num_accepted,
-    bonus,
     vocab_size,
     draft_vocab_size,
     num_drafts,
     block_size,
+    num_accepted,
+    bonus,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The contract's operands and results, then V, D, K and γ. Grid: [R / ROWS]."""
+    """The contract's operands, then V, D, K and γ, then its results. Grid: [R / ROWS].
+
+    `plugin.quick_body` needs this order.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), num_drafts)
     heat = tl.load(temperature + row)
