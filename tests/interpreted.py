@@ -32,7 +32,7 @@ def interpret(call: Call, block: int = 16, tile: int | None = None) -> Result:
     _, block_size, draft_vocab_size = call.draft_logits.shape
     results = [np.full(num_rows, -7, np.int64) for _ in OUTPUTS]
     operands = [np.ascontiguousarray(call.feeds[name]) for name in INPUTS]
-    sizes = (call.logits.shape[1], draft_vocab_size, num_drafts, block_size)
+    sizes = (*call.logits.shape, draft_vocab_size, num_drafts, block_size)
     _run([*operands, *results], sizes, block, tile or num_rows & -num_rows)
     return results[0], results[1]
 
@@ -45,9 +45,8 @@ class HostLauncher:
 
     def __call__(self, call: VerifyCall, stream: int) -> None:
         rows, drafts, gamma = call.num_rows, call.num_drafts, call.block_size
-        num_logits = rows * (drafts + 1)
         shapes = {
-            "logits": (num_logits, call.vocab_size),
+            "logits": (call.num_logits, call.vocab_size),
             "logit_rows": (rows, drafts + 1),
             "draft_tokens": (rows, drafts),
             "draft_logits": (rows, gamma, call.draft_vocab_size),
@@ -58,7 +57,7 @@ class HostLauncher:
             _at(address, shapes.get(name, (rows,)), "f4" if kind == "*fp32" else "i8")
             for (name, kind), address in zip(OPERANDS.items(), call.pointers, strict=True)
         ]
-        sizes = (call.vocab_size, call.draft_vocab_size, drafts, gamma)
+        sizes = tuple(getattr(call, name) for name in SIZES)
         _run(arrays, sizes, block=16, tile=1)
         self.streams.append(stream)
 

@@ -176,6 +176,27 @@ def test_a_draft_like_the_target_leaves_the_bonus_to_the_target(body: Body) -> N
     np.testing.assert_array_equal(bonus, wanted[1])
 
 
+def test_no_value_leads_out_of_the_arrays(body: Body) -> None:
+    """A builder times the plugin on values of its own."""
+    call = make_call(seed=22, rows=128, temperature=[0.0, 0.9], draft_vocab=11, top_p=[0.8, 1.0])
+    rng = np.random.default_rng(23)
+    wild = np.array([-(2**62), -1, len(call.logits), 2**40, 2**62])
+    rows = np.where(
+        rng.random(call.logit_rows.shape) < 0.5,
+        rng.choice(wild, call.logit_rows.shape),
+        call.logit_rows,
+    )
+    found = body(replace(call, logit_rows=rows))
+    near = np.clip(rows, 0, len(call.logits) - 1)
+    for a, b in zip(found, body(replace(call, logit_rows=near)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    integers = ("logit_rows", "draft_tokens", "lengths", "draft_vocab", "top_k")
+    noise = {name: rng.choice(wild, getattr(call, name).shape) for name in integers}
+    accepted, bonus = body(replace(call, **noise))
+    assert set(accepted) <= set(range(call.draft_tokens.shape[1] + 1))
+    assert set(bonus) <= set(range(-1, call.logits.shape[1]))
+
+
 @pytest.mark.parametrize("draft_vocab", [6, 4])
 def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) -> None:
     """The first token after each of two anchors, filtered by top-p."""
@@ -224,7 +245,7 @@ def test_the_parameters_are_the_contract_s() -> None:
     assert tuple(launch.OPERANDS) == INPUTS + OUTPUTS
     assert (*INPUTS, *launch.SIZES, *OUTPUTS) == launch.PARAMETERS
     assert dspark_verify.arg_names == [*launch.PARAMETERS, "ROWS", "BLOCK"]
-    assert len(launch.PARAMETER_TYPES) == 12 + 4 + launch.HIDDEN_POINTERS
+    assert len(launch.PARAMETER_TYPES) == 12 + 5 + launch.HIDDEN_POINTERS
 
 
 @pytest.mark.parametrize("arch", launch.ARCHS)
@@ -241,7 +262,7 @@ def test_the_kernel_compiles_without_a_gpu(arch: int) -> None:
     assert target[1] == f"sm_{arch}" + ("a" if arch >= 90 else "")
     assert version is not None
     assert int(version[1].replace(".", "")) == launch.PTX_VERSIONS[arch] < 90  # CUDA 13.0 has 9.0
-    assert launch.parameter_bytes(kernel.ptx) == [8] * 10 + [4] * 4 + [8] * 4
+    assert launch.parameter_bytes(kernel.ptx) == [8] * 10 + [4] * 5 + [8] * 4
     folder = str(inspect.getfile(launch)).rsplit("/", 1)[0]
     assert folder not in kernel.ptx
     assert folder.encode() not in kernel.cubin
@@ -268,7 +289,7 @@ def test_another_calling_convention_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # launch -------------------------------------------------------------------------------------------
 
 KERNEL = Kernel(arch=89, num_threads=512, shared_bytes=256, cubin=b"\x7fELF")
-CALL = VerifyCall(tuple(range(1000, 1012)), 3, 50, 20, 4, 7)
+CALL = VerifyCall(tuple(range(1000, 1012)), 3, 15, 50, 20, 4, 7)
 
 
 class FakeDriver:
@@ -309,7 +330,7 @@ def test_a_launch_passes_every_parameter_in_its_place() -> None:
     assert [arguments[0] for arguments in driver.called("cuLibraryLoadData")] == [KERNEL.cubin]
     assert driver.called("cuLibraryGetKernel") == [["library", b"dspark_verify"]]
     first, second = driver.called("cuLaunchKernel")
-    values = (*range(1000, 1010), 50, 20, 4, 7, 1010, 1011, 0, 0)
+    values = (*range(1000, 1010), 15, 50, 20, 4, 7, 1010, 1011, 0, 0)
     parameters = (values, launch.PARAMETER_TYPES)
     assert first == ["function", 3, 1, 1, 512, 1, 1, 256, 77, parameters, 0]
     assert second[8] == 78
@@ -401,7 +422,7 @@ def run_on_gpu(call: Call) -> Result:
     for address, array in zip(addresses, arrays, strict=True):
         if array.nbytes:
             checked(driver.cuMemcpyHtoD(address, array.ctypes.data, array.nbytes))
-    sizes = (num_rows, call.logits.shape[1], draft_vocab_size, num_drafts, gamma)
+    sizes = (num_rows, *call.logits.shape, draft_vocab_size, num_drafts, gamma)
     launcher = CudaLauncher(compile_kernels([10 * major + minor]))
     launcher(VerifyCall(tuple(map(int, addresses)), *sizes), stream=0)
     checked(driver.cuStreamSynchronize(0))

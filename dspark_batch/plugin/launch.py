@@ -35,7 +35,7 @@ OPERANDS = {
     "num_accepted": "*i64",
     "bonus": "*i64",
 }
-SIZES = ("vocab_size", "draft_vocab_size", "num_drafts", "block_size")
+SIZES = ("num_logits", "vocab_size", "draft_vocab_size", "num_drafts", "block_size")
 # The kernel's parameters in order. Quick plugins of TensorRT have the sizes before the results.
 PARAMETERS = (*tuple(OPERANDS)[:-2], *SIZES, *tuple(OPERANDS)[-2:])
 # Triton appends two pointers to scratch memory. This kernel uses none, so they are null.
@@ -59,10 +59,11 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class VerifyCall:
-    """One call: device addresses in the order of `OPERANDS`, and the sizes R, V, D, K and γ."""
+    """One call: device addresses in the order of `OPERANDS`, and the sizes R, N, V, D, K and γ."""
 
     pointers: tuple[int, ...]
     num_rows: int
+    num_logits: int
     vocab_size: int
     draft_vocab_size: int
     num_drafts: int

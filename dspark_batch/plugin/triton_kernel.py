@@ -50,6 +50,7 @@ def dspark_verify(
     top_k,
     top_p,
     uniforms,
+    num_logits,
     vocab_size,
     draft_vocab_size,
     num_drafts,
@@ -59,7 +60,7 @@ def dspark_verify(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The contract's operands, then V, D, K and γ, then its results. Grid: [R / ROWS].
+    """The contract's operands, then N, V, D, K and γ, then its results. Grid: [R / ROWS].
 
     `plugin.quick_body` needs this order.
     """
@@ -75,6 +76,8 @@ def dspark_verify(
     for cell in range(0, tl.max(length) + 1):
         needed = cell <= length
         logit_row = tl.load(logit_rows + row * (num_drafts + 1) + cell, mask=needed, other=0)
+        # A builder times the plugin on values of its own: none may lead out of the arrays.
+        logit_row = tl.minimum(tl.maximum(logit_row, 0), num_logits - 1)
         target = logits + logit_row * vocab_size
         largest, best, not_finite = _largest(target, vocab_size, needed, ROWS, BLOCK)
         broken += not_finite

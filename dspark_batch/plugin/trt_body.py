@@ -246,11 +246,13 @@ def _plugin_class(trt: Any) -> Any:
                 name: tuple(tensor.dims) for name, tensor in zip(INPUTS, input_desc, strict=True)
             }
             num_rows, num_drafts = shapes["draft_tokens"]
+            num_logits, vocab_size = shapes["logits"]
             _, block_size, draft_vocab_size = shapes["draft_logits"]
             call = VerifyCall(
                 pointers=(*inputs, *outputs),
                 num_rows=num_rows,
-                vocab_size=shapes["logits"][1],
+                num_logits=num_logits,
+                vocab_size=vocab_size,
                 draft_vocab_size=draft_vocab_size,
                 num_drafts=num_drafts,
                 block_size=block_size,
