@@ -37,6 +37,19 @@ def interpret(call: Call, block: int = 16, tile: int | None = None) -> Result:
     return results[0], results[1]
 
 
+def interpret_as_quick_plugin(
+    call: Call, grid: int, sizes: Sequence[int], block: int = 16
+) -> Result:
+    """Run a call with parameters in the order of TensorRT: inputs, `sizes`, outputs.
+
+    `grid` is of programs for one row; here each takes as many as it can.
+    """
+    inputs = [np.ascontiguousarray(call.feeds[name]) for name in INPUTS]
+    outputs = [np.full(len(call.lengths), -7, np.int64) for _ in OUTPUTS]
+    _call(grid, [*inputs, *sizes, *outputs], block, tile=grid & -grid)
+    return outputs[0], outputs[1]
+
+
 class HostLauncher:
     """Stands in for `CudaLauncher`: the addresses are of arrays in host memory."""
 
