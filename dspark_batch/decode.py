@@ -130,8 +130,9 @@ class Slots:
         places = [r for r, s in enumerate(self.running) if s.slot in chosen]
         drafting = [self.running[r] for r in places]
         block = self._timed("draft_seconds", self._engine.draft, drafting)
-        for sequence in drafting:
-            sequence.num_taken = sequence.anchor_position
+        for sequence, looked_up in zip(drafting, block.looked_up.tolist(), strict=True):
+            if not looked_up:
+                sequence.num_taken = sequence.anchor_position
         return block.spread(places, len(self.running))
 
     def verify(self, block: DraftBlock | None, plan: VerifyPlan) -> VerifyResult:

@@ -30,16 +30,17 @@ DEAR = CostTable.measured(
 )
 
 
-KINDS = ["stops", "endless", "lookup"]
+KINDS = ["stops", "endless", "lookup", "both"]
 LOOKUP = 'drafter = "ngram"\nblock_size = 4'
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A pair whose rows may stop, one whose rows never do, and a draft of varying length."""
+    """A pair whose rows may stop, one whose rows never do, a draft of varying length, and both."""
     folder = tmp_path_factory.mktemp("pair")
     target, draft = write_agreeing_pair(folder, stops=request.param != "endless")
-    proposes = LOOKUP if request.param == "lookup" else draft
+    alone = f'weights = "{draft}"\nlookup = "none"'
+    proposes = {"lookup": LOOKUP, "both": draft}.get(request.param, alone)
     engine = open_engine(export_pair(folder, target, proposes))
     yield engine
     engine.close()
@@ -87,6 +88,8 @@ def test_a_record_holds_the_plain_text_s_lengths(
     assert set(rounds.num_accepted.tolist()) == set(range(engine.block_size + 1))
     varies = engine.manifest.draft is not None and engine.manifest.draft.drafter == "ngram"
     assert rounds.num_drafted.min() == (0 if varies else engine.block_size)
+    lookup = engine.manifest.draft is not None and engine.manifest.draft.lookup is not None
+    assert rounds.matches.any() == (lookup and not varies)
 
 
 def test_a_recorded_block_is_the_one_drafted_from_that_prefix(
