@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,26 +66,28 @@ def texts(done: Sequence[Completion]) -> list[tuple[int, ...]]:
     return [c.token_ids for c in done]
 
 
-def standing(engine: Engine, prompts: Sequence[Prompt]) -> list[Row]:
+@contextmanager
+def standing(engine: Engine, prompts: Sequence[Prompt]) -> Iterator[list[Row]]:
+    """Prefilled rows. The anchor is what comes next in a row that repeats itself."""
     rows = [
         Row(p, slot=slot, tokens=list(p.token_ids), num_prompt_tokens=len(p.token_ids))
         for slot, p in enumerate(prompts)
     ]
     for sequence in rows:
         engine.admit(sequence)
-    engine.prefill(rows)
-    for sequence in rows:
-        sequence.tokens.append(sequence.tokens[0])  # what comes next in a row that repeats itself
-    return rows
+    try:
+        engine.prefill(rows)
+        for sequence in rows:
+            sequence.tokens.append(sequence.tokens[0])
+        yield rows
+    finally:
+        for sequence in rows:
+            engine.release(sequence)
 
 
-def blocks(engine: Engine, prompts: Sequence[Prompt]) -> tuple[list[Row], DraftBlock]:
-    """The first block of every prompt."""
-    rows = standing(engine, prompts)
-    found = engine.draft(rows)
-    for sequence in rows:
-        engine.release(sequence)
-    return rows, found
+def first_blocks(engine: Engine, prompts: Sequence[Prompt]) -> DraftBlock:
+    with standing(engine, prompts) as rows:
+        return engine.draft(rows)
 
 
 def test_both_are_in_the_manifest_and_another_lookup_is_another_engine(
@@ -114,32 +117,35 @@ def test_each_row_is_proposed_what_its_match_or_the_network_says(
     A row that repeats itself is proposed its own continuation.
     """
     pattern = [5, 9, 17, 3, 22]
-    tokens = [pattern * 3, [7, 2, 30, 11, 4], [8, 6, 8, 6, 8], [1, 2, 3, 4, 5, 6]]
+    tokens = [pattern * 3, [7, 2, 30, 11, 4], [8, 6, 8, 6], [1, 2, 3, 4, 5, 6]]
     prompts = [Prompt(i, tuple(t), SamplingParams()) for i, t in enumerate(tokens)]
-    engine = engines["both"]
-    rows = standing(engine, prompts)
-    block = engine.draft(rows)
+    with standing(engines["both"], prompts) as rows:
+        block, networks = engines["both"].draft(rows), engines["both"].draft_pass(rows)
     assert block.matches is not None
     expected = [longest_match(text_of(s.tokens), shortest=2, longest=8) for s in rows]
     assert block.matches.tolist() == [match.size if match else 0 for match in expected]
     assert block.looked_up.tolist() == [True, False, True, False]
     assert block.tokens[0].tolist() == pattern[1:]
-    assert block.lengths.tolist() == [GAMMA] * len(rows)
-    networks = engine.draft_pass(rows)
-    for r in np.flatnonzero(~block.looked_up):
-        assert block.tokens[r].tolist() == networks.tokens[r].tolist()
+    assert block.tokens[2].tolist() == [6, 8, 6, 8]
+    assert block.lengths.tolist() == [GAMMA] * 4
     assert block.tokens[0].tolist() != networks.tokens[0].tolist()
-    for sequence in rows:
-        engine.release(sequence)
+
+
+def test_a_row_without_a_match_gets_the_network_s_block(engines: dict[str, Engine]) -> None:
+    prompts = make_prompts()[:4]
+    both, alone = (first_blocks(engines[name], prompts) for name in ("both", "network"))
+    for r in (1, 3):
+        assert not both.looked_up[r]
+        assert both.tokens[r].tolist() == alone.tokens[r].tolist()
 
 
 def test_a_row_s_block_does_not_depend_on_its_neighbours(engines: dict[str, Engine]) -> None:
     prompts = make_prompts()[:4]
-    _, together = blocks(engines["both"], prompts)
+    together = first_blocks(engines["both"], prompts)
     assert together.matches is not None
     assert 0 < together.looked_up.sum() < 4
     for r, prompt in enumerate(prompts):
-        _, alone = blocks(engines["both"], [prompt])
+        alone = first_blocks(engines["both"], [prompt])
         assert alone.matches is not None
         assert alone.tokens[0].tolist() == together.tokens[r].tolist()
         assert alone.matches[0] == together.matches[r]
@@ -152,7 +158,7 @@ def test_a_looked_up_block_has_the_table_s_confidence(engines: dict[str, Engine]
     draft = engine.manifest.draft
     assert draft is not None
     assert draft.lookup is not None
-    _, block = blocks(engine, make_prompts()[:4])
+    block = first_blocks(engine, make_prompts()[:4])
     assert block.matches is not None
     assert block.looked_up.tolist() == [True, False] * 2
     for r in np.flatnonzero(block.looked_up):
