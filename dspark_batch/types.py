@@ -84,6 +84,8 @@ class SpecCounts:
     num_verified_tokens: int
     num_accepted_tokens: int
     accepted_histogram: tuple[int, ...]
+    num_looked_up_tokens: int = 0
+    """Of `num_draft_tokens`: those of a lookup beside a network."""
 
     @property
     def accepted_length(self) -> float:
@@ -131,6 +133,7 @@ class Sequence:
     num_draft_tokens: int = 0
     num_verified_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_looked_up_tokens: int = 0
     num_taken: int = 0
     """Positions whose context a draft pass has taken in."""
     accepted_histogram: list[int] = field(default_factory=list)

@@ -184,6 +184,16 @@ def test_both_together_take_fewer_rounds_than_either(engines: dict[str, Engine])
     assert rounds["both"] < min(rounds["network"], rounds["lookup"])
 
 
+def test_blocks_of_the_lookup_are_counted(engines: dict[str, Engine]) -> None:
+    """Rows that repeat themselves have more of them than others; a draft alone has none."""
+    counts = [c.spec for c in run(engines["both"], make_prompts(), "on")]
+    assert all(s.num_looked_up_tokens % GAMMA == 0 for s in counts)
+    assert 0 < sum(s.num_looked_up_tokens for s in counts) < sum(s.num_draft_tokens for s in counts)
+    for name in ("network", "lookup"):
+        alone = run(engines[name], make_prompts(), "on")
+        assert not any(c.spec.num_looked_up_tokens for c in alone)
+
+
 def test_a_draft_pass_is_made_for_the_network_s_rows_only(engines: dict[str, Engine]) -> None:
     """And what a row took in counts only where one was."""
     engine, passes = engines["both"], []
