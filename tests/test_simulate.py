@@ -39,8 +39,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A pair whose rows may stop, one whose rows never do, a draft of varying length, and both."""
     folder = tmp_path_factory.mktemp("pair")
     target, draft = write_agreeing_pair(folder, stops=request.param != "endless")
-    alone = f'weights = "{draft}"\nlookup = "none"'
-    proposes = {"lookup": LOOKUP, "both": draft}.get(request.param, alone)
+    proposes = {"lookup": LOOKUP, "both": f'weights = "{draft}"'}.get(request.param, draft)
     engine = open_engine(export_pair(folder, target, proposes))
     yield engine
     engine.close()
