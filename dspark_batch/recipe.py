@@ -57,7 +57,7 @@ class DraftSection(_Section):
     shortest_match: Annotated[int, Field(ge=1)] | None = None
     """Tokens of the row that must have occurred before, for a lookup to propose what followed.
 
-    None: one, or two beside a network, which one alone does not beat.
+    None: one, or two beside a network, which does better than a match of one.
     """
     longest_match: Annotated[int, Field(ge=1)] = 8
     """Longer matches are preferred up to here."""
