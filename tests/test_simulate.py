@@ -201,8 +201,11 @@ class Shortened:
 
     def draft(self, sequences: Any) -> DraftBlock:
         block, size = self._engine.draft(sequences), self.block_size
-        return DraftBlock(
-            block.tokens[:, :size], block.confidence[:, :size], np.minimum(block.lengths, size)
+        return replace(
+            block,
+            tokens=block.tokens[:, :size],
+            confidence=block.confidence[:, :size],
+            lengths=np.minimum(block.lengths, size),
         )
 
 
