@@ -1,0 +1,322 @@
+"""The TensorRT runtime on a device of host memory: its text is ONNX Runtime's.
+
+`fake_trt` runs the plans' ONNX graphs on the addresses that the runtime binds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from agreeing import write_agreeing_pair
+from fake_trt import HostDevice, fake_trt, write_plans
+from tiny import draft_config, export_pair, target_config, write_draft, write_target
+
+from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.engine import Engine, open_engine
+from dspark_batch.runtimes import trt
+from dspark_batch.runtimes.device import Gpu
+from dspark_batch.types import Completion, Prompt, SamplingParams, VerifyPlan
+from dspark_batch.types import Sequence as Row
+
+LENGTHS = (70, 1, 300, 17, 310, 5, 64, 256, 9, 257, 2, 41)
+MAX_TOKENS = 336
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+
+
+@dataclass
+class Machine:
+    """A fake GPU with a fake TensorRT."""
+
+    device: HostDevice
+    module: Any = None
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine(HostDevice())
+
+    def device() -> HostDevice:
+        found.device = HostDevice()
+        found.module.__dict__["Runtime"].device = found.device
+        return found.device
+
+    monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 89, "13.0"))
+    monkeypatch.setattr(trt, "CudaDevice", device)
+    return found
+
+
+@pytest.fixture
+def open_on_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Opens a copy of an ONNX Runtime engine with plans beside its graphs."""
+    opened: list[Engine] = []
+
+    def open_copy(folder: Path, tmp_path: Path, **plans: Any) -> Engine:
+        rows = plans.pop("max_rows", None)
+        with_draft = plans.pop("with_draft", True)
+        copy = tmp_path / "gpu"
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+            write_plans(copy, **plans)
+        native = plans.get("library", "tensorrt_rtx") == "tensorrt_rtx"
+        machine.module = fake_trt(machine.device, copy, native_graphs=native)
+        monkeypatch.setattr(trt, "import_library", lambda _: machine.module)
+        opened.append(open_engine(copy, max_rows=rows, with_draft=with_draft))
+        return opened[-1]
+
+    yield open_copy
+    for engine in opened:
+        engine.close()
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    target = write_target(folder / "t", target_config(request.param, eos_token_id=None))
+    return export_pair(
+        folder, target, write_draft(folder / "d", draft_config()), max_tokens=MAX_TOKENS
+    )
+
+
+def make_prompts(lengths: Any = LENGTHS, *, sampled: bool = False) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(
+            row,
+            tuple(rng.integers(1, tiny.VOCAB, n).tolist()),
+            SamplingParams(
+                6 + row * 5 % 23,
+                temperature=0.9 if sampled and row % 3 else 0.0,
+                top_k=7 if row % 2 else 0,
+                top_p=0.9 if row % 4 == 1 else 1.0,
+                seed=row,
+            ),
+        )
+        for row, n in enumerate(lengths)
+    ]
+
+
+def texts(engine: Any, prompts: list[Prompt], spec: str) -> dict[int, tuple[int, ...]]:
+    found: list[Completion] = list(decode(prompts, engine, spec=spec, stats=DecodeStats()))
+    assert len(found) == len(prompts)
+    return {completion.row: completion.token_ids for completion in found}
+
+
+def start(engine: Engine, lengths: Any, *, slots: Any = None, sampled: bool = False) -> list[Row]:
+    """Admitted and prefilled rows."""
+    prompts = make_prompts(lengths, sampled=sampled)
+    rows = [
+        Row(prompt=p, slot=slot, tokens=list(p.token_ids), num_prompt_tokens=len(p.token_ids))
+        for p, slot in zip(prompts, slots or range(len(prompts)), strict=True)
+    ]
+    for row in rows:
+        engine.admit(row)
+    for row, token in zip(rows, engine.prefill(rows).tolist(), strict=True):
+        row.tokens.append(token)
+    return rows
+
+
+def step(engine: Engine, rows: list[Row]) -> list[int]:
+    """One plain round."""
+    result = engine.verify(rows, None, VerifyPlan(np.zeros(len(rows), np.int64)))
+    for row, token in zip(rows, result.bonus.tolist(), strict=True):
+        row.tokens.append(token)
+    return result.bonus.tolist()
+
+
+def runtime_of(engine: Engine) -> Any:
+    return engine._runtime
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("spec", ["off", "on", "auto"])
+def test_text_is_onnx_runtime_s(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, library: str, spec: str
+) -> None:
+    """Ragged prompts over four places, some of them long; rows leave in the middle."""
+    prompts = make_prompts(sampled=True)
+    with closing(open_engine(exported)) as engine:
+        expected, costs = texts(engine, prompts, spec), engine.costs
+    engine = open_on_gpu(exported, tmp_path, library=library)
+    engine.costs = costs  # `auto` goes by them, and a sampled row's text by what it drafted
+    assert texts(engine, prompts, spec) == expected
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_any_rounds_give_what_onnx_runtime_gives(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, library: str, seed: int
+) -> None:
+    """Both in lockstep: any rows draft, in any order; any lengths; rows come and go."""
+    rng = np.random.default_rng(seed)
+    lengths = (3, 40, 1, 90, 7, 22, 64, 5, 130, 12)
+    with closing(open_engine(exported)) as cpu:
+        pair = (cpu, open_on_gpu(exported, tmp_path, library=library, ring=310))
+        waiting = [make_prompts(lengths, sampled=True) for _ in pair]
+        running: list[list[Row]] = [[], []]
+        num_drafted = 0
+        for _ in range(40):
+            free = [n for n in range(4) if n not in {row.slot for row in running[0]}]
+            num_new = int(rng.integers(len(free) + 1))
+            found = []
+            for engine, rows, prompts in zip(pair, running, waiting, strict=True):
+                new = [
+                    Row(prompt=p, slot=slot, tokens=list(p.token_ids), num_prompt_tokens=0)
+                    for slot, p in zip(free[:num_new], prompts, strict=False)
+                ]
+                del prompts[: len(new)]
+                for row in new:
+                    engine.admit(row)
+                if new:
+                    found.append(engine.prefill(new).tolist())
+                    for row, token in zip(new, found[-1], strict=True):
+                        row.tokens.append(token)
+                rows += new
+            assert found[: len(found) // 2] == found[len(found) // 2 :]
+            num_rows = len(running[0])
+            if not num_rows:
+                break
+            order = rng.permutation(num_rows)
+            chosen = order[: rng.integers(num_rows + 1)].tolist()
+            planned = rng.integers(0, 5, num_rows) * np.isin(np.arange(num_rows), chosen)
+            outcomes = []
+            for engine, rows in zip(pair, running, strict=True):
+                block = None
+                if chosen:
+                    block = engine.draft_raw([rows[i] for i in chosen]).spread(chosen, num_rows)
+                outcomes.append((block, engine.verify(rows, block, VerifyPlan(planned))))
+            (block, result), (other, same) = outcomes
+            if block is not None:
+                num_drafted += len(chosen)
+                np.testing.assert_array_equal(block.tokens, other.tokens)
+                np.testing.assert_allclose(block.confidence, other.confidence, atol=1e-4)
+            np.testing.assert_array_equal(result.num_accepted, same.num_accepted)
+            np.testing.assert_array_equal(result.bonus, same.bonus)
+            leaving = {i for i in range(num_rows) if rng.random() < 0.12}
+            for engine, rows in zip(pair, running, strict=True):
+                for i, (row, accepted) in enumerate(zip(rows, result.num_accepted, strict=True)):
+                    drafts = block.tokens[i, :accepted].tolist() if block is not None else []
+                    row.tokens += [*drafts, int(result.bonus[i])]
+                for i in sorted(leaving, reverse=True):
+                    engine.release(rows.pop(i))
+        assert num_drafted > 20
+
+
+def test_context_that_fills_the_ring_is_taken_in(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    """Rounds without drafts go around the ring; then a draft is what it would have been."""
+    blocks = []
+    with closing(open_engine(exported)) as cpu:
+        for engine in (cpu, open_on_gpu(exported, tmp_path, ring=302)):
+            rows = start(engine, (20, 3, 150))
+            for _ in range(120):
+                step(engine, rows)
+            blocks.append((engine.draft_raw(rows), engine.draft_raw(rows)))
+    runtime = runtime_of(engine)
+    assert runtime._ring_size == 302 < 3 * 120 + 173
+    assert [row.num_taken for row in runtime._rows.values()] == [140, 123, 270]
+    for block, expected in zip(blocks[1], blocks[0], strict=True):
+        np.testing.assert_array_equal(block.tokens, expected.tokens)
+        np.testing.assert_allclose(block.confidence, expected.confidence, atol=1e-4)
+
+
+def test_a_draft_that_is_often_right_is_verified(tmp_path: Path, open_on_gpu: Any) -> None:
+    pair = write_agreeing_pair(tmp_path, stops=False)
+    exported = export_pair(tmp_path, *pair, max_tokens=MAX_TOKENS)
+    prompts, stats = make_prompts(), DecodeStats()
+    with closing(open_engine(exported)) as engine:
+        expected = texts(engine, prompts, "off")
+    engine = open_on_gpu(exported, tmp_path)
+    found = list(decode(prompts, engine, spec="on", stats=stats))
+    assert {c.row: c.token_ids for c in found} == expected
+    assert stats.spec.num_accepted_tokens > 30
+
+
+@pytest.mark.parametrize("section", ['drafter = "none"', 'drafter = "ngram"'])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_target_without_a_draft_graph(
+    tmp_path: Path, open_on_gpu: Any, section: str, sampled: bool
+) -> None:
+    target = write_target(tmp_path / "t", target_config("llama", eos_token_id=None))
+    exported = export_pair(tmp_path, target, section, max_tokens=MAX_TOKENS)
+    prompts = make_prompts(sampled=sampled)
+    with closing(open_engine(exported)) as engine:
+        expected = texts(engine, prompts, "on")
+    assert texts(open_on_gpu(exported, tmp_path), prompts, "on") == expected
+
+
+def test_a_pair_without_its_draft_decodes_plainly(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    prompts = make_prompts(sampled=True)
+    with closing(open_engine(exported, with_draft=False)) as engine:
+        expected = texts(engine, prompts, "off")
+    engine = open_on_gpu(exported, tmp_path, with_draft=False)
+    assert len(runtime_of(engine)._models()) == 1
+    assert texts(engine, prompts, "off") == expected
+
+
+def test_more_rows_than_a_profile_takes_share_a_round(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    prompts = make_prompts(sampled=True)
+    with closing(open_engine(exported, max_rows=9)) as engine:
+        expected = texts(engine, prompts, "on")
+    assert texts(open_on_gpu(exported, tmp_path, rows=4, max_rows=9), prompts, "on") == expected
+
+
+def test_the_context_of_a_training_is_onnx_runtime_s(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    rows = [prompt.token_ids for prompt in make_prompts()]
+    with closing(open_engine(exported)) as engine:
+        expected = list(engine.context(rows))
+    for mine, theirs in zip(open_on_gpu(exported, tmp_path).context(rows), expected, strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
+def test_a_row_that_breaks_harms_neither_its_neighbours_nor_its_successor(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine = open_on_gpu(exported, tmp_path)
+    rows = start(engine, (12, 7, 5, 30))
+    expected = [step(engine, rows) for _ in range(4)]
+    for row in rows:
+        engine.release(row)
+    rows = start(engine, (12, 7, 5, 30))
+    runtime = runtime_of(engine)
+    capacity = runtime._target.caches.capacity
+    machine.device.synchronize()
+    for place in (1, 2):
+        for address in runtime._target.caches.addresses(place).values():
+            size = tiny.KV_HEADS * capacity * tiny.HEAD_DIM
+            cache = machine.device.view(address, 4 * size).view(np.float32)
+            cache.reshape(tiny.KV_HEADS, capacity, tiny.HEAD_DIM)[:, 3] = np.nan
+    assert step(engine, rows) == [expected[0][0], -1, -1, expected[0][3]]
+    broken = rows[1:3]
+    del rows[1:3]
+    for row in broken:  # the first one's hole is filled by a row that is well, the other's by none
+        engine.release(row)
+    assert step(engine, rows) == [expected[1][0], expected[1][3]]
+    draft = engine.draft_raw(rows)
+    assert np.isfinite(draft.confidence).all()
+    again = start(engine, (12, 7, 5, 30)[1:3], slots=[5, 6])
+    fresh = start_alone(open_on_gpu, exported, tmp_path)
+    assert [row.tokens for row in again] == fresh
+    assert step(engine, rows) == [expected[2][0], expected[2][3]]
+    assert np.isfinite(engine.draft_raw([*rows, *again]).confidence).all()
+
+
+def start_alone(open_on_gpu: Any, exported: Path, tmp_path: Path) -> list[list[int]]:
+    engine = open_on_gpu(exported, tmp_path)
+    rows = start(engine, (7, 5))
+    return [row.tokens for row in rows]
