@@ -146,7 +146,7 @@ class ILogger:
     class Severity(Enum):
         INTERNAL_ERROR, ERROR, WARNING = range(3)
 
-    def log(self, severity: Severity, message: str) -> None:
+    def log(self, severity: Severity, msg: str) -> None:
         raise NotImplementedError
 
 

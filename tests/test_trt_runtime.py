@@ -21,8 +21,12 @@ from tiny import draft_config, export_pair, target_config, write_draft, write_ta
 
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import Engine, open_engine
+from dspark_batch.errors import EngineError
+from dspark_batch.manifest import read_manifest
 from dspark_batch.runtimes import trt
 from dspark_batch.runtimes.device import Gpu
+from dspark_batch.runtimes.steps import rounded
+from dspark_batch.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.types import Completion, Prompt, SamplingParams, VerifyPlan
 from dspark_batch.types import Sequence as Row
 
@@ -320,3 +324,145 @@ def start_alone(open_on_gpu: Any, exported: Path, tmp_path: Path) -> list[list[i
     engine = open_on_gpu(exported, tmp_path)
     rows = start(engine, (7, 5))
     return [row.tokens for row in rows]
+
+
+# the device ---------------------------------------------------------------------------------------
+
+
+def busy(engine: Engine, device: HostDevice, *, sampled: bool) -> tuple[list[Row], Any]:
+    """Rows that have drafted and been verified until every size was met twice."""
+    rows = start(engine, (12, 7, 5, 30), sampled=sampled)
+
+    def round_() -> None:
+        block = engine.draft_raw(rows)
+        result = engine.verify(rows, block, VerifyPlan(np.full(4, 3)))
+        for r, row in enumerate(rows):
+            row.tokens += [*block.tokens[r, : result.num_accepted[r]].tolist(), result.bonus[r]]
+
+    for _ in range(8):
+        round_()
+    return rows, round_
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_only_small_things_cross_the_bus(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine, sampled: bool
+) -> None:
+    """A round is two steps: each sends one copy, fetches one and waits once."""
+    engine = open_on_gpu(exported, tmp_path)
+    _, round_ = busy(engine, machine.device, sampled=sampled)
+    device, runtime = machine.device, runtime_of(engine)
+    room = device.room
+    device.uploads, device.downloads, waits = [], [], device.num_waits
+    for _ in range(5):
+        round_()
+    assert device.num_waits - waits == 10
+    assert {address for address, _ in device.uploads} == {runtime._sent._address}
+    assert {address for address, _ in device.downloads} == {runtime._fetched._address}
+    # 4 rows, γ = 4: tokens and confidence of a block, then counts and bonus; places of 256 bytes.
+    assert [size for _, size in device.downloads] == [2 * 256, 2 * 256] * 5
+    assert max(size for _, size in device.uploads) <= 12 * 256
+    logits, hidden = 4 * 4 * tiny.VOCAB * 4, 16 * 2 * tiny.HIDDEN * 4
+    assert min(logits, hidden) > 2 * 256
+    assert device.room == room, "no memory is allocated while decoding"
+
+
+def test_steps_of_full_tensorrt_become_graphs(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine = open_on_gpu(exported, tmp_path, library="tensorrt")
+    _, round_ = busy(engine, machine.device, sampled=True)
+    executed = [len(e.contexts) for e in machine.module.engines]
+    before = machine.device.num_replays
+    for _ in range(5):
+        round_()
+    assert machine.device.num_replays - before >= 8  # a size may be new
+    assert all(count > 2 for count in executed)  # a context of its own for each graph
+    prompts = make_prompts(sampled=True)
+    rows = list(runtime_of(engine)._slots)
+    for slot in rows:
+        runtime_of(engine).release(slot)
+    with closing(open_engine(exported)) as cpu:
+        assert texts(engine, prompts, "on") == texts(cpu, prompts, "on")
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    prompts = make_prompts((12, 7, 5, 30), sampled=True)
+    engine = open_on_gpu(exported, tmp_path, library="tensorrt")
+    expected = texts(engine, prompts, "on")
+    assert machine.device.num_replays > 5
+    engine = open_on_gpu(exported, tmp_path, library="tensorrt")
+    machine.device.refuses_capture = True
+    assert texts(engine, prompts, "on") == expected
+    assert machine.device.num_replays == 0
+
+
+def test_graphs_can_be_left_out(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    prompts = make_prompts((12, 7, 5, 30), sampled=True)
+    found = []
+    for library in LIBRARIES:
+        copy = tmp_path / library
+        copy.mkdir()
+        expected = texts(open_on_gpu(exported, copy, library=library), prompts, "on")
+        device = HostDevice()
+        machine.module.Runtime.device = device
+        folder = copy / "gpu"
+        plain = TrtRuntime(
+            folder, read_manifest(folder), 4, trt=machine.module, device=device, graphs=False
+        )
+        engine = open_on_gpu(exported, copy, library=library)
+        engine._runtime = plain
+        assert texts(engine, prompts, "on") == expected
+        assert device.num_replays == 0
+        found.append(expected)
+    assert found[0] == found[1]
+
+
+def test_tensorrt_rtx_captures_its_decode_steps_itself(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine = open_on_gpu(exported, tmp_path)
+    texts(engine, make_prompts((12, 7)), "on")
+    assert machine.device.num_replays == 0
+    for opened in machine.module.engines:
+        strategies = [context.how.cuda_graph_strategy.name for context in opened.contexts]
+        assert strategies == ["WHOLE_GRAPH_CAPTURE", "DISABLED"]
+
+
+@pytest.mark.parametrize(
+    ("room", "budget"), [(10**12, 5 * 10**9), (3 * 10**9, None)], ids=["all", "some"]
+)
+def test_weights_stream_where_they_do_not_fit(
+    exported: Path,
+    tmp_path: Path,
+    open_on_gpu: Any,
+    machine: Machine,
+    room: int,
+    budget: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HostDevice, "free_bytes", lambda _: room)
+    engine = open_on_gpu(exported, tmp_path, streamable=5 * 10**9)
+    working, scratch = 2 * 1000, 10**6
+    for opened in machine.module.engines:
+        assert opened.weight_streaming_budget_v2 == (budget or room - working - 2**28 - scratch)
+    assert len(texts(engine, make_prompts((12, 7)), "on")) == 2
+
+
+def test_a_gpu_that_is_full_is_named(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostDevice, "free_bytes", lambda _: 1000)
+    with pytest.raises(EngineError, match=r"target.plan|draft.plan.*no room.*--max-rows"):
+        open_on_gpu(exported, tmp_path, streamable=5 * 10**9)
+
+
+def test_sizes_are_few_and_not_much_larger() -> None:
+    sizes = {rounded(n) for n in range(1, 513)}
+    assert [rounded(n) for n in (0, 1, 7, 8, 9, 17, 33, 512)] == [0, 1, 7, 8, 10, 20, 40, 512]
+    assert all(n <= rounded(n) <= 1.25 * n for n in range(1, 5000))
+    assert len(sizes) <= 8 + 4 * 6

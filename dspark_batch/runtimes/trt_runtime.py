@@ -16,7 +16,7 @@ Sizes of a step are rounded up, so that few of them differ and each can be a CUD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,12 +91,14 @@ class TrtRuntime:
         self._slots: list[int] = []  # by place
         self._rows: dict[int, _Row] = {}
         plan = PlanFile(trt, device, folder / "target.plan", graphs=graphs)
+        _check_names(plan, TARGET_INPUTS, _TARGET_OUTPUTS)
         self._target = Model(plan, device, max_rows, TARGET_SIZES)
         self._draft: Model | None = None
         if manifest.draft is not None and manifest.draft.cache is not None:
             plan = PlanFile(trt, device, folder / "draft.plan", graphs=graphs)
+            _check_names(plan, DRAFT_INPUTS, _DRAFT_OUTPUTS)
             self._draft = Model(plan, device, max_rows, DRAFT_SIZES)
-        self._check_plans(manifest)
+        self._check_sizes(manifest)
         self._allocate()
         for model in self._models():
             model.plan.open_contexts()
@@ -106,21 +108,9 @@ class TrtRuntime:
         """The draft's first: it is small, and what it leaves is for the target's weights."""
         return [self._target] if self._draft is None else [self._draft, self._target]
 
-    def _check_plans(self, manifest: EngineManifest) -> None:
-        """Refuse plans that this program does not feed."""
+    def _check_sizes(self, manifest: EngineManifest) -> None:
+        """Refuse plans that do not take what they will be given."""
         again = f"build the engine again: dspark-batch export {manifest.name} --force"
-        for model in self._models():
-            target = model is self._target
-            inputs = {name for name in model.plan.inputs if not name.startswith("past_")}
-            outputs = {name for name in model.plan.outputs if not name.startswith("present_")}
-            differing = inputs ^ set(TARGET_INPUTS if target else DRAFT_INPUTS)
-            differing |= outputs ^ (_TARGET_OUTPUTS if target else _DRAFT_OUTPUTS)
-            differing -= {DRAFT_VOCAB, "logits"}  # that a target may have
-            if differing:
-                raise EngineError(
-                    f"{model.plan.path} was built by another version "
-                    f"({', '.join(sorted(differing))} differ); {again}"
-                )
         chunk = min(PREFILL_CHUNK, manifest.limits.max_tokens)
         if self._target.most("S") < chunk or self._target.most("T") < chunk:
             raise EngineError(
@@ -437,6 +427,18 @@ def _runs(places: Sequence[int | None]) -> list[list[int]]:
         else:
             found[-1].append(place)
     return [run for run in found if run]
+
+
+def _check_names(plan: PlanFile, inputs: Collection[str], outputs: Collection[str]) -> None:
+    """Refuse a plan with other inputs or outputs than those, its caches aside."""
+    found = {n for n in (*plan.inputs, *plan.outputs) if not n.startswith(("past_", "present_"))}
+    differing = found ^ {*inputs, *outputs}
+    differing -= {DRAFT_VOCAB, "logits"}  # that a target may have
+    if differing:
+        raise EngineError(
+            f"{plan.path} was built by another version ({', '.join(sorted(differing))} differ); "
+            "build the engine again: dspark-batch export model --force"
+        )
 
 
 def _small(plan: PlanFile) -> set[str]:
