@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import tiny
 from agreeing import write_agreeing_pair
@@ -22,8 +24,9 @@ from tiny import draft_config, export_pair, target_config, write_draft, write_ta
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import Engine, open_engine
 from dspark_batch.errors import EngineError
-from dspark_batch.manifest import read_manifest
+from dspark_batch.manifest import describe_file, read_manifest
 from dspark_batch.runtimes import trt
+from dspark_batch.runtimes.buffers import host_type
 from dspark_batch.runtimes.device import Gpu
 from dspark_batch.runtimes.steps import rounded
 from dspark_batch.runtimes.trt_runtime import TrtRuntime
@@ -286,6 +289,57 @@ def test_the_context_of_a_training_is_onnx_runtime_s(
     for mine, theirs in zip(open_on_gpu(exported, tmp_path).context(rows), expected, strict=True):
         assert mine.dtype == np.float32
         np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
+def halve_context(folder: Path) -> None:
+    """Let the context be float16 between the graphs of a pair."""
+    for name in ("target", "draft"):
+        path = folder / f"{name}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        graph, half = model.graph, onnx.TensorProto.FLOAT16
+        values = graph.output if name == "target" else graph.input
+        (value,) = (v for v in values if v.name == "context")
+        value.type.tensor_type.elem_type = half
+        for node in graph.node:
+            names = node.output if name == "target" else node.input
+            for i, found in enumerate(names):
+                if found == "context":
+                    names[i] = "context_float"
+        if name == "target":
+            cast = onnx.helper.make_node("Cast", ["context_float"], ["context"], to=half)
+            graph.node.append(cast)
+        else:
+            kind = onnx.TensorProto.FLOAT
+            graph.node.insert(
+                0, onnx.helper.make_node("Cast", ["context"], ["context_float"], to=kind)
+            )
+        onnx.save(model, path)
+
+
+def test_context_has_the_type_that_the_plans_have(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    copy = tmp_path / "half"
+    shutil.copytree(exported, copy)
+    halve_context(copy)
+    manifest = read_manifest(exported)
+    graphs = {name: describe_file(copy / name) for name in ("target.onnx", "draft.onnx")}
+    changed = manifest.model_copy(update={"files": manifest.files | graphs})
+    (copy / "manifest.json").write_text(changed.model_dump_json())
+    prompts = make_prompts()
+    with closing(open_engine(exported)) as engine:
+        expected = texts(engine, prompts, "off")
+        (context,) = engine.context([prompts[0].token_ids])
+    engine = open_on_gpu(copy, tmp_path)
+    assert runtime_of(engine)._context_bytes == 2 * context.shape[1]
+    assert texts(engine, prompts, "on") == expected
+    (halved,) = engine.context([prompts[0].token_ids])
+    np.testing.assert_allclose(halved, context, rtol=2e-3, atol=1e-3)
+
+
+def test_bfloat16_has_a_host_type() -> None:
+    assert np.dtype(host_type("BF16")).itemsize == 2
+    assert host_type("BF16") is ml_dtypes.bfloat16
 
 
 def test_a_row_that_breaks_harms_neither_its_neighbours_nor_its_successor(

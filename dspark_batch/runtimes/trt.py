@@ -26,7 +26,12 @@ def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> TrtRunti
     assert manifest.plans is not None
     trt = import_library(manifest.plans.library)
     trt_body.register(trt)
-    return TrtRuntime(folder, manifest, max_rows, trt=trt, device=CudaDevice())
+    device = CudaDevice()
+    try:
+        return TrtRuntime(folder, manifest, max_rows, trt=trt, device=device)
+    except BaseException:
+        device.close()
+        raise
 
 
 def hardware_key() -> str:

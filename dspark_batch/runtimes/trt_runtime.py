@@ -16,7 +16,7 @@ Sizes of a step are rounded up, so that few of them differ and each can be a CUD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,10 @@ import numpy as np
 
 from dspark_batch.errors import EngineError
 from dspark_batch.manifest import EngineManifest
-from dspark_batch.runtimes.buffers import RowBuffer, Staging, host_type, staged_bytes
+from dspark_batch.runtimes.buffers import RowBuffer, Staging, host_type
 from dspark_batch.runtimes.device import Device
 from dspark_batch.runtimes.layout import (
-    DRAFT_INPUTS,
     DRAFT_VOCAB,
-    TARGET_INPUTS,
     Feeds,
     certain,
     idle_draws,
@@ -41,12 +39,12 @@ from dspark_batch.runtimes.layout import (
 from dspark_batch.runtimes.plan_file import PlanFile, Shape
 from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
 from dspark_batch.runtimes.steps import (
-    DRAFT_SHAPES,
-    DRAFT_SIZES,
-    TARGET_SHAPES,
-    TARGET_SIZES,
+    DRAFT,
+    TARGET,
+    Graph,
     Model,
     Step,
+    cut,
     pad,
     rounded,
     widened,
@@ -55,9 +53,6 @@ from dspark_batch.types import DraftBlock, VerifyResult
 
 PREFILL_CHUNK = 256  # tokens of a row that `engine` passes at once
 _ROW_ALIGNMENT = 16  # bytes; kernels read a row in pieces of that size
-_LARGE = {"context", "draft_logits"}  # inputs that a step finds on the device
-_TARGET_OUTPUTS = {"num_accepted", "bonus", "context"}
-_DRAFT_OUTPUTS = {"draft_tokens", "confidence", "draft_logits"}
 
 
 @dataclass(slots=True)
@@ -90,14 +85,14 @@ class TrtRuntime:
         self._max_rows = max_rows
         self._slots: list[int] = []  # by place
         self._rows: dict[int, _Row] = {}
-        plan = PlanFile(trt, device, folder / "target.plan", graphs=graphs)
-        _check_names(plan, TARGET_INPUTS, _TARGET_OUTPUTS)
-        self._target = Model(plan, device, max_rows, TARGET_SIZES)
-        self._draft: Model | None = None
-        if manifest.draft is not None and manifest.draft.cache is not None:
-            plan = PlanFile(trt, device, folder / "draft.plan", graphs=graphs)
-            _check_names(plan, DRAFT_INPUTS, _DRAFT_OUTPUTS)
-            self._draft = Model(plan, device, max_rows, DRAFT_SIZES)
+
+        def open_model(graph: Graph) -> Model:
+            plan = PlanFile(trt, device, folder / f"{graph.name}.plan", graphs=graphs)
+            return Model(graph, plan, device, max_rows)
+
+        self._target = open_model(TARGET)
+        with_graph = manifest.draft is not None and manifest.draft.cache is not None
+        self._draft = open_model(DRAFT) if with_graph else None
         self._check_sizes(manifest)
         self._allocate()
         for model in self._models():
@@ -156,10 +151,7 @@ class TrtRuntime:
             self._ring = RowBuffer(device, num_places, self._context_bytes)
             self._ring_size = num_places
             self._head = 1  # place 0 stays zero, for what has no context
-        sizes = [staged_bytes(m.plan, _small(m.plan)) for m in self._models()]
-        if self._takes_vocab:
-            sizes[-1] += staged_bytes(target, {"draft_logits"})
-        self._sent = Staging(device, max(sizes))
+        self._sent = Staging(device, max(model.sent_bytes() for model in self._models()))
         # Two int64 of a row, or a block of int64 and float32: with room for alignment.
         self._fetched = Staging(device, self._max_rows * (16 + 12 * self._block_size) + 1024)
 
@@ -255,7 +247,7 @@ class TrtRuntime:
         model, sizes = self._target, step.sizes
         feeds = target_feeds(spans, lengths, draws)
         feeds["uniforms"] = widened(draws.uniforms, model.num_uniforms)
-        given = pad(feeds, TARGET_SHAPES, sizes | {"L": sizes["K"] + 1})
+        given = pad(feeds, TARGET, sizes | {"L": sizes["K"] + 1})
         if self._takes_vocab:
             given |= self._looked_up(given["draft_tokens"], lengths, draws)
         shapes: dict[str, Shape] = {name: array.shape for name, array in given.items()}
@@ -266,9 +258,6 @@ class TrtRuntime:
         results = {"num_accepted": (sizes["R"],), "bonus": (sizes["R"],)}
         addresses |= self._unread | self._fetched.places(results, model.plan)
         self._run(model, step, shapes, addresses)
-        if self._draft is not None:
-            num_bytes = len(feeds["tokens"]) * self._context_bytes
-            self._device.copy(self._ring.address(self._head), self._unread["context"], num_bytes)
         fetched = self._fetched.fetch(results, model.plan)
         num_accepted, bonus = (fetched[name][: len(spans)] for name in results)
         return num_accepted, bonus
@@ -285,9 +274,11 @@ class TrtRuntime:
         return feeds
 
     def _note(self, spans: list[Span], lengths: Ints, num_accepted: Ints) -> None:
-        """Where in the ring lies the context of what was committed."""
+        """Keep the context in the ring, and where that of what was committed lies."""
         if self._draft is None:
             return
+        num_bytes = sum(len(span.tokens) for span in spans) * self._context_bytes
+        self._device.copy(self._ring.address(self._head), self._unread["context"], num_bytes)
         for span, length, accepted in zip(spans, lengths, num_accepted, strict=True):
             row, num_kept = self._rows[span.slot], len(span.tokens) - int(length) + int(accepted)
             places = np.arange(self._head, self._head + num_kept)
@@ -340,7 +331,8 @@ class TrtRuntime:
 
         def step(places: list[int]) -> Step | None:
             most, total = int(counts[places].max()), int(counts[places].sum())
-            room = model.caches.capacity - int(starts[places].max())
+            # A graph with native attention writes the block behind the context.
+            room = model.caches.capacity - int(starts[places].max()) - (self._block_size + 1)
             first, num_rows = self._extent([slots[i] for i in places])
             wanted = {"R": len(places), "P": most, "N": total}
             padded = {"R": num_rows, "P": min(rounded(most), room), "N": rounded(total)}
@@ -365,7 +357,7 @@ class TrtRuntime:
             **row_feeds(draws),
         }
         feeds["uniforms"] = draws.uniforms[:, : self._block_size]
-        given = pad(feeds, DRAFT_SHAPES, sizes)
+        given = pad(feeds, DRAFT, sizes)
         shapes: dict[str, Shape] = {name: array.shape for name, array in given.items()}
         shapes["context"] = (self._ring_size, model.plan.inputs["context"].shape[1])
         addresses = self._sent.send(given, model.plan)
@@ -400,47 +392,6 @@ class TrtRuntime:
     def _steps(
         self, slots: Sequence[int], step: Callable[[list[int]], Step | None]
     ) -> list[tuple[list[int], Step]]:
-        """Indices into `slots`, cut where rows are no neighbours and where no profile takes more.
-
-        A row alone always has its profile: `engine` passes no more than was checked at the start.
-        """
+        """Indices into `slots` of the rows of each step, and the step."""
         index = {slot: i for i, slot in enumerate(slots)}
-        found: list[tuple[list[int], Step]] = []
-        for run in _runs([index.get(slot) for slot in self._slots]):
-            while run:
-                size = len(run)
-                while (fitting := step(run[:size])) is None:
-                    size -= 1
-                    if not size:
-                        raise EngineError(f"{self._target.plan.path}: no profile takes this step")
-                found.append((run[:size], fitting))
-                run = run[size:]
-        return found
-
-
-def _runs(places: Sequence[int | None]) -> list[list[int]]:
-    """Stretches without None."""
-    found: list[list[int]] = [[]]
-    for place in places:
-        if place is None:
-            found.append([])
-        else:
-            found[-1].append(place)
-    return [run for run in found if run]
-
-
-def _check_names(plan: PlanFile, inputs: Collection[str], outputs: Collection[str]) -> None:
-    """Refuse a plan with other inputs or outputs than those, its caches aside."""
-    found = {n for n in (*plan.inputs, *plan.outputs) if not n.startswith(("past_", "present_"))}
-    differing = found ^ {*inputs, *outputs}
-    differing -= {DRAFT_VOCAB, "logits"}  # that a target may have
-    if differing:
-        raise EngineError(
-            f"{plan.path} was built by another version ({', '.join(sorted(differing))} differ); "
-            "build the engine again: dspark-batch export model --force"
-        )
-
-
-def _small(plan: PlanFile) -> set[str]:
-    """Inputs that the host sends with every step."""
-    return {name for name in plan.inputs if name not in _LARGE and not name.startswith("past_")}
+        return cut([index.get(slot) for slot in self._slots], step)
