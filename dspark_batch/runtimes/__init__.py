@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
-RUNTIMES = {"onnxruntime": "dspark_batch.runtimes.ort"}
+RUNTIMES = {
+    "onnxruntime": "dspark_batch.runtimes.ort",
+    "tensorrt": "dspark_batch.runtimes.trt",
+    "tensorrt-rtx": "dspark_batch.runtimes.trt",
+}
