@@ -31,6 +31,7 @@ from dspark_batch.manifest import (
     read_manifest,
 )
 from dspark_batch.plugin.onnx_body import PLUGIN_VERSION
+from dspark_batch.runtimes.ort import open_session
 
 VERSION = "9.8.7"
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
@@ -179,7 +180,7 @@ class Engine:
     def __init__(self, plan: dict[str, Any], path: Path, device: HostDevice) -> None:
         self.device = device
         self.native_graphs = False
-        self.session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        self.session = open_session(path, threads=0)  # with the options of the other runtime
         graph = onnx.load(path, load_external_data=False).graph
         self.values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output)}
         self._given = {v.name for v in graph.input}
