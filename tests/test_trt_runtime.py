@@ -442,6 +442,17 @@ def test_only_small_things_cross_the_bus(
     assert device.room == room, "no memory is allocated while decoding"
 
 
+def test_rows_that_are_no_neighbours_draft_in_one_step(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine = open_on_gpu(exported, tmp_path)
+    rows = start(engine, (4, 3, 5, 2))
+    waits = machine.device.num_waits
+    engine.draft_raw([rows[3], rows[0]])
+    assert machine.device.num_waits == waits + 1
+    assert [len(row.pending) for row in runtime_of(engine)._rows.values()] == [0, 3, 5, 0]
+
+
 def test_steps_of_full_tensorrt_become_graphs(
     exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
 ) -> None:

@@ -79,6 +79,14 @@ def idle_draws(num_rows: int, num_uniforms: int) -> Draws:
     return Draws(zeros, zeros.astype(np.int64), zeros + 1, uniforms)
 
 
+def spread(draws: Draws, places: Sequence[int], num_rows: int) -> Draws:
+    """The draws of `num_rows` rows that has these rows at `places`, and idle ones else."""
+    found = idle_draws(num_rows, draws.uniforms.shape[1])
+    for wide, array in zip(row_feeds(found).values(), row_feeds(draws).values(), strict=True):
+        wide[places] = array
+    return found
+
+
 def _logit_feeds(spans: Sequence[Span], counts: Ints, lengths: Ints) -> Feeds:
     """Which tokens get logits (the last 1 + ℓ of each row), and the drafts among them."""
     wanted = lengths + 1

@@ -33,6 +33,7 @@ from dspark_batch.runtimes.layout import (
     certain,
     idle_draws,
     row_feeds,
+    spread,
     target_feeds,
     token_layout,
 )
@@ -293,7 +294,10 @@ class TrtRuntime:
         most = self._draft.most("P")
         while many := [slot for slot in slots if len(self._rows[slot].pending) > most]:
             self._take_in(many)
-        tokens, confidence = self._propose(slots, anchors, draws)
+        # A pass over the rows between these costs less than one for every stretch of them.
+        places = [self._slots.index(slot) for slot in slots]
+        along = self._slots[min(places) : max(places) + 1]
+        tokens, confidence = self._propose(slots, along, anchors, draws)
         return DraftBlock(tokens, confidence, np.full(len(slots), self._block_size))
 
     def _make_room(self, num_tokens: int) -> None:
@@ -305,22 +309,40 @@ class TrtRuntime:
         self._head = 1
 
     def _take_in(self, slots: list[int]) -> None:
-        """Let the draft take in context that waits; its block is not used."""
-        self._propose(slots, np.zeros(len(slots), np.int64), idle_draws(len(slots), 1))
+        """Let the draft take in context that waits; its block is not used.
 
-    def _propose(self, slots: list[int], anchors: Ints, draws: Draws) -> tuple[Ints, Floats]:
-        """Blocks after at most as much new context as a pass takes of a row."""
+        No other rows go along: they may have drafts that are not verified yet.
+        """
+        self._propose(slots, slots, np.zeros(len(slots), np.int64), idle_draws(len(slots), 1))
+
+    def _propose(
+        self, slots: list[int], along: list[int], anchors: Ints, draws: Draws
+    ) -> tuple[Ints, Floats]:
+        """Blocks of `slots` after at most as much new context as a pass takes of a row.
+
+        Of `along`, the others go along without new context. What the pass writes for them lies
+        behind their own context, where their next pass writes; draft logits they must not need.
+        """
         assert self._draft is not None
         most = self._draft.most("P")
-        new = [self._rows[slot].pending[:most] for slot in slots]
-        tokens = np.zeros((len(slots), self._block_size), np.int64)
-        confidence = np.zeros((len(slots), self._block_size), np.float32)
-        for places, step in self._draft_steps(slots, new):
-            chosen = [slots[i] for i in places]
-            tokens[places], confidence[places] = self._draft_pass(
-                step, chosen, [new[i] for i in places], anchors[places], draws.of(places)
+        inside = [along.index(slot) for slot in slots]
+        new = [np.zeros(0, np.int64)] * len(along)
+        for i in inside:
+            new[i] = self._rows[along[i]].pending[:most]
+        all_anchors = np.zeros(len(along), np.int64)
+        all_anchors[inside] = anchors
+        all_draws = spread(draws, inside, len(along))
+        tokens = np.zeros((len(along), self._block_size), np.int64)
+        confidence = np.zeros((len(along), self._block_size), np.float32)
+        for part, step in self._draft_steps(along, new):
+            tokens[part], confidence[part] = self._draft_pass(
+                step,
+                [along[i] for i in part],
+                [new[i] for i in part],
+                all_anchors[part],
+                all_draws.of(part),
             )
-        return tokens, confidence
+        return tokens[inside], confidence[inside]
 
     def _draft_steps(self, slots: list[int], new: list[Ints]) -> list[tuple[list[int], Step]]:
         model = self._draft
