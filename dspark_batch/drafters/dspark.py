@@ -15,8 +15,9 @@ of one row, C the draft cache's capacity:
     uniforms          float [R, γ]   one per drafted token
     past_key_i, past_value_i  float [R, kv, C, d]
 
-C >= max(context_starts) + P must hold. Only committed positions enter the cache, so it never
-needs to roll back. Outputs:
+C >= max(context_starts) + P must hold, with native attention + the block's slots: there the block
+goes into the cache too, behind the context, and the next call overwrites it. Only committed
+positions count, so the cache never needs to roll back. Outputs:
 
     draft_tokens      int64 [R, γ]     in the target's vocabulary
     draft_logits      float [R, γ, D]  corrected by the Markov head, filtered: what the tokens were
@@ -39,19 +40,21 @@ from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
     MASKED,
-    Linears,
     activate,
+    attention,
     embedding,
     fold_queries,
     folded_scores,
     plain_norm,
     rms_norm,
+    rope_tables,
     rotate,
     rows_from_tokens,
     soft_cap,
     unfold_queries,
 )
 from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWeight
+from dspark_batch.models.linears import Activation, Linears
 
 Tensor = Callable[[str], NDArray[Any]]
 CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
@@ -92,7 +95,7 @@ class DSparkGraph:
                 f"the draft's lm_head.weight has {len(head.table)} rows for a draft vocabulary of "
                 f"{len(draft_vocab)}"
             )
-        context = b.input("context", FLOAT, ["M", len(spec.taps) * self._target_hidden])
+        context = b.input("context", b.data_type, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])
         self._context_index = b.input("context_index", INT64, ["R", "P"])
         self._context_starts = b.input("context_starts", INT64, ["R"])
@@ -105,12 +108,13 @@ class DSparkGraph:
         )
         self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
         self._num_positions = max_tokens + spec.num_slots
-        cos, sin = spec.rope.tables(self._num_positions)
-        self._tables = (b.weight("rope.cos", cos), b.weight("rope.sin", sin))
+        self._tables = rope_tables(b, "rope", spec.rope.tables(self._num_positions))
         self._draft_vocab = b.weight("draft_vocab", draft_vocab.astype(np.int64))
         self._caches = [
             tuple(
-                b.input(f"past_{kind}_{i}", FLOAT, ["R", spec.num_kv_heads, "C", spec.head_dim])
+                b.input(
+                    f"past_{kind}_{i}", b.data_type, ["R", spec.num_kv_heads, "C", spec.head_dim]
+                )
                 for kind in ("key", "value")
             )
             for i in range(spec.num_layers)
@@ -123,6 +127,11 @@ class DSparkGraph:
             self._norm(projected, "hidden_norm"), context_tokens
         )
         self._index_block()
+        self._context_tokens = context_tokens
+        if self._linears.precision.native_attention:
+            self._index_behind_context()
+        else:
+            self._index_beside_context()
         x = self._embed_block(table, embed.data_type, anchors)
         for i in range(spec.num_layers):
             x = self._layer(i, x)
@@ -141,25 +150,67 @@ class DSparkGraph:
         return self._linears.linear(name, self._linears.activation(x, like), matrix)
 
     def _index_block(self) -> None:
-        """Positions of the block's cells, its layout (no padding), and the mask over the cache."""
+        """Positions of the block's cells, and its layout, which has no padding."""
         b, num_slots = self.b, self.spec.num_slots
         slots = b.constant(np.arange(num_slots)[None, :])
-        column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
-        self._block_positions = b.op("Add", column, slots)  # [R, slots]
+        self._anchor_column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
+        self._block_positions = b.op("Add", self._anchor_column, slots)  # [R, slots]
         self._block_cells = self._cells(num_slots)
         self._block_index = b.op("Reshape", self._block_cells, b.constant([-1, num_slots]))
-        num_new = b.op("Squeeze", b.op("Shape", self._context_index, start=1, end=2))
-        offsets = b.op("Range", b.constant(0), num_new, b.constant(1))
-        starts = b.op("Unsqueeze", self._context_starts, b.constant([1]))
-        offsets = b.op("Unsqueeze", offsets, b.constant([0]))
-        # A cell of padding may lie beyond the tables.
-        last = b.constant(self._num_positions - 1)
-        self._context_positions = b.op("Min", b.op("Add", starts, offsets), last)  # [R, P]
-        capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
-        keys = b.op("Range", b.constant(0), capacity, b.constant(1))
-        seen = b.op("Less", b.op("Unsqueeze", keys, b.constant([0])), column)
+
+    def _index_beside_context(self) -> None:
+        """Positions of the context's cells, and the mask over a cache that holds no block."""
+        b = self.b
+        self._new_positions = self._positions_from(self._context_index)  # [R, P]
+        seen = b.op("Less", self._key_positions(), self._anchor_column)
         added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
         self._mask = b.op("Unsqueeze", added, b.constant([1, 2]))  # [R, 1, 1, C]
+
+    def _index_behind_context(self) -> None:
+        """Cells of each row's new context and, right behind it, its block: `[R, P + slots]`.
+
+        What they point to are the N rows of context, then those of all blocks. The mask is over a
+        cache that holds both.
+        """
+        b, num_slots = self.b, self.spec.num_slots
+        counts = b.op("Sub", self._anchor_positions, self._context_starts)
+        counts = b.op("Unsqueeze", counts, b.constant([1]))
+        cells = b.op("Concat", self._context_index, self._block_index, axis=1)
+        self._new_positions = self._positions_from(cells)
+        offsets = self._offsets(cells)
+        slots = b.op("Sub", offsets, counts)
+        slots = b.op("Max", b.op("Min", slots, b.constant(num_slots - 1)), b.constant(0))
+        num_context = b.op("Shape", self._context_tokens)
+        first = b.op("Slice", self._block_index, b.constant([0]), b.constant([1]), b.constant([1]))
+        of_block = b.op("Add", b.op("Add", first, slots), num_context)
+        self._new_index = b.op("Where", b.op("Less", offsets, counts), cells, of_block)
+        ends = b.op("Add", self._anchor_column, b.constant(num_slots))
+        seen = b.op("Less", self._key_positions(), ends)
+        seen = b.op("Unsqueeze", seen, b.constant([1, 2]))
+        shape = b.constant([1, 1, num_slots, 1])
+        self._mask = b.op("Expand", seen, shape)  # [R, 1, slots, C]
+
+    def _offsets(self, cells: str) -> str:
+        """0, 1, ... for the columns of `cells` [R, n]: `[1, n]`."""
+        b = self.b
+        size = b.op("Squeeze", b.op("Shape", cells, start=1, end=2))
+        offsets = b.op("Range", b.constant(0), size, b.constant(1))
+        return b.op("Unsqueeze", offsets, b.constant([0]))
+
+    def _positions_from(self, cells: str) -> str:
+        """Positions of `cells` [R, n] that begin where the cache ends."""
+        b = self.b
+        starts = b.op("Unsqueeze", self._context_starts, b.constant([1]))
+        # A cell of padding may lie beyond the tables.
+        last = b.constant(self._num_positions - 1)
+        return b.op("Min", b.op("Add", starts, self._offsets(cells)), last)
+
+    def _key_positions(self) -> str:
+        """0, 1, ... for the cache's cells: `[1, C]`."""
+        b = self.b
+        capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
+        keys = b.op("Range", b.constant(0), capacity, b.constant(1))
+        return b.op("Unsqueeze", keys, b.constant([0]))
 
     def _cells(self, per_row: int) -> str:
         """0, 1, ... for `per_row` cells of every row."""
@@ -177,7 +228,7 @@ class DSparkGraph:
         ids = b.op("Concat", column, masks, axis=1)
         x = embedding(b, table, b.op("Reshape", ids, b.constant([-1])), data_type)
         scale = spec.embedding_scale
-        return b.op("Mul", x, b.constant(scale, np.float32)) if scale != 1.0 else x
+        return b.op("Mul", x, b.number(scale)) if scale != 1.0 else x
 
     def _layer(self, i: int, x: str) -> str:
         b, spec, linears, name = self.b, self.spec, self._linears, f"layers.{i}"
@@ -199,7 +250,7 @@ class DSparkGraph:
         x = b.op("Add", x, y)
         if spec.layer_scalar:
             scalar = self._tensor(f"{name}.layer_scalar").astype(np.float32)
-            x = b.op("Mul", x, b.constant(scalar, np.float32))
+            x = b.op("Mul", x, b.number(scalar))
         return x
 
     def _keys_values(self, i: int, kv: str, positions: str, token_index: str) -> tuple[str, str]:
@@ -227,37 +278,32 @@ class DSparkGraph:
         wkv = np.concatenate(others, axis=1)
         normed = linears.activation(x, self._block_cells)
         q = linears.linear(f"{name}.q_proj", normed, wq)
+        attend = self._over_joined if linears.precision.native_attention else self._over_both
+        mixed = attend(i, q, normed, wkv)
+        flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
+        return self._linear(f"{name}.o_proj", flat, self._block_cells)
+
+    def _over_joined(self, i: int, q: str, normed: Activation, wkv: NDArray[Any]) -> str:
+        """Context and block go into the cache together, so that one node attends to all."""
+        b, name = self.b, f"layers.{i}.self_attn"
+        joined = b.op("Concat", self._context.value, normed.value, axis=0)
+        kv = self._linears.linear(f"{name}.kv_proj", Activation(joined), wkv)
+        cache = self._cached(i, self._keys_values(i, kv, self._new_positions, self._new_index))
+        return attention(b, self._rotated(i, q), *cache, self._mask)
+
+    def _over_both(self, i: int, q: str, normed: Activation, wkv: NDArray[Any]) -> str:
+        """Two products and one softmax over both, instead of one over joined keys: no copy."""
+        b, spec, name = self.b, self.spec, f"layers.{i}.self_attn"
         block = self._keys_values(
             i,
-            linears.linear(f"{name}.kv_proj", normed, wkv),
+            self._linears.linear(f"{name}.kv_proj", normed, wkv),
             self._block_positions,
             self._block_index,
         )
-        new = self._keys_values(
-            i,
-            linears.linear(f"{name}.kv_proj", self._context, wkv),
-            self._context_positions,
-            self._context_index,
-        )
-        shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
-        cache = [
-            b.output(
-                b.op("TensorScatter", past, rows, self._context_starts, axis=2),
-                f"present_{kind}_{i}",
-                FLOAT,
-                shape,
-            )
-            for kind, past, rows in zip(("key", "value"), self._caches[i], new, strict=True)
-        ]
-        q = rows_from_tokens(
-            b, q, self._block_index, num_heads=spec.num_heads, head_dim=spec.head_dim
-        )
-        q = self._head_norm(q, f"{name}.q_norm")
-        q = rotate(b, q, self._tables, self._block_positions)
-        scale = spec.attention_scale or spec.head_dim**-0.5
-        q = b.op("Mul", q, b.constant(scale, np.float32)) if scale != 1.0 else q
+        new = self._linears.linear(f"{name}.kv_proj", self._context, wkv)
+        cache = self._cached(i, self._keys_values(i, new, self._new_positions, self._context_index))
+        q = self._rotated(i, q)
         q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-        # Two products and one softmax over both instead of one over joined keys: no cache copy.
         from_cache = b.op("Add", folded_scores(b, q, cache[0]), self._mask)
         from_block = folded_scores(b, q, block[0])
         probs = b.op("Softmax", b.op("Concat", from_cache, from_block, axis=3), axis=-1)
@@ -267,9 +313,33 @@ class DSparkGraph:
         mixed = b.op(
             "Add", b.op("MatMul", cache_probs, cache[1]), b.op("MatMul", block_probs, block[1])
         )
-        mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
-        flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
-        return self._linear(f"{name}.o_proj", flat, self._block_cells)
+        return unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
+
+    def _cached(self, i: int, new: tuple[str, str]) -> tuple[str, str]:
+        """Keys and values `[R, kv, n, d]` written into the next cache, `[R, kv, C, d]` each."""
+        b, spec = self.b, self.spec
+        shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
+        keys, values = (
+            b.output(
+                b.op("TensorScatter", past, rows, self._context_starts, axis=2),
+                f"present_{kind}_{i}",
+                b.data_type,
+                shape,
+            )
+            for kind, past, rows in zip(("key", "value"), self._caches[i], new, strict=True)
+        )
+        return keys, values
+
+    def _rotated(self, i: int, q: str) -> str:
+        """Projected queries `[R * slots, heads * d]` -> rotated, scaled: `[R, heads, slots, d]`."""
+        b, spec = self.b, self.spec
+        q = rows_from_tokens(
+            b, q, self._block_index, num_heads=spec.num_heads, head_dim=spec.head_dim
+        )
+        q = self._head_norm(q, f"layers.{i}.self_attn.q_norm")
+        q = rotate(b, q, self._tables, self._block_positions)
+        scale = spec.attention_scale or spec.head_dim**-0.5
+        return b.op("Mul", q, b.number(scale)) if scale != 1.0 else q
 
     def _head_norm(self, x: str, name: str) -> str:
         """RMSNorm over each head of `[R, heads, S, d]`; absent in a Llama-style draft."""
@@ -319,7 +389,7 @@ class DSparkGraph:
             feature = None
             if walk is not None:
                 feature = walk.embed(previous)
-                row = b.op("Add", row, walk.bias(states[k], feature))
+                row = b.op("Add", row, b.wide(walk.bias(states[k], feature)))
             uniform = b.op("Gather", self._uniforms, b.constant(k), axis=1)
             drawn, row = b.ops("Draw", row, *self._filters, uniform, outputs=2, domain="dspark")
             previous = b.op("Gather", self._draft_vocab, drawn)
@@ -357,6 +427,6 @@ class DSparkGraph:
             if spec.confidence_with_markov:
                 assert feature is not None
                 x = b.op("Concat", state, feature, axis=1)
-            return b.op("Add", b.op("MatMul", x, weight), bias)
+            return b.op("Add", b.op("MatMul", b.wide(x), weight), bias)
 
         return logit
