@@ -34,12 +34,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.drafters.cells import RoundCells, RowInputs
 from dspark_batch.drafters.markov import MarkovWalk, draw_function
 from dspark_batch.drafters.shared import DraftHead
 from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
-    MASKED,
     activate,
     attention,
     embedding,
@@ -97,18 +97,18 @@ class DSparkGraph:
             )
         context = b.input("context", b.data_type, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])
-        self._context_index = b.input("context_index", INT64, ["R", "P"])
+        context_index = b.input("context_index", INT64, ["R", "P"])
         self._context_starts = b.input("context_starts", INT64, ["R"])
         anchors = b.input("anchors", INT64, ["R"])
-        self._anchor_positions = b.input("anchor_positions", INT64, ["R"])
+        anchor_positions = b.input("anchor_positions", INT64, ["R"])
         self._filters = (
             b.input("temperature", FLOAT, ["R"]),
             b.input("top_k", INT64, ["R"]),
             b.input("top_p", FLOAT, ["R"]),
         )
         self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
-        self._num_positions = max_tokens + spec.num_slots
-        self._tables = rope_tables(b, "rope", spec.rope.tables(self._num_positions))
+        num_positions = max_tokens + spec.num_slots
+        self._tables = rope_tables(b, "rope", spec.rope.tables(num_positions))
         self._draft_vocab = b.weight("draft_vocab", draft_vocab.astype(np.int64))
         self._caches = [
             tuple(
@@ -126,12 +126,15 @@ class DSparkGraph:
         self._context = self._linears.activation(
             self._norm(projected, "hidden_norm"), context_tokens
         )
-        self._index_block()
-        self._context_tokens = context_tokens
-        if self._linears.precision.native_attention:
-            self._index_behind_context()
-        else:
-            self._index_beside_context()
+        inputs = RowInputs(context_tokens, context_index, self._context_starts, anchor_positions)
+        self._cells = RoundCells(
+            b,
+            inputs,
+            num_slots=spec.num_slots,
+            cache=self._caches[0][0],
+            num_positions=num_positions,
+            behind=self._linears.precision.native_attention,
+        )
         x = self._embed_block(table, embed.data_type, anchors)
         for i in range(spec.num_layers):
             x = self._layer(i, x)
@@ -148,76 +151,6 @@ class DSparkGraph:
     def _linear(self, name: str, x: str, like: str) -> str:
         matrix = self._tensor(f"{name}.weight").T
         return self._linears.linear(name, self._linears.activation(x, like), matrix)
-
-    def _index_block(self) -> None:
-        """Positions of the block's cells, and its layout, which has no padding."""
-        b, num_slots = self.b, self.spec.num_slots
-        slots = b.constant(np.arange(num_slots)[None, :])
-        self._anchor_column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
-        self._block_positions = b.op("Add", self._anchor_column, slots)  # [R, slots]
-        self._block_cells = self._cells(num_slots)
-        self._block_index = b.op("Reshape", self._block_cells, b.constant([-1, num_slots]))
-
-    def _index_beside_context(self) -> None:
-        """Positions of the context's cells, and the mask over a cache that holds no block."""
-        b = self.b
-        self._new_positions = self._positions_from(self._context_index)  # [R, P]
-        seen = b.op("Less", self._key_positions(), self._anchor_column)
-        added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
-        self._mask = b.op("Unsqueeze", added, b.constant([1, 2]))  # [R, 1, 1, C]
-
-    def _index_behind_context(self) -> None:
-        """Cells of each row's new context and, right behind it, its block: `[R, P + slots]`.
-
-        What they point to are the N rows of context, then those of all blocks. The mask is over a
-        cache that holds both.
-        """
-        b, num_slots = self.b, self.spec.num_slots
-        counts = b.op("Sub", self._anchor_positions, self._context_starts)
-        counts = b.op("Unsqueeze", counts, b.constant([1]))
-        cells = b.op("Concat", self._context_index, self._block_index, axis=1)
-        self._new_positions = self._positions_from(cells)
-        offsets = self._offsets(cells)
-        slots = b.op("Sub", offsets, counts)
-        slots = b.op("Max", b.op("Min", slots, b.constant(num_slots - 1)), b.constant(0))
-        num_context = b.op("Shape", self._context_tokens)
-        first = b.op("Slice", self._block_index, b.constant([0]), b.constant([1]), b.constant([1]))
-        of_block = b.op("Add", b.op("Add", first, slots), num_context)
-        self._new_index = b.op("Where", b.op("Less", offsets, counts), cells, of_block)
-        ends = b.op("Add", self._anchor_column, b.constant(num_slots))
-        seen = b.op("Less", self._key_positions(), ends)
-        seen = b.op("Unsqueeze", seen, b.constant([1, 2]))
-        shape = b.constant([1, 1, num_slots, 1])
-        self._mask = b.op("Expand", seen, shape)  # [R, 1, slots, C]
-
-    def _offsets(self, cells: str) -> str:
-        """0, 1, ... for the columns of `cells` [R, n]: `[1, n]`."""
-        b = self.b
-        size = b.op("Squeeze", b.op("Shape", cells, start=1, end=2))
-        offsets = b.op("Range", b.constant(0), size, b.constant(1))
-        return b.op("Unsqueeze", offsets, b.constant([0]))
-
-    def _positions_from(self, cells: str) -> str:
-        """Positions of `cells` [R, n] that begin where the cache ends."""
-        b = self.b
-        starts = b.op("Unsqueeze", self._context_starts, b.constant([1]))
-        # A cell of padding may lie beyond the tables.
-        last = b.constant(self._num_positions - 1)
-        return b.op("Min", b.op("Add", starts, self._offsets(cells)), last)
-
-    def _key_positions(self) -> str:
-        """0, 1, ... for the cache's cells: `[1, C]`."""
-        b = self.b
-        capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
-        keys = b.op("Range", b.constant(0), capacity, b.constant(1))
-        return b.op("Unsqueeze", keys, b.constant([0]))
-
-    def _cells(self, per_row: int) -> str:
-        """0, 1, ... for `per_row` cells of every row."""
-        b = self.b
-        num_rows = b.op("Squeeze", b.op("Shape", self._anchor_positions))
-        num_cells = b.op("Mul", num_rows, b.constant(per_row))
-        return b.op("Range", b.constant(0), num_cells, b.constant(1))
 
     def _embed_block(self, table: str, data_type: int, anchors: str) -> str:
         b, spec = self.b, self.spec
@@ -237,14 +170,14 @@ class DSparkGraph:
             y = self._norm(y, f"{name}.post_attention_layernorm")
         x = b.op("Add", x, y)
         before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
-        normed = linears.activation(self._norm(x, f"{name}.{before}"), self._block_cells)
+        normed = linears.activation(self._norm(x, f"{name}.{before}"), self._cells.flat)
         matrices = [self._tensor(f"{name}.mlp.{p}_proj.weight").T for p in ("gate", "up")]
         merged = linears.linear(
             f"{name}.mlp.gate_up_proj", normed, np.concatenate(matrices, axis=1)
         )
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, spec.activation), up)
-        y = self._linear(f"{name}.mlp.down_proj", product, self._block_cells)
+        y = self._linear(f"{name}.mlp.down_proj", product, self._cells.flat)
         if spec.sandwich_norms:
             y = self._norm(y, f"{name}.post_feedforward_layernorm")
         x = b.op("Add", x, y)
@@ -276,35 +209,36 @@ class DSparkGraph:
         parts = "qk" if spec.keys_as_values else "qkv"
         wq, *others = (self._tensor(f"{name}.{part}_proj.weight").T for part in parts)
         wkv = np.concatenate(others, axis=1)
-        normed = linears.activation(x, self._block_cells)
+        normed = linears.activation(x, self._cells.flat)
         q = linears.linear(f"{name}.q_proj", normed, wq)
         attend = self._over_joined if linears.precision.native_attention else self._over_both
         mixed = attend(i, q, normed, wkv)
         flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
-        return self._linear(f"{name}.o_proj", flat, self._block_cells)
+        return self._linear(f"{name}.o_proj", flat, self._cells.flat)
 
     def _over_joined(self, i: int, q: str, normed: Activation, wkv: NDArray[Any]) -> str:
         """Context and block go into the cache together, so that one node attends to all."""
         b, name = self.b, f"layers.{i}.self_attn"
         joined = b.op("Concat", self._context.value, normed.value, axis=0)
         kv = self._linears.linear(f"{name}.kv_proj", Activation(joined), wkv)
-        cache = self._cached(i, self._keys_values(i, kv, self._new_positions, self._new_index))
-        return attention(b, self._rotated(i, q), *cache, self._mask)
+        cells = self._cells
+        cache = self._cached(i, self._keys_values(i, kv, cells.new_positions, cells.new_index))
+        return attention(b, self._rotated(i, q), *cache, cells.mask)
 
     def _over_both(self, i: int, q: str, normed: Activation, wkv: NDArray[Any]) -> str:
         """Two products and one softmax over both, instead of one over joined keys: no copy."""
-        b, spec, name = self.b, self.spec, f"layers.{i}.self_attn"
+        b, spec, cells, name = self.b, self.spec, self._cells, f"layers.{i}.self_attn"
         block = self._keys_values(
             i,
             self._linears.linear(f"{name}.kv_proj", normed, wkv),
-            self._block_positions,
-            self._block_index,
+            cells.positions,
+            cells.index,
         )
         new = self._linears.linear(f"{name}.kv_proj", self._context, wkv)
-        cache = self._cached(i, self._keys_values(i, new, self._new_positions, self._context_index))
+        cache = self._cached(i, self._keys_values(i, new, cells.new_positions, cells.new_index))
         q = self._rotated(i, q)
         q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-        from_cache = b.op("Add", folded_scores(b, q, cache[0]), self._mask)
+        from_cache = b.op("Add", folded_scores(b, q, cache[0]), cells.mask)
         from_block = folded_scores(b, q, block[0])
         probs = b.op("Softmax", b.op("Concat", from_cache, from_block, axis=3), axis=-1)
         capacity = b.op("Shape", cache[0], start=2, end=3)
@@ -334,10 +268,10 @@ class DSparkGraph:
         """Projected queries `[R * slots, heads * d]` -> rotated, scaled: `[R, heads, slots, d]`."""
         b, spec = self.b, self.spec
         q = rows_from_tokens(
-            b, q, self._block_index, num_heads=spec.num_heads, head_dim=spec.head_dim
+            b, q, self._cells.index, num_heads=spec.num_heads, head_dim=spec.head_dim
         )
         q = self._head_norm(q, f"layers.{i}.self_attn.q_norm")
-        q = rotate(b, q, self._tables, self._block_positions)
+        q = rotate(b, q, self._tables, self._cells.positions)
         scale = spec.attention_scale or spec.head_dim**-0.5
         return b.op("Mul", q, b.number(scale)) if scale != 1.0 else q
 
@@ -349,9 +283,9 @@ class DSparkGraph:
         """The slots that draft, `[R * γ, hidden]`: all of them, or those after the anchor's."""
         b, spec = self.b, self.spec
         if spec.anchor_drafts:
-            self._drafting_cells = self._block_cells
+            self._drafting_cells = self._cells.flat
             return x
-        self._drafting_cells = self._cells(spec.block_size)
+        self._drafting_cells = self._cells.numbered(spec.block_size)
         rows = b.op("Reshape", x, b.constant([-1, spec.num_slots, spec.hidden_size]))
         end = b.constant([spec.num_slots])
         kept = b.op("Slice", rows, b.constant([1]), end, b.constant([1]))
