@@ -186,12 +186,15 @@ class EngineManifest(_Part):
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide what text comes out; a resumed run must find them unchanged."""
+        plans = self.plans
+        library = {"library": f"{plans.library} {plans.library_version}"} if plans else {}
         text = {name: info.sha256 for name, info in self.files.items() if name in _TEXT_FILES}
         return {
             "target": _digest(self.target.files),
             "precision": self.precision,
             "graph": self.files["target.onnx"].sha256,
             "tokenizer": _digest(text) if text else "",
+            **library,
         }
 
 

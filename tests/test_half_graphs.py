@@ -10,6 +10,7 @@ import onnx
 import pytest
 import tiny
 from draft_graph import DraftGraph, build_draft
+from safetensors.numpy import load_file, save_file
 from tiny import VOCAB, draft_config, target_config, write_draft, write_target
 
 from dspark_batch.errors import EngineError
@@ -162,3 +163,13 @@ def test_matrices_of_whole_blocks_have_four_bits(
     found = parity(graph.with_name("target.onnx"), target, "int4-weights")
     assert found["context_error"] > 1e-3
     assert found["agreement"] > 0.5
+
+
+def test_a_target_that_fp16_is_too_small_for_is_refused(tmp_path: Path) -> None:
+    target, draft = pair(tmp_path, "llama")
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.layers.0.self_attn.o_proj.weight"] *= 3e4
+    save_file(tensors, target / "model.safetensors")
+    graph = build_draft(tmp_path / "fp16", target, draft, precision="fp16").path
+    with pytest.raises(EngineError, match=r"is nan.*take --precision bf16, nothing was installed"):
+        parity(graph.with_name("target.onnx"), target, "fp16")

@@ -46,6 +46,11 @@ class TargetProbe:
         self._dtype = float_type(self._session, "past_key_0")
         self._capacity = capacity
 
+    @property
+    def in_half(self) -> bool:
+        """Whether the graph's activations are fp16."""
+        return self._dtype is np.float16
+
     def empty(self, num_rows: int) -> Caches:
         """Caches of rows without tokens."""
         return [
@@ -118,10 +123,12 @@ def check_target(
     found["invariance"] = _invariance(probe, prompts)
     for name, limit in LIMITS[precision].items():
         if not found[name] <= limit:
+            cause = "the weights or this family's graph are wrong"
+            if probe.in_half and not np.isfinite(found["kl"]):
+                cause = "fp16 ends at 65504 and this target goes beyond: take --precision bf16"
             raise EngineError(
                 f"{path}: the built graph fails its check: {name} is {found[name]:.3g}, over "
-                f"{limit:.3g} for {precision} ({found}); the weights or this family's graph are "
-                "wrong, nothing was installed"
+                f"{limit:.3g} for {precision} ({found}); {cause}, nothing was installed"
             )
     return found
 

@@ -8,7 +8,7 @@ first one wrote (`share`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,29 +203,6 @@ class GraphBuilder:
         path = self._folder / f"{self.name}.onnx"
         path.write_bytes(model.SerializeToString())
         return path
-
-
-def fixed(path: Path, sizes: Mapping[str, int]) -> bytes:
-    """The graph file for a compiler: symbolic dimensions of inputs and outputs replaced by `sizes`.
-
-    A weight that has two names, which cost nothing where a file is mapped, gets one.
-    """
-    model = onnx.load(path, load_external_data=False)
-    for value in (*model.graph.input, *model.graph.output):
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in sizes:
-                dim.dim_value = sizes[dim.dim_param]
-    names: dict[str, str] = {}
-    there: dict[tuple[tuple[str, str], ...], str] = {}
-    for tensor in list(model.graph.initializer):
-        place = tuple((entry.key, entry.value) for entry in tensor.external_data)
-        if place and there.setdefault(place, tensor.name) != tensor.name:
-            names[tensor.name] = there[place]
-            model.graph.initializer.remove(tensor)
-    for node in model.graph.node:
-        for i, name in enumerate(node.input):
-            node.input[i] = names.get(name, name)
-    return bytes(model.SerializeToString())
 
 
 def in_fp32(graph: Path, folder: Path) -> Path:

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from dspark_batch.errors import EngineError
-from dspark_batch.models.graph import fixed
 from dspark_batch.plugin import trt_body
 from dspark_batch.plugin.launch import compile_kernels
 
@@ -108,7 +109,7 @@ def _build(request: PlanRequest) -> PlanReport:
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     graph = Path(request.graph)
-    if not parser.parse(fixed(graph, request.constants), str(graph)):
+    if not parser.parse(_fixed(graph, request.constants), str(graph)):
         errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise EngineError(f"{graph}: {request.library} does not take the graph: {errors}")
     layers = [network.get_layer(i) for i in range(network.num_layers)]
@@ -148,6 +149,16 @@ def _build(request: PlanRequest) -> PlanReport:
         inputs=inputs,
         outputs=outputs,
     )
+
+
+def _fixed(path: Path, sizes: Mapping[str, int]) -> bytes:
+    """The graph file with symbolic dimensions of inputs and outputs replaced by `sizes`."""
+    model = onnx.load(path, load_external_data=False)
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+    return bytes(model.SerializeToString())
 
 
 def _logger(trt: Any) -> Any:
