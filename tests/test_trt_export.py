@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +182,31 @@ def test_a_plan_is_about_as_large_as_its_weights(
     for name, vocab in (("small", 64), ("large", 60_000)):
         monkeypatch.setattr(tiny, "VOCAB", vocab)
         monkeypatch.setattr(tiny, "HIDDEN", 128)
-        graph = write_graph(tmp_path / name, target_config("llama", vocab_size=vocab))
+        source = write_target(tmp_path / name, target_config("llama", vocab_size=vocab))
+        graph = write_graph(tmp_path / name, source)
         sizes.append(build_plan(request(graph)).num_bytes)
         weights.append(graph.with_suffix(".onnx.data").stat().st_size)
     assert weights[1] - weights[0] > 25e6
     assert sizes[1] - sizes[0] == pytest.approx(weights[1] - weights[0], rel=0.05)
 
 
-def write_graph(folder: Path, config: Mapping[str, Any]) -> Path:
-    with open_weights(write_target(folder / "target", dict(config))) as weights:
+@pytest.mark.parametrize("case", ["keys-as-values", "e2b"])
+def test_a_gemma4_target_builds(case: str, tmp_path: Path) -> None:
+    """Layers of two shapes, of which some read the keys of others."""
+    gemma4 = pytest.importorskip("test_gemma4")
+    gemma4.write_gemma4(tmp_path / "target", **gemma4.CASES[case])
+    graph = write_graph(tmp_path, tmp_path / "target")
+    report = build_plan(request(graph))
+    with open_weights(tmp_path / "target") as weights:
+        num_caches = len(decoder_spec(weights.config).cache_shapes)
+    assert num_caches == (3 if case == "e2b" else 6)
+    assert report.layers["KV_CACHE_UPDATE"] == 2 * num_caches
+    assert report.layers["ATTENTION_OUTPUT"] == report.layers["ROTARY_EMBEDDING"] == 6
+    assert report.layers["PLUGIN_V3"] == 1
+
+
+def write_graph(folder: Path, source: Path) -> Path:
+    with open_weights(source) as weights:
         builder = GraphBuilder("target", folder, FLOAT16)
         graph = DecoderGraph(
             builder, decoder_spec(weights.config), weights.tensor, precision="fp16"
@@ -218,7 +233,7 @@ def request(graph: Path, **changes: Any) -> PlanRequest:
 
 
 def test_a_refusal_of_the_builder_says_what_it_is_and_leaves_no_plan(tmp_path: Path) -> None:
-    graph = write_graph(tmp_path, target_config("llama"))
+    graph = write_graph(tmp_path, write_target(tmp_path / "target", target_config("llama")))
     with pytest.raises(
         EngineError, match=r"target\.onnx: .* refuses sizes: .* tokens.* MIN<=OPT<=MAX"
     ):

@@ -148,9 +148,9 @@ def build_plans(
                 f"{plans.library_version}; install it again"
             )
         reports[name] = report
+        memory = f", {report.peak_bytes / 1e9:.1f} GB of memory" if report.peak_bytes else ""
         progress(
-            f"built {name}.plan: {report.num_bytes / 1e6:.0f} MB in {report.seconds:.0f} s, "
-            f"{report.peak_bytes / 1e9:.1f} GB of memory"
+            f"built {name}.plan: {report.num_bytes / 1e6:.0f} MB in {report.seconds:.0f} s{memory}"
         )
     return reports
 
