@@ -133,18 +133,26 @@ def test_a_bfloat16_graph_has_a_twin_that_runs(tmp_path: Path) -> None:
     assert casts == len(stored) > 10
 
 
-def test_int4_is_rounding_to_fifteen_steps_of_each_block() -> None:
+def test_int4_takes_the_scale_with_the_smallest_error_of_each_block() -> None:
     rng = np.random.default_rng(0)
-    matrix = rng.standard_normal((192, 6)).astype(np.float32)
-    matrix[64:128, 2] = 0.0
+    matrix = rng.standard_normal((96, 6)).astype(np.float32)
+    matrix[32:64, 2] = 0.0
     weights, scales = quantize_blocks(matrix)
     assert weights.shape == matrix.shape
     assert scales.shape == (3, 6)
-    values = weights.astype(np.float32)
     assert (scales > 0).all()
-    assert set(np.unique(values)) <= set(range(-7, 8))
-    error = np.abs(values * scales.repeat(64, axis=0) - matrix)
-    assert (error <= scales.repeat(64, axis=0) * 0.5001).all()
+    values = weights.astype(np.float32)
+    assert set(np.unique(values)) <= set(range(-8, 8))
+
+    def error(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        return np.square(values * scales.repeat(32, axis=0) - matrix).reshape(3, 32, 6).sum(axis=1)
+
+    largest = np.abs(matrix).reshape(3, 32, 6).max(axis=1)
+    plain = np.maximum(largest, 1e-9) / 7
+    found, rounded = error(values, scales), error(np.rint(matrix / plain.repeat(32, axis=0)), plain)
+    assert found[1, 2] == 0
+    assert (found <= rounded + 1e-6).mean() > 0.8
+    assert found.sum() < 0.9 * rounded.sum()
 
 
 def test_matrices_of_whole_blocks_have_four_bits(
@@ -162,7 +170,7 @@ def test_matrices_of_whole_blocks_have_four_bits(
     assert types["lm_head"] == onnx.TensorProto.INT8
     found = parity(graph.with_name("target.onnx"), target, "int4-weights")
     assert found["context_error"] > 1e-3
-    assert found["agreement"] > 0.5
+    assert found["agreement"] > 0.3  # of random weights, where chance is 0.03
 
 
 def test_a_target_that_fp16_is_too_small_for_is_refused(tmp_path: Path) -> None:

@@ -30,10 +30,11 @@ Caches = list[NDArray[Any]]
 LIMITS = {
     "fp32": {"kl": 1e-5, "context_error": 1e-3, "invariance": 1e-2},
     "int8": {"kl": 0.1, "context_error": 0.1, "invariance": 1e-2},
-    "fp16": {"kl": 1e-3, "context_error": 0.02, "invariance": 0.5},
-    "bf16": {"kl": 1e-2, "context_error": 0.1, "invariance": 1e-2},
-    "int8-weights": {"kl": 0.1, "context_error": 0.1, "invariance": 0.5},
-    "int4-weights": {"kl": 1, "context_error": 1, "invariance": 0.5},
+    # In fp16 a sum in another order rounds otherwise; bf16 is checked as its twin in fp32.
+    "fp16": {"kl": 1e-3, "context_error": 0.02, "invariance": 0.25},
+    "bf16": {"kl": 5e-3, "context_error": 0.05, "invariance": 1e-2},
+    "int8-weights": {"kl": 0.1, "context_error": 0.1, "invariance": 0.25},
+    "int4-weights": {"kl": 0.6, "context_error": 0.5, "invariance": 0.25},
 }
 
 

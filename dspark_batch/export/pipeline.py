@@ -271,8 +271,8 @@ class _Export:
         return [prompt[:most] for prompt in prompts]
 
     def _smoothing(self) -> Smoothing:
-        """For int8: the factors that the example prompts ask for. fp32 needs none."""
-        if self._recipe.engine.precision != "int8":
+        """For quantized weights: the factors that the example prompts ask for."""
+        if PRECISIONS[self._recipe.engine.precision].weight_bits is None:
             return Smoothing()
         prompts = self._prompts[:NUM_SMOOTHING_TEXTS]
         return Smoothing(smoothing_factors(self._spec, self._target.tensor, prompts))

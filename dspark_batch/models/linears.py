@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from dspark_batch.models.graph import BFLOAT16, DTYPES, FLOAT, FLOAT16, INT4, GraphBuilder
 
 Matrix = NDArray[Any]
-INT4_BLOCK = 64  # rows of a matrix that share a scale in each column
+INT4_BLOCK = 32  # rows of a matrix that share a scale in each column
+_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that cuts nothing off
 _BLOCK = 2**24  # weights that are quantized at a time
 
 
@@ -73,9 +74,10 @@ def quantize_columns(
 
 
 def quantize_blocks(matrix: Matrix) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """Symmetric int4 by blocks of rows: `[in, out]` -> int4 `[in, out]`, scales `[in / 64, out]`.
+    """int4 by blocks of rows: `[in, out]` -> int4 `[in, out]`, scales `[in / 32, out]`.
 
-    Values are -7..7: TensorRT takes positive scales only.
+    Of a few scales a block gets the one with the smallest squared error: the largest value may be
+    cut off for the sake of the others. Scales are positive, which TensorRT insists on.
     """
     height, width = matrix.shape
     quantized = np.empty((height, width), INT4)
@@ -83,9 +85,16 @@ def quantize_blocks(matrix: Matrix) -> tuple[NDArray[Any], NDArray[np.float32]]:
     for i in range(len(scales)):
         rows = slice(i * INT4_BLOCK, (i + 1) * INT4_BLOCK)
         block = matrix[rows].astype(np.float32)
-        largest = np.maximum(block.max(axis=0), -block.min(axis=0))
-        scales[i] = np.maximum(largest, 1e-12) / np.float32(7)
-        quantized[rows] = np.rint(block / scales[i]).astype(np.int8)
+        widest = np.maximum(np.maximum(block.max(axis=0) / 7, block.min(axis=0) / -8), 1e-12)
+        least = np.full(width, np.inf, np.float32)
+        for share in _INT4_SHARES:
+            scale = widest * np.float32(share)
+            values = np.clip(np.rint(block / scale), -8, 7)
+            error = np.square(values * scale - block).sum(axis=0)
+            better = error < least
+            least = np.where(better, error, least)
+            scales[i] = np.where(better, scale, scales[i])
+            quantized[rows, better] = values[:, better].astype(np.int8)
     return quantized, scales
 
 
@@ -158,7 +167,7 @@ class Linears:
     def head(
         self, name: str, x: Activation, table: Matrix, rows: NDArray[np.float32] | None = None
     ) -> str:
-        """`[T, in] @ tableᵀ` in fp32, table `[out, in]`; `rows` [in] as in `linear`, for int8 only.
+        """`[T, in] @ tableᵀ` in fp32, table `[out, in]`; `rows` [in] as in `linear`, for int8.
 
         In a float precision it is stored as it is, so that an embedding can be a head too. A head
         has 8 bits at least.
@@ -169,7 +178,7 @@ class Linears:
             return b.wide(b.op("Gemm", x.value, weight, transB=1))
         if self.precision.by_token:
             return self.linear(name, x, table.T, rows)
-        return b.wide(b.op("MatMul", x.value, self._columns(name, table.T)))
+        return b.wide(b.op("MatMul", x.value, self._columns(name, table.T, rows)))
 
     def _matrix(self, name: str, matrix: Matrix) -> str:
         """`matrix` as a value of the graph's type.
@@ -184,9 +193,9 @@ class Linears:
             return self._blocks(name, matrix)
         return self._columns(name, matrix)
 
-    def _columns(self, name: str, matrix: Matrix) -> str:
+    def _columns(self, name: str, matrix: Matrix, rows: NDArray[np.float32] | None = None) -> str:
         if not self.b.has(name):
-            self._write(name, *quantize_columns(matrix))
+            self._write(name, *quantize_columns(matrix, rows))
         return self.b.op("DequantizeLinear", name, f"{name}.scale", axis=1)
 
     def _blocks(self, name: str, matrix: Matrix) -> str:
