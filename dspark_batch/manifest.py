@@ -184,6 +184,14 @@ class EngineManifest(_Part):
     plans: PlansInfo | None = None
     """None: the runtime executes the ONNX files themselves."""
 
+    @property
+    def export_command(self) -> str:
+        """What builds the engine again: by its recipe's name, as `export` names an engine by it."""
+        if self.runtime == "onnxruntime":
+            return f"dspark-batch export {self.name} --force"
+        recipe = self.name.removesuffix(f"-{self.runtime}")
+        return f"dspark-batch export {recipe} --runtime {self.runtime} --force"
+
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide what text comes out; a resumed run must find them unchanged."""
         plans = self.plans
