@@ -2,24 +2,32 @@
 
 The first engine (fp32) writes greedy text. Both targets then read prompt and text in one pass,
 and their next-token distributions over the text are compared: share of equal argmaxes, mean KL
-divergence. Speed is plain decoding of the same prompts, one engine after the other.
+divergence, largest difference of a logit. Speed is plain decoding of the same prompts, one engine
+after the other; rows whose text comes out otherwise are counted, and the gap of such a row is how
+far below its best token fp32 sees the token that the other engine took.
+
+ONNX Runtime runs the graphs of both. Of a TensorRT engine these are what its plans were built from.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from identity import Difference, compare
 from numpy.typing import NDArray
 from report import BenchmarkCommand, provenance, table
 
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.engine import Engine
 from dspark_batch.errors import UsageError
 from dspark_batch.export.check import TargetProbe, divergence
+from dspark_batch.manifest import read_manifest
+from dspark_batch.runtimes import ort
 from dspark_batch.workload import Workload, decode_all, read_workload
 
 
@@ -57,24 +65,29 @@ def main(
     expected: list[NDArray[np.float32]] = []
     lines: list[dict[str, Any]] = []
     for folder in (reference, candidate):
-        with closing(open_engine(folder, max_rows=rows)) as engine:
+        with closing(_open(folder, rows)) as engine:
             record = provenance(ctx, engine)
             workload = read_workload(prompts_path, engine, new_tokens=new_tokens, limit=limit)
             decoded = decode_all(engine, workload.prompts, "off")
-            if not texts:
-                texts = [list(c.token_ids) for c in decoded.completions]
+            found_texts = [list(c.token_ids) for c in decoded.completions]
+            texts = texts or found_texts
             logits = _logits(engine, workload, texts)
         if not expected:
             expected = logits
         if expected[0].shape != logits[0].shape:
             raise UsageError(f"{reference} and {candidate} are not engines of one target")
         wanted, found = np.concatenate(expected), np.concatenate(logits)
+        differing = _differing(workload, texts, found_texts, expected)
         lines.append(
             {
                 "engine": str(folder),
                 "precision": engine.manifest.precision,
                 "agreement": float((wanted.argmax(-1) == found.argmax(-1)).mean()),
                 "kl": divergence(wanted, found),
+                "largest_difference": float(np.abs(wanted - found).max()),
+                "num_rows": len(texts),
+                "num_differing": len(differing),
+                "gaps": sorted(d.gap for d in differing),
                 "invariance": engine.manifest.parity["invariance"],
                 "tokens_per_second": decoded.tokens_per_second,
                 "num_tokens": len(wanted),
@@ -82,13 +95,19 @@ def main(
         )
     click.echo(
         table(
-            ["precision", "agreement", "KL, nats", "invariance", "plain tokens/s", "ratio"],
+            [
+                *("precision", "agreement", "KL, nats", "largest difference", "invariance"),
+                *("other text", "largest gap", "plain tokens/s", "ratio"),
+            ],
             [
                 [
                     line["precision"],
                     f"{line['agreement']:.4f}",
                     f"{line['kl']:.5f}",
+                    f"{line['largest_difference']:.3f}",
                     f"{line['invariance']:.1e}",
+                    f"{line['num_differing']} of {line['num_rows']}",
+                    f"{max(line['gaps'], default=0.0):.3f}",
                     f"{line['tokens_per_second']:.0f}",
                     f"{line['tokens_per_second'] / lines[0]['tokens_per_second']:.2f}",
                 ]
@@ -97,6 +116,35 @@ def main(
         )
     )
     click.echo(json.dumps(record | {"engines": lines}))
+
+
+def _open(folder: Path, rows: int) -> Engine:
+    manifest = read_manifest(folder)
+    return Engine(
+        manifest,
+        ort.open_pair(folder, manifest, rows),
+        folder=folder,
+        max_rows=rows,
+        hardware_key=ort.hardware_key(),
+    )
+
+
+def _differing(
+    workload: Workload,
+    texts: list[list[int]],
+    found: list[list[int]],
+    logits: list[NDArray[np.float32]],
+) -> list[Difference]:
+    """Rows of another text; `logits` [n, V] of a row predict each token of `texts`."""
+    differing = []
+    for prompt, ours, theirs, row in zip(workload.prompts, texts, found, logits, strict=True):
+        num_before = len(prompt.token_ids)
+
+        def at(tokens: Sequence[int], row: Any = row, skipped: int = num_before) -> Any:
+            return row[len(tokens) - skipped]
+
+        differing += compare([prompt], [ours], [theirs], last_logits=at)
+    return differing
 
 
 def _logits(

@@ -127,11 +127,33 @@ def main() -> None:
 @click.argument("recipe", default="model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine folder to write.")
 @click.option("--force", is_flag=True, help="Replace an engine that is there.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["onnxruntime", "tensorrt-rtx", "tensorrt"]),
+    help="Build for another runtime than the recipe's.",
+)
+@click.option("--precision", help="Of another precision: fp16, bf16, int8-weights, ...")
+@click.option(
+    "--gpu-arch",
+    "gpu_archs",
+    type=int,
+    multiple=True,
+    help="GPU that a TensorRT engine is for: 89 is sm_89. May be given again.",
+)
 @_progress_option
-def export(recipe: str, output: Path | None, force: bool, progress_mode: str) -> None:
+def export(
+    recipe: str,
+    output: Path | None,
+    force: bool,
+    runtime: str | None,
+    precision: str | None,
+    gpu_archs: tuple[int, ...],
+    progress_mode: str,
+) -> None:
     """Build an engine from a RECIPE: a TOML file, or the name of one in export/.
 
-    The engine goes to engines/NAME unless -o says otherwise.
+    The engine goes to engines/NAME unless -o says otherwise; with --runtime of a GPU to
+    engines/NAME-RUNTIME.
 
     \b
     Example:
@@ -141,9 +163,18 @@ def export(recipe: str, output: Path | None, force: bool, progress_mode: str) ->
     from dspark_batch.progress import open_progress
 
     path = Path(recipe) if recipe.endswith(".toml") else _EXPORT_FOLDER / f"{recipe}.toml"
-    output = output or _ENGINES_FOLDER / path.stem
+    suffix = "" if runtime in (None, "onnxruntime") else f"-{runtime}"
+    output = output or _ENGINES_FOLDER / f"{path.stem}{suffix}"
     with open_progress(progress_mode) as progress:
-        folder = build(path, output=output, force=force, progress=progress.phase)
+        folder = build(
+            path,
+            output=output,
+            force=force,
+            runtime=runtime,
+            precision=precision,
+            gpu_archs=gpu_archs,
+            progress=progress.phase,
+        )
     click.echo(folder)
 
 

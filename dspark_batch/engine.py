@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from dspark_batch.tokenizer import Tokenizer
 
 COSTS_FILE = "costs.json"
-_PREFILL_TOKENS = 512  # of all rows in one prefill pass
-_PREFILL_CHUNK = 256  # of one row
+PREFILL_TOKENS = 512  # of all rows in one prefill pass
+PREFILL_CHUNK = 256  # of one row
 
 
 class Engine:
@@ -246,9 +246,9 @@ def _passes(
     waiting = list(range(len(rows)))
     while waiting:
         spans: list[Span] = []
-        taken, room = [], _PREFILL_TOKENS
+        taken, room = [], PREFILL_TOKENS
         for r in waiting:
-            tokens = rows[r][done[r] : done[r] + _PREFILL_CHUNK]
+            tokens = rows[r][done[r] : done[r] + PREFILL_CHUNK]
             if spans and len(tokens) > room:
                 break
             spans.append(Span(slots[r], done[r], np.array(tokens, np.int64)))

@@ -184,14 +184,25 @@ class EngineManifest(_Part):
     plans: PlansInfo | None = None
     """None: the runtime executes the ONNX files themselves."""
 
+    @property
+    def export_command(self) -> str:
+        """What builds the engine again: by its recipe's name, as `export` names an engine by it."""
+        if self.runtime == "onnxruntime":
+            return f"dspark-batch export {self.name} --force"
+        recipe = self.name.removesuffix(f"-{self.runtime}")
+        return f"dspark-batch export {recipe} --runtime {self.runtime} --force"
+
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide what text comes out; a resumed run must find them unchanged."""
+        plans = self.plans
+        library = {"library": f"{plans.library} {plans.library_version}"} if plans else {}
         text = {name: info.sha256 for name, info in self.files.items() if name in _TEXT_FILES}
         return {
             "target": _digest(self.target.files),
             "precision": self.precision,
             "graph": self.files["target.onnx"].sha256,
             "tokenizer": _digest(text) if text else "",
+            **library,
         }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -104,15 +104,52 @@ class DraftSection(_Section):
         return usual if self.shortest_match is None else self.shortest_match, self.longest_match
 
 
+_FOR_TENSORRT = ("fp16", "bf16", "int8-weights", "int4-weights")
+# The first is the default.
+PRECISIONS_BY_RUNTIME = {
+    "onnxruntime": ("fp32", "int8"),
+    "tensorrt-rtx": _FOR_TENSORRT,
+    "tensorrt": _FOR_TENSORRT,
+}
+
+
 class EngineSection(_Section):
     """`[engine]`: what is built and measured."""
 
     runtime: Text = "onnxruntime"
-    precision: Literal["fp32", "int8"] = "fp32"
+    precision: Text
+    """One of `PRECISIONS_BY_RUNTIME`; the first where none is given."""
+    gpu_archs: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Compute capabilities times ten (89 is sm_89) that TensorRT builds for; empty: its choice."""
     max_rows: Annotated[int, Field(ge=1)] = 32
     """Concurrent rows that the cost table is measured for."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
     """Prompt and new tokens of one row."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_precision(cls, values: Any) -> Any:
+        runtime = values.get("runtime", "onnxruntime")
+        if not isinstance(runtime, str) or runtime not in PRECISIONS_BY_RUNTIME:
+            known = ", ".join(PRECISIONS_BY_RUNTIME)
+            message = f"runtime = {runtime!r} is not known; known: {known}"
+            raise PydanticCustomError("engine", "{text}", {"text": message})
+        return {"precision": PRECISIONS_BY_RUNTIME[runtime][0], **values}
+
+    @model_validator(mode="after")
+    def _fits_the_runtime(self) -> Self:
+        known = PRECISIONS_BY_RUNTIME[self.runtime]
+        message = None
+        if self.precision not in known:
+            listed = ", ".join(known)
+            message = (
+                f"precision {self.precision!r} is not for {self.runtime}; choose from {listed}"
+            )
+        elif self.gpu_archs and self.runtime == "onnxruntime":
+            message = "gpu_archs is not for onnxruntime, which runs on the CPU"
+        if message:
+            raise PydanticCustomError("engine", "{text}", {"text": message})
+        return self
 
 
 class Recipe(_Section):
@@ -121,7 +158,7 @@ class Recipe(_Section):
     target: TargetSection
     draft: DraftSection | None = DraftSection(drafter="ngram")
     """None (in a file: drafter `none`): the engine decodes plainly."""
-    engine: EngineSection = EngineSection()
+    engine: EngineSection = EngineSection.model_validate({})
     path: Path = Field(exclude=True)
     """The file it was read from; no key of it."""
 
@@ -134,6 +171,25 @@ class Recipe(_Section):
     def name(self) -> str:
         """The recipe's name, which is also its engine's: `model` for `export/model.toml`."""
         return self.path.stem
+
+    def with_engine(
+        self, *, runtime: str | None, precision: str | None, gpu_archs: tuple[int, ...]
+    ) -> Recipe:
+        """With other settings of the engine, None or empty as they are.
+
+        Another runtime has precisions of its own, and its default where none is given.
+        """
+        values = self.engine.model_dump()
+        if runtime is not None and runtime != self.engine.runtime:
+            del values["precision"], values["gpu_archs"]
+        given = {"runtime": runtime, "precision": precision, "gpu_archs": gpu_archs or None}
+        values |= {name: value for name, value in given.items() if value is not None}
+        try:
+            engine = EngineSection.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(_problem(detail) for detail in error.errors())
+            raise UsageError(f"{self.path}: {problems}") from error
+        return self.model_copy(update={"engine": engine})
 
     @property
     def target_source(self) -> str:
@@ -201,8 +257,8 @@ def _problem(detail: Any) -> str:
     location = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return _unknown_key(location)
-    if detail["type"] == "draft":
-        return f"[draft] {detail['msg']}"
+    if detail["type"] in ("draft", "engine"):  # of no single key
+        return f"[{detail['type']}] {detail['msg']}"
     where = f"[{location[0]}] " if len(location) > 1 else ""
     if detail["type"] == "missing":
         is_table = len(location) == 1

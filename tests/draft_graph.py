@@ -15,8 +15,9 @@ from dspark_batch.drafters.shared import check_fits, embedding, head
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder
+from dspark_batch.models.linears import PRECISIONS
 from dspark_batch.models.smoothing import Smoothing
-from dspark_batch.runtimes.ort import open_session
+from dspark_batch.runtimes.ort import float_type, open_session
 from dspark_batch.weights import open_weights
 
 
@@ -30,13 +31,19 @@ class DraftGraph:
     def __post_init__(self) -> None:
         self._session = open_session(self.path, threads=1)
         self._shapes = {i.name: i.shape for i in self._session.get_inputs()}
-        self._caches: dict[str, NDArray[np.float32]] = {}
+        self._dtype = float_type(self._session, "context")
+        self._caches: dict[str, NDArray[Any]] = {}
         self._lengths = np.zeros(0, np.int64)
 
     @property
     def num_features(self) -> int:
         """Width of a position's context."""
         return int(self._shapes["context"][1])
+
+    @property
+    def num_drafts(self) -> int:
+        """γ."""
+        return int(self._shapes["uniforms"][1])
 
     def __call__(
         self,
@@ -56,13 +63,14 @@ class DraftGraph:
                 if name.startswith("past_"):
                     # What lies beyond a row's length must not matter.
                     size = (num_rows, shape[1], self.capacity, shape[3])
-                    self._caches[name] = np.full(size, 7.0, np.float32)
+                    self._caches[name] = np.full(size, 7.0, self._dtype)
         first = np.cumsum(counts) - counts
         cells = np.minimum(np.arange(counts.max())[None, :], counts[:, None] - 1)
-        gamma = self._shapes["uniforms"][1]
+        gamma = self.num_drafts
         junk = np.full((1, self.num_features), 3.0, np.float32)
         feeds = {
-            "context": np.concatenate([junk, *context]),  # row 0 is not taken in
+            # row 0 is not taken in
+            "context": np.concatenate([junk, *context]).astype(self._dtype),
             "context_tokens": np.arange(1, 1 + counts.sum()),
             "context_index": first[:, None] + cells,
             "context_starts": self._lengths,
@@ -97,14 +105,15 @@ def build_draft(
         target_spec = decoder_spec(theirs.config)
         check_fits(spec, own, target_spec)
         vocab = draft_vocab(own, spec)
-        builder = GraphBuilder("target", folder)
+        kind = PRECISIONS[precision].data_type
+        builder = GraphBuilder("target", folder, kind)
         graph = DecoderGraph(
             builder, target_spec, theirs.tensor, precision=precision, smoothing=smoothing
         )
         graph.build(taps=spec.taps, draft_vocab=vocab, max_tokens=64)
         builder.save()
         stored, rows = graph.head_weights()
-        draft_builder = GraphBuilder("draft", folder)
+        draft_builder = GraphBuilder("draft", folder, kind)
         DSparkGraph(draft_builder, spec, own.tensor, precision=precision).build(
             embed=embedding(
                 own, theirs, builder=draft_builder, stored=builder.stored("model.embed_tokens")

@@ -334,3 +334,7 @@ def test_precision_compares_an_engine_with_its_fp32_twin(folder: Path, tmp_path:
     assert 0 < int8["kl"] < 0.1
     assert int8["tokens_per_second"] > 0
     assert fp32["num_tokens"] == int8["num_tokens"] > 6
+    assert (fp32["num_differing"], fp32["gaps"], fp32["largest_difference"]) == (0, [], 0.0)
+    assert int8["num_rows"] == fp32["num_rows"] > 1
+    assert len(int8["gaps"]) == int8["num_differing"] <= int8["num_rows"]
+    assert all(0 < gap <= 2 * int8["largest_difference"] for gap in int8["gaps"])

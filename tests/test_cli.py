@@ -294,6 +294,9 @@ def test_status_shows_what_is_there(fakes):
         ("export", "export/model.toml", "engines/model"),
         ("export tiny", "export/tiny.toml", "engines/tiny"),
         ("export other/x.toml -o here --force", "other/x.toml", "here"),
+        ("export --runtime onnxruntime", "export/model.toml", "engines/model"),
+        ("export tiny --runtime tensorrt-rtx", "export/tiny.toml", "engines/tiny-tensorrt-rtx"),
+        ("export tiny --runtime tensorrt -o here", "export/tiny.toml", "here"),
     ],
 )
 def test_export_finds_recipe_and_folder(fakes, command, recipe, output):
@@ -304,6 +307,16 @@ def test_export_finds_recipe_and_folder(fakes, command, recipe, output):
     assert call["force"] is ("--force" in command)
     assert result.stdout == f"{Path(output)}\n"
     assert result.stderr == "building target\n"
+
+
+def test_export_hands_on_what_takes_the_place_of_the_recipe(fakes):
+    assert invoke("export").exit_code == 0
+    flags = "--runtime tensorrt-rtx --precision bf16 --gpu-arch 89 --gpu-arch 120"
+    assert invoke("export", *flags.split()).exit_code == 0
+    names = ("runtime", "precision", "gpu_archs")
+    plain, other = ([call[name] for name in names] for call in fakes.exported)
+    assert plain == [None, None, ()]
+    assert other == ["tensorrt-rtx", "bf16", (89, 120)]
 
 
 def test_version_and_help():

@@ -86,6 +86,8 @@ def test_every_shown_command_runs(workspace: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if importlib.util.find_spec("torch") is None:
         commands = [command for command in commands if "tutorial" not in command]
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        commands = [command for command in commands if "tensorrt-rtx" not in command]
     for command in commands:
         done = subprocess.run(
             ["bash", "-c", command],

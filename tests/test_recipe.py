@@ -16,8 +16,9 @@ license = "Apache-2.0"
 drafter = "dflash"
 weights = "drafts/mine"
 [engine]
-runtime = "tensorrt"
-precision = "int8"
+runtime = "tensorrt-rtx"
+precision = "int8-weights"
+gpu_archs = [89, 120]
 max_rows = 4
 max_tokens = 99
 """
@@ -46,8 +47,9 @@ def test_every_key_of_a_recipe_is_read(workspace: Path) -> None:
         "target": {"weights": "models/target.gguf", "license": "Apache-2.0"},
         "draft": {"drafter": "dflash", "weights": "drafts/mine"},
         "engine": {
-            "runtime": "tensorrt",
-            "precision": "int8",
+            "runtime": "tensorrt-rtx",
+            "precision": "int8-weights",
+            "gpu_archs": (89, 120),
             "max_rows": 4,
             "max_tokens": 99,
         },
@@ -139,7 +141,10 @@ def test_recipes_are_frozen(workspace: Path) -> None:
         ("max_rows = 4", "max_rows = 0", r"\[engine\] max_rows = 0: .*greater than or equal to 1"),
         ("max_rows = 4", 'max_rows = "4"', r"\[engine\] max_rows = '4': .*valid integer"),
         ("max_tokens = 99", "max_tokens = true", r"\[engine\] max_tokens = True: .*integer"),
-        ('"int8"', '"int4"', r"\[engine\] precision = 'int4': .*'fp32' or 'int8'"),
+        ('"int8-weights"', '"int8"', r"\[engine\] precision 'int8' is not for tensorrt-rtx.*fp16"),
+        ('"tensorrt-rtx"', '"onnxruntime"', r"\[engine\] precision 'int8-weights' is not for onnx"),
+        ('"tensorrt-rtx"', '"rtx"', r"\[engine\] runtime = 'rtx' is not known; .*tensorrt-rtx"),
+        ("[89, 120]", '["ada"]', r"\[engine\] 0 = 'ada': .*integer"),
         ('weights = "drafts/mine"', "", r"\[draft\] weights is missing"),
         ('weights = "drafts/mine"', 'weights = ""', r"\[draft\] weights = '': .*at least 1"),
         ("[target]", 'path = "x"\n[target]', r"unknown key path"),
@@ -236,3 +241,31 @@ def test_the_default_recipe_of_the_repository_is_valid(monkeypatch: pytest.Monke
     assert recipe.draft is not None
     assert recipe.draft.drafter == "dspark"
     assert recipe.engine.max_tokens == 4096
+
+
+def test_a_runtime_has_a_precision_of_its_own(workspace: Path) -> None:
+    write(workspace, MINIMAL + '[engine]\nruntime = "tensorrt-rtx"\n')
+    assert load_recipe("mine").engine.precision == "fp16"
+    write(workspace, MINIMAL + "[engine]\ngpu_archs = [89]\n")
+    with pytest.raises(UsageError, match="gpu_archs is not for onnxruntime"):
+        load_recipe("mine")
+
+
+def test_flags_take_the_place_of_what_a_recipe_says(workspace: Path) -> None:
+    write(workspace, MINIMAL + '[engine]\nprecision = "int8"\nmax_rows = 3\n')
+    recipe = load_recipe("mine")
+
+    def engine(runtime: str | None, precision: str | None, *archs: int) -> tuple[object, ...]:
+        found = recipe.with_engine(runtime=runtime, precision=precision, gpu_archs=archs).engine
+        assert found.max_rows == 3
+        return found.runtime, found.precision, found.gpu_archs
+
+    assert engine(None, None) == ("onnxruntime", "int8", ())
+    assert engine("onnxruntime", None) == ("onnxruntime", "int8", ())
+    assert engine(None, "fp32") == ("onnxruntime", "fp32", ())
+    assert engine("tensorrt-rtx", None, 89, 86) == ("tensorrt-rtx", "fp16", (89, 86))
+    assert engine("tensorrt", "bf16") == ("tensorrt", "bf16", ())
+    with pytest.raises(UsageError, match="precision 'int8' is not for tensorrt-rtx"):
+        engine("tensorrt-rtx", "int8")
+    with pytest.raises(UsageError, match=r"mine\.toml: .* gpu_archs is not for onnxruntime"):
+        engine(None, None, 89)

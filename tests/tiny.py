@@ -188,11 +188,14 @@ def export_pair(
     precision: str = "fp32",
     max_rows: int = 4,
     max_tokens: int = 96,
+    engine: str = "",
+    **options: Any,
 ) -> Path:
     """Export into `folder/engines/tiny` from a recipe in `folder/export/tiny.toml`.
 
     `draft` is a checkpoint, without a lookup beside it, or the lines of the recipe's section, or
     None for no draft at all.
+    `engine` are more lines of the engine's section, `options` those of `export`.
     """
     recipe = folder / "export" / "tiny.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +207,7 @@ def export_pair(
     lines.append(f"[draft]\n{draft}\n")
     lines.append(
         f'[engine]\nprecision = "{precision}"\nmax_rows = {max_rows}\nmax_tokens = {max_tokens}\n'
+        + engine
     )
     recipe.write_text("\n".join(lines))
-    return export(recipe, output=folder / "engines" / "tiny")
+    return export(recipe, output=folder / "engines" / "tiny", **options)

@@ -15,8 +15,9 @@ of one row, C the draft cache's capacity:
     uniforms          float [R, γ]   one per drafted token
     past_key_i, past_value_i  float [R, kv, C, d]
 
-C >= max(context_starts) + P must hold. Only committed positions enter the cache, so it never
-needs to roll back. Outputs:
+C >= max(context_starts) + P must hold, with native attention + the block's slots: there the block
+goes into the cache too, behind the context, and the next call overwrites it. Only committed
+positions count, so the cache never needs to roll back. Outputs:
 
     draft_tokens      int64 [R, γ]     in the target's vocabulary
     draft_logits      float [R, γ, D]  corrected by the Markov head, filtered: what the tokens were
@@ -33,25 +34,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.drafters.cells import RoundCells, RowInputs
 from dspark_batch.drafters.markov import MarkovWalk, draw_function
 from dspark_batch.drafters.shared import DraftHead
 from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
-    MASKED,
-    Linears,
     activate,
+    attention,
     embedding,
     fold_queries,
     folded_scores,
     plain_norm,
     rms_norm,
+    rope_tables,
     rotate,
     rows_from_tokens,
     soft_cap,
     unfold_queries,
 )
 from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWeight
+from dspark_batch.models.linears import Activation, Linears
 
 Tensor = Callable[[str], NDArray[Any]]
 CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
@@ -92,25 +95,26 @@ class DSparkGraph:
                 f"the draft's lm_head.weight has {len(head.table)} rows for a draft vocabulary of "
                 f"{len(draft_vocab)}"
             )
-        context = b.input("context", FLOAT, ["M", len(spec.taps) * self._target_hidden])
+        context = b.input("context", b.data_type, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])
-        self._context_index = b.input("context_index", INT64, ["R", "P"])
+        context_index = b.input("context_index", INT64, ["R", "P"])
         self._context_starts = b.input("context_starts", INT64, ["R"])
         anchors = b.input("anchors", INT64, ["R"])
-        self._anchor_positions = b.input("anchor_positions", INT64, ["R"])
+        anchor_positions = b.input("anchor_positions", INT64, ["R"])
         self._filters = (
             b.input("temperature", FLOAT, ["R"]),
             b.input("top_k", INT64, ["R"]),
             b.input("top_p", FLOAT, ["R"]),
         )
         self._uniforms = b.input("uniforms", FLOAT, ["R", spec.block_size])
-        self._num_positions = max_tokens + spec.num_slots
-        cos, sin = spec.rope.tables(self._num_positions)
-        self._tables = (b.weight("rope.cos", cos), b.weight("rope.sin", sin))
+        num_positions = max_tokens + spec.num_slots
+        self._tables = rope_tables(b, "rope", spec.rope.tables(num_positions))
         self._draft_vocab = b.weight("draft_vocab", draft_vocab.astype(np.int64))
         self._caches = [
             tuple(
-                b.input(f"past_{kind}_{i}", FLOAT, ["R", spec.num_kv_heads, "C", spec.head_dim])
+                b.input(
+                    f"past_{kind}_{i}", b.data_type, ["R", spec.num_kv_heads, "C", spec.head_dim]
+                )
                 for kind in ("key", "value")
             )
             for i in range(spec.num_layers)
@@ -122,7 +126,15 @@ class DSparkGraph:
         self._context = self._linears.activation(
             self._norm(projected, "hidden_norm"), context_tokens
         )
-        self._index_block()
+        inputs = RowInputs(context_tokens, context_index, self._context_starts, anchor_positions)
+        self._cells = RoundCells(
+            b,
+            inputs,
+            num_slots=spec.num_slots,
+            cache=self._caches[0][0],
+            num_positions=num_positions,
+            behind=self._linears.precision.native_attention,
+        )
         x = self._embed_block(table, embed.data_type, anchors)
         for i in range(spec.num_layers):
             x = self._layer(i, x)
@@ -140,34 +152,6 @@ class DSparkGraph:
         matrix = self._tensor(f"{name}.weight").T
         return self._linears.linear(name, self._linears.activation(x, like), matrix)
 
-    def _index_block(self) -> None:
-        """Positions of the block's cells, its layout (no padding), and the mask over the cache."""
-        b, num_slots = self.b, self.spec.num_slots
-        slots = b.constant(np.arange(num_slots)[None, :])
-        column = b.op("Unsqueeze", self._anchor_positions, b.constant([1]))
-        self._block_positions = b.op("Add", column, slots)  # [R, slots]
-        self._block_cells = self._cells(num_slots)
-        self._block_index = b.op("Reshape", self._block_cells, b.constant([-1, num_slots]))
-        num_new = b.op("Squeeze", b.op("Shape", self._context_index, start=1, end=2))
-        offsets = b.op("Range", b.constant(0), num_new, b.constant(1))
-        starts = b.op("Unsqueeze", self._context_starts, b.constant([1]))
-        offsets = b.op("Unsqueeze", offsets, b.constant([0]))
-        # A cell of padding may lie beyond the tables.
-        last = b.constant(self._num_positions - 1)
-        self._context_positions = b.op("Min", b.op("Add", starts, offsets), last)  # [R, P]
-        capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
-        keys = b.op("Range", b.constant(0), capacity, b.constant(1))
-        seen = b.op("Less", b.op("Unsqueeze", keys, b.constant([0])), column)
-        added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
-        self._mask = b.op("Unsqueeze", added, b.constant([1, 2]))  # [R, 1, 1, C]
-
-    def _cells(self, per_row: int) -> str:
-        """0, 1, ... for `per_row` cells of every row."""
-        b = self.b
-        num_rows = b.op("Squeeze", b.op("Shape", self._anchor_positions))
-        num_cells = b.op("Mul", num_rows, b.constant(per_row))
-        return b.op("Range", b.constant(0), num_cells, b.constant(1))
-
     def _embed_block(self, table: str, data_type: int, anchors: str) -> str:
         b, spec = self.b, self.spec
         column = b.op("Unsqueeze", anchors, b.constant([1]))
@@ -177,7 +161,7 @@ class DSparkGraph:
         ids = b.op("Concat", column, masks, axis=1)
         x = embedding(b, table, b.op("Reshape", ids, b.constant([-1])), data_type)
         scale = spec.embedding_scale
-        return b.op("Mul", x, b.constant(scale, np.float32)) if scale != 1.0 else x
+        return b.op("Mul", x, b.number(scale)) if scale != 1.0 else x
 
     def _layer(self, i: int, x: str) -> str:
         b, spec, linears, name = self.b, self.spec, self._linears, f"layers.{i}"
@@ -186,20 +170,20 @@ class DSparkGraph:
             y = self._norm(y, f"{name}.post_attention_layernorm")
         x = b.op("Add", x, y)
         before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
-        normed = linears.activation(self._norm(x, f"{name}.{before}"), self._block_cells)
+        normed = linears.activation(self._norm(x, f"{name}.{before}"), self._cells.flat)
         matrices = [self._tensor(f"{name}.mlp.{p}_proj.weight").T for p in ("gate", "up")]
         merged = linears.linear(
             f"{name}.mlp.gate_up_proj", normed, np.concatenate(matrices, axis=1)
         )
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, spec.activation), up)
-        y = self._linear(f"{name}.mlp.down_proj", product, self._block_cells)
+        y = self._linear(f"{name}.mlp.down_proj", product, self._cells.flat)
         if spec.sandwich_norms:
             y = self._norm(y, f"{name}.post_feedforward_layernorm")
         x = b.op("Add", x, y)
         if spec.layer_scalar:
             scalar = self._tensor(f"{name}.layer_scalar").astype(np.float32)
-            x = b.op("Mul", x, b.constant(scalar, np.float32))
+            x = b.op("Mul", x, b.number(scalar))
         return x
 
     def _keys_values(self, i: int, kv: str, positions: str, token_index: str) -> tuple[str, str]:
@@ -225,40 +209,36 @@ class DSparkGraph:
         parts = "qk" if spec.keys_as_values else "qkv"
         wq, *others = (self._tensor(f"{name}.{part}_proj.weight").T for part in parts)
         wkv = np.concatenate(others, axis=1)
-        normed = linears.activation(x, self._block_cells)
+        normed = linears.activation(x, self._cells.flat)
         q = linears.linear(f"{name}.q_proj", normed, wq)
+        attend = self._over_joined if linears.precision.native_attention else self._over_both
+        mixed = attend(i, q, normed, wkv)
+        flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
+        return self._linear(f"{name}.o_proj", flat, self._cells.flat)
+
+    def _over_joined(self, i: int, q: str, normed: Activation, wkv: NDArray[Any]) -> str:
+        """Context and block go into the cache together, so that one node attends to all."""
+        b, name = self.b, f"layers.{i}.self_attn"
+        joined = b.op("Concat", self._context.value, normed.value, axis=0)
+        kv = self._linears.linear(f"{name}.kv_proj", Activation(joined), wkv)
+        cells = self._cells
+        cache = self._cached(i, self._keys_values(i, kv, cells.new_positions, cells.new_index))
+        return attention(b, self._rotated(i, q), *cache, cells.mask)
+
+    def _over_both(self, i: int, q: str, normed: Activation, wkv: NDArray[Any]) -> str:
+        """Two products and one softmax over both, instead of one over joined keys: no copy."""
+        b, spec, cells, name = self.b, self.spec, self._cells, f"layers.{i}.self_attn"
         block = self._keys_values(
             i,
-            linears.linear(f"{name}.kv_proj", normed, wkv),
-            self._block_positions,
-            self._block_index,
+            self._linears.linear(f"{name}.kv_proj", normed, wkv),
+            cells.positions,
+            cells.index,
         )
-        new = self._keys_values(
-            i,
-            linears.linear(f"{name}.kv_proj", self._context, wkv),
-            self._context_positions,
-            self._context_index,
-        )
-        shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
-        cache = [
-            b.output(
-                b.op("TensorScatter", past, rows, self._context_starts, axis=2),
-                f"present_{kind}_{i}",
-                FLOAT,
-                shape,
-            )
-            for kind, past, rows in zip(("key", "value"), self._caches[i], new, strict=True)
-        ]
-        q = rows_from_tokens(
-            b, q, self._block_index, num_heads=spec.num_heads, head_dim=spec.head_dim
-        )
-        q = self._head_norm(q, f"{name}.q_norm")
-        q = rotate(b, q, self._tables, self._block_positions)
-        scale = spec.attention_scale or spec.head_dim**-0.5
-        q = b.op("Mul", q, b.constant(scale, np.float32)) if scale != 1.0 else q
+        new = self._linears.linear(f"{name}.kv_proj", self._context, wkv)
+        cache = self._cached(i, self._keys_values(i, new, cells.new_positions, cells.new_index))
+        q = self._rotated(i, q)
         q = fold_queries(b, q, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-        # Two products and one softmax over both instead of one over joined keys: no cache copy.
-        from_cache = b.op("Add", folded_scores(b, q, cache[0]), self._mask)
+        from_cache = b.op("Add", folded_scores(b, q, cache[0]), cells.mask)
         from_block = folded_scores(b, q, block[0])
         probs = b.op("Softmax", b.op("Concat", from_cache, from_block, axis=3), axis=-1)
         capacity = b.op("Shape", cache[0], start=2, end=3)
@@ -267,9 +247,33 @@ class DSparkGraph:
         mixed = b.op(
             "Add", b.op("MatMul", cache_probs, cache[1]), b.op("MatMul", block_probs, block[1])
         )
-        mixed = unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
-        flat = b.op("Reshape", b.op("Transpose", mixed, perm=[0, 2, 1, 3]), b.constant([-1, width]))
-        return self._linear(f"{name}.o_proj", flat, self._block_cells)
+        return unfold_queries(b, mixed, num_heads=spec.num_heads, head_dim=spec.head_dim)
+
+    def _cached(self, i: int, new: tuple[str, str]) -> tuple[str, str]:
+        """Keys and values `[R, kv, n, d]` written into the next cache, `[R, kv, C, d]` each."""
+        b, spec = self.b, self.spec
+        shape: list[Dim] = ["R", spec.num_kv_heads, "C", spec.head_dim]
+        keys, values = (
+            b.output(
+                b.op("TensorScatter", past, rows, self._context_starts, axis=2),
+                f"present_{kind}_{i}",
+                b.data_type,
+                shape,
+            )
+            for kind, past, rows in zip(("key", "value"), self._caches[i], new, strict=True)
+        )
+        return keys, values
+
+    def _rotated(self, i: int, q: str) -> str:
+        """Projected queries `[R * slots, heads * d]` -> rotated, scaled: `[R, heads, slots, d]`."""
+        b, spec = self.b, self.spec
+        q = rows_from_tokens(
+            b, q, self._cells.index, num_heads=spec.num_heads, head_dim=spec.head_dim
+        )
+        q = self._head_norm(q, f"layers.{i}.self_attn.q_norm")
+        q = rotate(b, q, self._tables, self._cells.positions)
+        scale = spec.attention_scale or spec.head_dim**-0.5
+        return b.op("Mul", q, b.number(scale)) if scale != 1.0 else q
 
     def _head_norm(self, x: str, name: str) -> str:
         """RMSNorm over each head of `[R, heads, S, d]`; absent in a Llama-style draft."""
@@ -279,9 +283,9 @@ class DSparkGraph:
         """The slots that draft, `[R * γ, hidden]`: all of them, or those after the anchor's."""
         b, spec = self.b, self.spec
         if spec.anchor_drafts:
-            self._drafting_cells = self._block_cells
+            self._drafting_cells = self._cells.flat
             return x
-        self._drafting_cells = self._cells(spec.block_size)
+        self._drafting_cells = self._cells.numbered(spec.block_size)
         rows = b.op("Reshape", x, b.constant([-1, spec.num_slots, spec.hidden_size]))
         end = b.constant([spec.num_slots])
         kept = b.op("Slice", rows, b.constant([1]), end, b.constant([1]))
@@ -319,7 +323,7 @@ class DSparkGraph:
             feature = None
             if walk is not None:
                 feature = walk.embed(previous)
-                row = b.op("Add", row, walk.bias(states[k], feature))
+                row = b.op("Add", row, b.wide(walk.bias(states[k], feature)))
             uniform = b.op("Gather", self._uniforms, b.constant(k), axis=1)
             drawn, row = b.ops("Draw", row, *self._filters, uniform, outputs=2, domain="dspark")
             previous = b.op("Gather", self._draft_vocab, drawn)
@@ -357,6 +361,6 @@ class DSparkGraph:
             if spec.confidence_with_markov:
                 assert feature is not None
                 x = b.op("Concat", state, feature, axis=1)
-            return b.op("Add", b.op("MatMul", x, weight), bias)
+            return b.op("Add", b.op("MatMul", b.wide(x), weight), bias)
 
         return logit

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from dspark_batch.models.blocks import MASKED, Linears, embedding
-from dspark_batch.models.graph import FLOAT, FLOAT16
+from dspark_batch.models.blocks import MASKED, embedding
+from dspark_batch.models.graph import DTYPES
+from dspark_batch.models.linears import Linears
 
 Tensor = Callable[[str], NDArray[Any]]
 
@@ -117,13 +117,12 @@ class MarkovWalk:
         self._b, self._linears, self._tensor = linears.b, linears, tensor
         self._head, self._anchors = head, anchors
         table = tensor("markov_head.markov_w1.weight")
-        self._type = FLOAT if linears.precision == "fp32" else FLOAT16
-        dtype = np.float32 if self._type == FLOAT else np.float16
-        self._table = self._b.weight("markov_head.markov_w1", table, dtype)
+        self._type = linears.precision.table_type
+        self._table = self._b.weight("markov_head.markov_w1", table, DTYPES[self._type])
         self._state: str | None = None
 
     def embed(self, previous: str) -> str:
-        """`E[prev]`, fp32 `[R, r]`."""
+        """`E[prev]` `[R, r]`."""
         return embedding(self._b, self._table, previous, self._type)
 
     def bias(self, state: str, feature: str) -> str:
@@ -139,12 +138,12 @@ class MarkovWalk:
     def _step(self, state: str, feature: str) -> str:
         b = self._b
         if self._state is None:
-            self._state = b.op("Mul", feature, b.constant(0.0, np.float32))
+            self._state = b.op("Mul", feature, b.number(0.0))
         joint = self._joint("joint_proj", [self._state, feature, state])
         gate, candidate, out = b.ops("Split", joint, outputs=3, axis=1, num_outputs=3)
         gate = b.op("Sigmoid", gate)
         kept = b.op("Mul", gate, self._state)
-        one = b.constant(1.0, np.float32)
+        one = b.number(1.0)
         taken = b.op("Mul", b.op("Sub", one, gate), b.op("Tanh", candidate))
         self._state = b.op("Add", kept, taken)
         return out
@@ -153,7 +152,8 @@ class MarkovWalk:
         b = self._b
         product = self._project(name, b.op("Concat", *parts, axis=1))
         bias = self._tensor(f"markov_head.{name}.bias")
-        return b.op("Add", product, b.weight(f"markov_head.{name}.bias", bias, np.float32))
+        dtype = DTYPES[b.data_type]
+        return b.op("Add", product, b.weight(f"markov_head.{name}.bias", bias, dtype))
 
     def _project(self, name: str, x: str) -> str:
         matrix = self._tensor(f"markov_head.{name}.weight").T

@@ -3,19 +3,26 @@
 open      weights of target and draft             ensures both are readable and fit each other
 build     target.onnx, draft.onnx, tokenizer      ensures every weight is in a file, once
 check     graph against an independent forward    ensures logits, taps and invariance
+plan      target.plan, draft.plan (TensorRT)      ensures one plugin, sizes that a run needs
 measure   calibration, cost table                 ensures the scheduler knows this machine
 install   manifest, rename                        ensures `run` finds a complete engine
+
+No step needs a GPU with TensorRT-RTX: graphs of a TensorRT runtime are checked and calibrated with
+ONNX Runtime, those of bf16, which it has no kernels for, as twins that compute in fp32. Their costs
+are measured at the first run, by the machine that runs.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +32,10 @@ from dspark_batch.drafters import DRAFTERS, LOOKUPS
 from dspark_batch.drafters.layouts import draft_spec, draft_vocab
 from dspark_batch.drafters.shared import check_fits, embedding, head
 from dspark_batch.drafters.spec import DraftSpec
-from dspark_batch.engine import open_engine
+from dspark_batch.engine import COSTS_FILE, open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import check_target
+from dspark_batch.export.plans import build_plans, plans_info
 from dspark_batch.export.texts import NUM_SMOOTHING_TEXTS, example_prompts
 from dspark_batch.manifest import (
     FILE_NAME,
@@ -37,6 +45,7 @@ from dspark_batch.manifest import (
     EngineManifest,
     Limits,
     LookupInfo,
+    PlansInfo,
     TargetInfo,
     describe_file,
     read_manifest,
@@ -44,10 +53,10 @@ from dspark_batch.manifest import (
 from dspark_batch.measure import calibrate, ensure_costs
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder, StoredWeight
+from dspark_batch.models.graph import GraphBuilder, StoredWeight, in_fp32
+from dspark_batch.models.linears import PRECISIONS
 from dspark_batch.models.smoothing import Smoothing, smoothing_factors
 from dspark_batch.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
-from dspark_batch.runtimes import RUNTIMES
 from dspark_batch.tokenizer import Tokenizer, write_tokenizer
 from dspark_batch.weights import Weights, open_weights, sha256_of
 
@@ -57,17 +66,28 @@ _LEAST_POSITIONS = 512
 
 
 def export(
-    recipe_path: Path, *, output: Path, force: bool = False, progress: Progress = lambda _: None
+    recipe_path: Path,
+    *,
+    output: Path,
+    force: bool = False,
+    runtime: str | None = None,
+    precision: str | None = None,
+    gpu_archs: Sequence[int] = (),
+    progress: Progress = lambda _: None,
 ) -> Path:
     """Build the engine of a recipe in `output` and return that folder.
 
     An engine that is there and was built from the same recipe and sources is kept, unless `force`.
+    `runtime`, `precision` and `gpu_archs` take the place of what the recipe says.
 
     Raises:
         UsageError: the recipe is wrong.
         EngineError: the sources are missing, do not fit each other, or the check fails.
     """
-    return build(load_recipe(str(recipe_path)), output=output, force=force, progress=progress)
+    recipe = load_recipe(str(recipe_path)).with_engine(
+        runtime=runtime, precision=precision, gpu_archs=tuple(gpu_archs)
+    )
+    return build(recipe, output=output, force=force, progress=progress)
 
 
 def build(
@@ -83,10 +103,6 @@ def build(
     Without a draft the target gives the outputs of `context_layer_ids` as context: what a draft is
     trained on.
     """
-    if recipe.engine.runtime not in RUNTIMES:
-        raise EngineError(
-            f"{recipe.path}: engine.runtime {recipe.engine.runtime!r}; known: {', '.join(RUNTIMES)}"
-        )
     progress("opening weights")
     with open_weights(recipe.target_source) as target:
         if recipe.draft_source is None:
@@ -124,6 +140,7 @@ class _Export:
             self._draft_spec = draft_spec(draft)
             check_fits(self._draft_spec, draft, self._spec)
             self._draft_vocab = draft_vocab(draft, self._draft_spec)
+        self._plans = plans_info(recipe.engine, block_size=self._block_size)
 
     def run(self, *, force: bool) -> Path:
         """Every step; the folder is renamed into place at the end."""
@@ -137,11 +154,14 @@ class _Export:
         scratch.mkdir(parents=True)
         try:
             self._build(scratch)
-            self._progress("checking the graph against an independent forward pass")
-            parity = self._check(scratch)
+            with self._runnable(scratch) as graphs:
+                self._progress("checking the graph against an independent forward pass")
+                parity = self._check(graphs)
+                if self._draft_info is not None:
+                    self._measure(graphs, parity)
+            if self._plans is not None:
+                self._build_plans(scratch, self._plans)
             self._write_manifest(scratch, parity)
-            if self._draft_info is not None:
-                self._measure(scratch, parity)
             self._progress("installing")
             if self._output.exists():
                 shutil.rmtree(self._output)
@@ -159,14 +179,27 @@ class _Export:
         return (
             same_draft
             and there.target == self._target_info
+            and there.runtime == self._recipe.engine.runtime
             and there.precision == self._recipe.engine.precision
+            and there.plans == self._plans
             and there.limits == self._limits
-            and there.versions == _versions()
+            and there.versions == self._versions
         )
 
     @property
     def _taps(self) -> tuple[int, ...]:
         return self._draft_spec.taps if self._draft_spec else self._context_layer_ids
+
+    @property
+    def _block_size(self) -> int:
+        if self._draft_spec is not None:
+            return self._draft_spec.block_size
+        return self._recipe.draft.block_size if self._recipe.draft else 0
+
+    @property
+    def _versions(self) -> dict[str, str]:
+        packages = ["numpy", "onnx", "onnxruntime", *(["triton"] if self._plans else [])]
+        return {"dspark-batch": __version__, **{name: version(name) for name in packages}}
 
     @property
     def _limits(self) -> Limits:
@@ -215,7 +248,7 @@ class _Export:
         write_tokenizer(self._target, folder)
         self._prompts = self._example_prompts(folder)
         self._progress(f"building target.onnx ({self._spec.family}, {engine.precision})")
-        builder = GraphBuilder("target", folder)
+        builder = GraphBuilder("target", folder, PRECISIONS[engine.precision].data_type)
         graph = DecoderGraph(
             builder,
             self._spec,
@@ -224,9 +257,8 @@ class _Export:
             smoothing=self._smoothing(),
         )
         taps = self._taps or (self._spec.num_layers - 1,)
-        gamma = self._draft_info.block_size if self._draft_info else 0
         # Positions that a graph must know: the check and the measurements want a few of their own.
-        reach = max(engine.max_tokens, _LEAST_POSITIONS) + gamma + 1
+        reach = max(engine.max_tokens, _LEAST_POSITIONS) + self._block_size + 1
         graph.build(taps=taps, draft_vocab=self._draft_vocab, max_tokens=reach)
         builder.save()
         if self._draft_spec is not None:
@@ -239,8 +271,8 @@ class _Export:
         return [prompt[:most] for prompt in prompts]
 
     def _smoothing(self) -> Smoothing:
-        """For int8: the factors that the example prompts ask for. fp32 needs none."""
-        if self._recipe.engine.precision != "int8":
+        """For quantized weights: the factors that the example prompts ask for."""
+        if PRECISIONS[self._recipe.engine.precision].weight_bits is None:
             return Smoothing()
         prompts = self._prompts[:NUM_SMOOTHING_TEXTS]
         return Smoothing(smoothing_factors(self._spec, self._target.tensor, prompts))
@@ -253,12 +285,11 @@ class _Export:
         assert self._draft_vocab is not None
         self._progress("building draft.onnx")
         assert self._recipe.draft is not None
-        builder, weights = GraphBuilder("draft", folder), self._draft
+        precision, weights = self._recipe.engine.precision, self._draft
+        builder = GraphBuilder("draft", folder, PRECISIONS[precision].data_type)
         stored, rows = target.head_weights()
         drafter = import_module(DRAFTERS[self._recipe.draft.drafter])
-        drafter.DSparkGraph(
-            builder, self._draft_spec, weights.tensor, precision=self._recipe.engine.precision
-        ).build(
+        drafter.DSparkGraph(builder, self._draft_spec, weights.tensor, precision=precision).build(
             embed=embedding(weights, self._target, builder=builder, stored=embed),
             head=head(
                 weights,
@@ -273,6 +304,32 @@ class _Export:
         )
         builder.save()
 
+    @contextmanager
+    def _runnable(self, folder: Path) -> Iterator[Path]:
+        """A folder with the graphs in a form that ONNX Runtime has kernels for."""
+        if self._recipe.engine.precision != "bf16":
+            yield folder
+            return
+        self._progress("ONNX Runtime has no bf16: the same graphs are checked in fp32")
+        with TemporaryDirectory(prefix=f".{self._output.name}.", dir=folder.parent) as name:
+            twin = Path(name)
+            for path in folder.iterdir():
+                if path.suffix == ".onnx":
+                    in_fp32(path, twin)
+                else:
+                    _link(path, twin / path.name)
+            yield twin
+
+    def _build_plans(self, folder: Path, plans: PlansInfo) -> None:
+        taps = self._taps or (self._spec.num_layers - 1,)
+        build_plans(
+            folder,
+            plans,
+            block_size=self._block_size,
+            context_bytes=2 * len(taps) * self._spec.hidden_size,
+            progress=self._progress,
+        )
+
     def _check(self, folder: Path) -> dict[str, float]:
         return check_target(
             folder / "target.onnx",
@@ -284,21 +341,25 @@ class _Export:
         )
 
     def _measure(self, folder: Path, parity: dict[str, float]) -> None:
+        self._write_manifest(folder, parity, runtime="onnxruntime")
         engine = open_engine(folder)
         self._progress("calibrating the draft's confidence")
         self._draft_info = calibrate(engine, self._prompts)
-        self._write_manifest(folder, parity)
-        ensure_costs(engine, progress=self._progress)
+        if self._plans is None:
+            ensure_costs(engine, progress=self._progress)
         engine.close()
 
-    def _write_manifest(self, folder: Path, parity: dict[str, float]) -> None:
-        names = sorted(path.name for path in folder.iterdir() if path.name != FILE_NAME)
+    def _write_manifest(
+        self, folder: Path, parity: dict[str, float], *, runtime: str | None = None
+    ) -> None:
+        apart = (FILE_NAME, COSTS_FILE)
+        names = sorted(path.name for path in folder.iterdir() if path.name not in apart)
         manifest = EngineManifest(
             format=FORMAT,
             name=self._output.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            versions=_versions(),
-            runtime=self._recipe.engine.runtime,
+            versions=self._versions,
+            runtime=runtime or self._recipe.engine.runtime,
             precision=self._recipe.engine.precision,
             target=self._target_info,
             draft=self._draft_info,
@@ -306,6 +367,7 @@ class _Export:
             has_tokenizer=Tokenizer.present(folder),
             files={name: describe_file(folder / name) for name in names},
             parity=parity,
+            plans=self._plans,
         )
         (folder / FILE_NAME).write_text(manifest.model_dump_json(indent=1) + "\n")
 
@@ -345,8 +407,9 @@ def _lookup_alone(section: DraftSection) -> DraftInfo:
     )
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "dspark-batch": __version__,
-        **{name: version(name) for name in ("numpy", "onnx", "onnxruntime")},
-    }
+def _link(path: Path, link: Path) -> None:
+    """The same file in another folder; a copy where the file system has no links."""
+    try:
+        link.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, link)

@@ -30,20 +30,22 @@ from numpy.typing import NDArray
 
 from dspark_batch.models.blocks import (
     MASKED,
-    Linears,
     activate,
+    attention,
     embedding,
     fold_queries,
     folded_scores,
     plain_norm,
     rms_norm,
+    rope_tables,
     rotate,
     rows_from_tokens,
     soft_cap,
     tokens_from_rows,
     unfold_queries,
 )
-from dspark_batch.models.graph import FLOAT, FLOAT16, INT64, Dim, GraphBuilder, StoredWeight
+from dspark_batch.models.graph import DTYPES, FLOAT, INT64, Dim, GraphBuilder, StoredWeight
+from dspark_batch.models.linears import Linears
 from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
 from dspark_batch.plugin import onnx_body
@@ -87,7 +89,7 @@ class DecoderGraph:
         self._max_tokens = max_tokens
         self._caches = [
             tuple(
-                b.input(f"past_{kind}_{n}", FLOAT, ["R", num_kv_heads, "C", head_dim])
+                b.input(f"past_{kind}_{n}", b.data_type, ["R", num_kv_heads, "C", head_dim])
                 for kind in ("key", "value")
             )
             for n, (num_kv_heads, head_dim) in enumerate(spec.cache_shapes)
@@ -104,12 +106,12 @@ class DecoderGraph:
         self._head(b.op("Gather", x, logit_tokens), logit_tokens)
         context = [streams[i] for i in taps]
         joined = b.op("Concat", *context, axis=1) if len(context) > 1 else context[0]
-        b.output(joined, "context", FLOAT, ["T", len(taps) * spec.hidden_size])
+        b.output(joined, "context", b.data_type, ["T", len(taps) * spec.hidden_size])
         self._verify(draft_vocab)
 
     def head_weights(self) -> tuple[dict[str, StoredWeight], NDArray[np.float32] | None]:
         """Where the head of the built graph lies, and what its input is divided by: for a draft."""
-        if self._linears.precision == "fp32":
+        if self._linears.precision.weight_bits is None:
             name = "model.embed_tokens" if self.spec.tied_head else "lm_head"
             return {"lm_head": self.b.stored(name)}, None
         names = ("lm_head", "lm_head.scale")
@@ -130,29 +132,36 @@ class DecoderGraph:
         self._key_positions = b.op("Unsqueeze", keys, b.constant([0, 1]))  # [1, 1, C]
 
     def _mask(self, layer: LayerSpec) -> str:
-        """Additive mask `[R, 1, G * S, C]`: causal, and inside the window of a sliding layer."""
-        window, group = layer.window, self.spec.group(layer)
+        """Causal, and inside the window of a sliding layer.
+
+        `[R, 1, S, C]` of truth values for native attention, else `[R, 1, G * S, C]` to be added.
+        """
+        native = self._linears.precision.native_attention
+        window, group = layer.window, 1 if native else self.spec.group(layer)
         if (window, group) not in self._masks:
-            b = self.b
-            queries = b.op("Unsqueeze", self._cell_positions, b.constant([2]))
-            seen = b.op("LessOrEqual", self._key_positions, queries)
-            if window is not None:
-                oldest = b.op("Sub", queries, b.constant(window - 1))
-                inside = b.op("GreaterOrEqual", self._key_positions, oldest)
-                seen = b.op("And", seen, inside)
-            added = b.op("Where", seen, b.constant(0.0, np.float32), b.constant(MASKED, np.float32))
-            folded = b.op("Concat", *[added] * group, axis=1)
-            self._masks[window, group] = b.op("Unsqueeze", folded, b.constant([1]))
+            b, seen = self.b, self._seen(window)
+            if not native:
+                zero, masked = (b.constant(value, np.float32) for value in (0.0, MASKED))
+                added = b.op("Where", seen, zero, masked)
+                seen = b.op("Concat", *[added] * group, axis=1)
+            self._masks[window, group] = b.op("Unsqueeze", seen, b.constant([1]))
         return self._masks[window, group]
+
+    def _seen(self, window: int | None) -> str:
+        """Whether a query sees a key, `[R, S, C]`."""
+        b = self.b
+        queries = b.op("Unsqueeze", self._cell_positions, b.constant([2]))
+        seen = b.op("LessOrEqual", self._key_positions, queries)
+        if window is not None:
+            oldest = b.op("Sub", queries, b.constant(window - 1))
+            inside = b.op("GreaterOrEqual", self._key_positions, oldest)
+            seen = b.op("And", seen, inside)
+        return seen
 
     def _rope(self, layer: LayerSpec) -> tuple[str, str]:
         if layer.rope not in self._ropes:
-            cos, sin = layer.rope.tables(self._max_tokens)
-            n = len(self._ropes)
-            self._ropes[layer.rope] = (
-                self.b.weight(f"rope.{n}.cos", cos),
-                self.b.weight(f"rope.{n}.sin", sin),
-            )
+            tables = layer.rope.tables(self._max_tokens)
+            self._ropes[layer.rope] = rope_tables(self.b, f"rope.{len(self._ropes)}", tables)
         return self._ropes[layer.rope]
 
     def _norm(self, x: str, name: str, *, factor: float = 1.0, feeds: str | None = None) -> str:
@@ -181,7 +190,7 @@ class DecoderGraph:
             x = b.op("Add", x, self._layer_input(i, x))
         if spec.layer_scalar:
             scalar = self._tensor(f"{name}.layer_scalar")
-            x = b.op("Mul", x, b.constant(scalar.astype(np.float32), np.float32))
+            x = b.op("Mul", x, b.number(scalar.astype(np.float32)))
         return x
 
     def _mlp(self, name: str, x: str) -> str:
@@ -201,10 +210,13 @@ class DecoderGraph:
         name, heads, size = f"model.layers.{i}.self_attn", spec.num_heads, layer.head_dim
         q = self._queries(i, layer, x)
         keys, values = self._keys_values[i if layer.shares_with is None else layer.shares_with]
-        q = fold_queries(b, q, num_kv_heads=layer.num_kv_heads, head_dim=size)
-        scores = b.op("Add", folded_scores(b, q, keys), self._mask(layer))
-        mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
-        mixed = unfold_queries(b, mixed, num_heads=heads, head_dim=size)
+        if linears.precision.native_attention:
+            mixed = attention(b, q, keys, values, self._mask(layer))
+        else:
+            q = fold_queries(b, q, num_kv_heads=layer.num_kv_heads, head_dim=size)
+            scores = b.op("Add", folded_scores(b, q, keys), self._mask(layer))
+            mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
+            mixed = unfold_queries(b, mixed, num_heads=heads, head_dim=size)
         flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * size)
         activation = linears.activation(flat, self._tokens)
         out = f"{name}.o_proj"
@@ -263,27 +275,19 @@ class DecoderGraph:
             b.output(
                 b.op("TensorScatter", past, part, self._starts, axis=2),
                 f"present_{kind}_{n}",
-                FLOAT,
+                b.data_type,
                 shape,
             )
             for kind, past, part in zip(("key", "value"), self._caches[n], new, strict=True)
         )
         return keys, values
 
-    @property
-    def _embedding_type(self) -> int:
-        return FLOAT if self._linears.precision == "fp32" else FLOAT16
-
     def _embedded(self, name: str, scale: float) -> str:
-        """Rows of table `name` `[V, n]`, fp32: a tied head uses it too. Beside int8, fp16 will do.
-
-        The scale is that of the family.
-        """
-        b = self.b
-        dtype = np.float32 if self._embedding_type == FLOAT else np.float16
-        table = b.weight(name, self._tensor(f"{name}.weight"), dtype)
-        rows = embedding(b, table, self._tokens, self._embedding_type)
-        return b.op("Mul", rows, b.constant(scale, np.float32)) if scale != 1.0 else rows
+        """Rows of table `name` `[V, n]`, which may be a tied head too, times the family's scale."""
+        b, kind = self.b, self._linears.precision.table_type
+        table = b.weight(name, self._tensor(f"{name}.weight"), DTYPES[kind])
+        rows = embedding(b, table, self._tokens, kind)
+        return b.op("Mul", rows, b.number(scale)) if scale != 1.0 else rows
 
     def _layer_inputs(self, embedded: str) -> str:
         """What every layer gets of its own from the tokens, `[T, layers, n]`."""
@@ -291,12 +295,12 @@ class DecoderGraph:
         size, name = spec.layer_input_size, "model.per_layer_model_projection"
         activation = linears.activation(embedded, self._tokens)
         projected = linears.linear(name, activation, self._matrix(name))
-        projected = b.op("Mul", projected, b.constant(spec.hidden_size**-0.5, np.float32))
+        projected = b.op("Mul", projected, b.number(spec.hidden_size**-0.5))
         rows = self._embedded("model.embed_tokens_per_layer", size**0.5)
         shape = b.constant([0, spec.num_layers, size])
         normed = self._norm(b.op("Reshape", projected, shape), "model.per_layer_projection_norm")
         both = b.op("Add", normed, b.op("Reshape", rows, shape))
-        return b.op("Mul", both, b.constant(2**-0.5, np.float32))
+        return b.op("Mul", both, b.number(2**-0.5))
 
     def _layer_input(self, i: int, x: str) -> str:
         """`[T, hidden]`: layer i's own input, gated by the stream."""
@@ -320,7 +324,7 @@ class DecoderGraph:
         b, spec, linears = self.b, self.spec, self._linears
         activation = linears.activation(self._norm(x, "model.norm", feeds="lm_head"), logit_tokens)
         source = "model.embed_tokens" if spec.tied_head else "lm_head"
-        name = source if linears.precision == "fp32" else "lm_head"
+        name = source if linears.precision.weight_bits is None else "lm_head"
         table = self._tensor(f"{source}.weight")
         logits = linears.head(name, activation, table, self._smooth.rows("lm_head"))
         logits = soft_cap(b, logits, spec.logit_cap)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from numpy.typing import NDArray
@@ -22,12 +23,15 @@ OPSET = 24
 IR_VERSION = 11
 _ALIGNMENT = 4096  # bytes; a multiple of the page size lets the runtime map a weight in place
 _BLOCK = 2**26  # bytes of a weight that are converted and written at a time
-FLOAT, FLOAT16, INT64, BOOL = (
+FLOAT, FLOAT16, BFLOAT16, INT64, BOOL = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
     TensorProto.INT64,
     TensorProto.BOOL,
 )
+DTYPES: dict[int, Any] = {FLOAT: np.float32, FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
+INT4: Any = ml_dtypes.int4
 
 Dim = int | str
 
@@ -46,11 +50,13 @@ class StoredWeight:
 class GraphBuilder:
     """Collects one graph. Values are names; `op` appends a node and returns its output's name.
 
-    `folder` receives `<name>.onnx` and `<name>.onnx.data` on `save`.
+    `folder` receives `<name>.onnx` and `<name>.onnx.data` on `save`. `data_type` is that of the
+    graph's activations; what half precision does not do is computed between `wide` and `narrow`.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, data_type: int = FLOAT) -> None:
         self.name = name
+        self.data_type = data_type
         self._folder = folder
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -90,16 +96,23 @@ class GraphBuilder:
             self._constants[key] = name
         return self._constants[key]
 
+    def number(self, value: Any) -> str:
+        """A constant of the graph's own type."""
+        return self.constant(value, DTYPES[self.data_type])
+
     def weight(self, name: str, array: NDArray[Any], dtype: Any = None) -> str:
         """Write `array` to the data file and declare it as initializer `name`, once per name.
 
-        `dtype` is what it is stored as; default: what it is.
+        `dtype` is what it is stored as; default: what it is. Rows of int4 have an even length: two
+        values share a byte.
         """
         if name in self._stored:
             return name
         location = f"{self.name}.onnx.data"
         stored_as = np.dtype(dtype or array.dtype)
         row_bytes = stored_as.itemsize * math.prod(array.shape[1:])
+        if stored_as == INT4:
+            row_bytes //= 2
         num_rows = max(1, _BLOCK // max(1, row_bytes))
         offset = -(-self._size // _ALIGNMENT) * _ALIGNMENT
         # Opened per weight: a build that fails half-way leaves no file open.
@@ -107,7 +120,10 @@ class GraphBuilder:
             file.seek(offset)
             for begin in range(0, len(array), num_rows):
                 block = np.ascontiguousarray(array[begin : begin + num_rows], stored_as)
-                file.write(block.view(np.uint8).data)
+                octets: NDArray[Any] = block.reshape(-1).view(np.uint8)
+                if stored_as == INT4:
+                    octets = (octets[::2] & 15) | (octets[1::2] << 4)
+                file.write(octets.data)
         length = row_bytes * len(array)
         self._size = offset + length
         stored = StoredWeight(
@@ -159,6 +175,14 @@ class GraphBuilder:
         )
         return names
 
+    def wide(self, value: str) -> str:
+        """A value of the graph's own type as fp32."""
+        return value if self.data_type == FLOAT else self.op("Cast", value, to=FLOAT)
+
+    def narrow(self, value: str) -> str:
+        """An fp32 value in the graph's own type."""
+        return value if self.data_type == FLOAT else self.op("Cast", value, to=self.data_type)
+
     def function(self, function: onnx.FunctionProto) -> None:
         """Carry a model-local function; call it with `ops(..., domain=function.domain)`."""
         self._functions.append(function)
@@ -179,3 +203,35 @@ class GraphBuilder:
         path = self._folder / f"{self.name}.onnx"
         path.write_bytes(model.SerializeToString())
         return path
+
+
+def in_fp32(graph: Path, folder: Path) -> Path:
+    """Write the twin of a bfloat16 graph that computes in fp32, and return it.
+
+    The weights stay what and where they are: `folder` must hold their data file too.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    casts = []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != BFLOAT16:
+            continue
+        if tensor.data_location == TensorProto.EXTERNAL:
+            name = tensor.name
+            tensor.name = f"{name}.bf16"
+            casts.append(helper.make_node("Cast", [tensor.name], [name], to=FLOAT))
+        else:
+            wide = numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == BFLOAT16:
+                attribute.i = FLOAT
+    for value in (*model.graph.input, *model.graph.output):
+        if value.type.tensor_type.elem_type == BFLOAT16:
+            value.type.tensor_type.elem_type = FLOAT
+    nodes = [*casts, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    path = folder / graph.name
+    path.write_bytes(model.SerializeToString())
+    return path

@@ -176,16 +176,7 @@ class CudaLauncher:
         )
 
     def _kernel_of_device(self, driver: Any) -> Kernel:
-        device = _checked(driver.cuCtxGetDevice())
-        names = driver.CUdevice_attribute
-        major, minor = (
-            _checked(driver.cuDeviceGetAttribute(attribute, device))
-            for attribute in (
-                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
-        arch = 10 * major + minor
+        arch = _arch_of(driver, _checked(driver.cuCtxGetDevice()))
         if arch not in self._kernels:
             there = ", ".join(f"sm_{arch}" for arch in self._kernels)
             raise EngineError(
@@ -193,6 +184,28 @@ class CudaLauncher:
                 f"only; build the engine for sm_{arch}"
             )
         return self._kernels[arch]
+
+
+def local_gpu_arch() -> int | None:
+    """Compute capability of this machine's first GPU, times ten; None without one."""
+    try:
+        driver = _cuda_driver()
+        device = _checked(driver.cuDeviceGet(0))
+    except EngineError:
+        return None
+    return _arch_of(driver, device)
+
+
+def _arch_of(driver: Any, device: Any) -> int:
+    names = driver.CUdevice_attribute
+    major, minor = (
+        _checked(driver.cuDeviceGetAttribute(attribute, device))
+        for attribute in (
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return int(10 * major + minor)
 
 
 def _cuda_driver() -> Any:

@@ -78,6 +78,22 @@ def import_tensorrt_rtx() -> Any:
     return import_module("tensorrt_rtx")
 
 
+def import_library(name: str) -> Any:
+    """`tensorrt` or `tensorrt_rtx` as the module to work with.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    if name == "tensorrt_rtx":
+        return import_tensorrt_rtx()
+    try:
+        return import_module("tensorrt")
+    except ImportError as error:
+        raise EngineError(
+            f'TensorRT cannot be imported ({error}); try: pip install "dspark-batch[tensorrt]"'
+        ) from error
+
+
 def register(
     trt: Any, kernels: Iterable[Kernel] = (), *, make_launcher: MakeLauncher = CudaLauncher
 ) -> Any:

@@ -9,6 +9,8 @@ ones of their bucket, so a step over any run of them is a view: no gathering.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -23,11 +25,12 @@ _RATIO = 4
 class Cache:
     """Keys and values of one model for the rows of one bucket."""
 
-    def __init__(self, shape: CacheInfo, num_rows: int) -> None:
+    def __init__(self, shape: CacheInfo, num_rows: int, dtype: Any) -> None:
         self._shapes = shape.cache_shapes
+        self._dtype = dtype
         self._num_rows = num_rows
         self.capacity = 0
-        self.buffers: list[NDArray[np.float32]] = []
+        self.buffers: list[NDArray[Any]] = []
         self.bindings: dict[tuple[int, int, tuple[str, ...]], ort.IOBinding] = {}
         """By first row, rows and outputs; good until the buffers change."""
 
@@ -41,7 +44,7 @@ class Cache:
         for i in range(2 * len(self._shapes)):
             num_kv_heads, head_dim = self._shapes[i // 2]
             # Zeroed: a masked key must be finite, since 0 * NaN would reach the output.
-            buffer = np.zeros((self._num_rows, num_kv_heads, capacity, head_dim), np.float32)
+            buffer = np.zeros((self._num_rows, num_kv_heads, capacity, head_dim), self._dtype)
             if num_live and kept:
                 buffer[:num_live, :, :kept] = self.buffers[i][:num_live, :, :kept]
                 self.buffers[i] = buffer
@@ -88,13 +91,16 @@ class Bucket:
 
 
 def buckets_for(
-    target: CacheInfo, draft: CacheInfo | None, *, num_rows: int, most_tokens: int
+    target: CacheInfo, draft: CacheInfo | None, *, num_rows: int, most_tokens: int, dtype: Any
 ) -> list[Bucket]:
-    """Empty buckets with growing limits, the last one good for `most_tokens`."""
+    """Empty buckets with growing limits, the last one good for `most_tokens`.
+
+    `dtype` is NumPy's type of keys and values.
+    """
     buckets: list[Bucket] = []
     limit = _FIRST_LIMIT
     while not buckets or buckets[-1].limit < most_tokens:
-        draft_cache = Cache(draft, num_rows) if draft else None
-        buckets.append(Bucket(limit, Cache(target, num_rows), draft_cache))
+        draft_cache = Cache(draft, num_rows, dtype) if draft else None
+        buckets.append(Bucket(limit, Cache(target, num_rows, dtype), draft_cache))
         limit *= _RATIO
     return buckets

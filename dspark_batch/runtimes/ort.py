@@ -68,6 +68,8 @@ def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> o
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Weights alone are quantized where a graph says so; by default the product would be too.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # The pair's two thread pools take turns: one that spins on would hold the other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     again = "build the engine again: dspark-batch export model --force"
@@ -83,6 +85,12 @@ def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> o
         differing = ", ".join(sorted(found ^ set(inputs)))
         raise EngineError(f"{path} was built by another version ({differing} differ); {again}")
     return session
+
+
+def float_type(session: ort.InferenceSession, name: str) -> Any:
+    """NumPy's type of a graph's input of floats."""
+    kinds = {value.name: value.type for value in session.get_inputs()}
+    return {"tensor(float)": np.float32, "tensor(float16)": np.float16}[kinds[name]]
 
 
 @dataclass(slots=True)
@@ -117,13 +125,17 @@ class OrtRuntime:
         )
         drafts = self._draft.get_inputs() if self._draft is not None else ()
         widths = [value.shape[1] for value in drafts if value.name == "context"]
-        self._no_context = np.zeros((0, *widths), np.float32)
+        dtype = float_type(self._target, "past_key_0")
+        self._no_context = np.zeros((0, *widths), dtype)
         self._block_size = draft_info.block_size if draft_info else 1
+        # The draft's graph of an engine with plans writes the block behind the context.
+        self._num_behind = self._block_size + 1 if manifest.plans else 0
         self._buckets = buckets_for(
             manifest.target.cache,
             draft_shape,
             num_rows=max_rows,
             most_tokens=manifest.limits.max_tokens + self._block_size,
+            dtype=dtype,
         )
         self._rows: dict[int, _Row] = {}
         inputs = {value.name: value for value in self._target.get_inputs()}
@@ -187,7 +199,7 @@ class OrtRuntime:
             found |= zip(run, np.split(results[0], ends[:-1]), strict=True)
             for span in chosen:
                 self._rows[span.slot].num_cached = span.start + len(span.tokens)
-        return [found[i] for i in range(len(spans))]
+        return [found[i].astype(np.float32, copy=False) for i in range(len(spans))]
 
     def _settle(self, slot: int, needed: int) -> None:
         """Move a row on to the bucket that its length asks for."""
@@ -273,7 +285,8 @@ class OrtRuntime:
         counts = np.array([row.num_pending for row in rows])
         starts = np.array([row.num_taken for row in rows])
         taken = max(self._rows[slot].num_taken for slot in bucket.slots)
-        bucket.draft.reserve(max(int(starts.max() + counts.max()), taken), len(bucket.slots))
+        needed = int(starts.max() + counts.max()) + self._num_behind
+        bucket.draft.reserve(max(needed, taken), len(bucket.slots))
         context = np.concatenate(
             [self._no_context, *(part for row in rows for part in row.pending)]
         )

@@ -62,7 +62,7 @@ def refusal(folder: Path, manifest: EngineManifest) -> str | None:
     That files are those of the export is for `read_manifest` to say, which compares their hashes.
     """
     plans = manifest.plans
-    again = f"dspark-batch export {manifest.name} --runtime {manifest.runtime} --force"
+    again = manifest.export_command
     if plans is None:
         return f"{folder}: the manifest describes no plans; build the engine again: {again}"
     try:

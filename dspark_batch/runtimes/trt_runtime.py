@@ -106,7 +106,7 @@ class TrtRuntime:
 
     def _check_sizes(self, manifest: EngineManifest) -> None:
         """Refuse plans that do not take what they will be given."""
-        again = f"build the engine again: dspark-batch export {manifest.name} --force"
+        again = f"build the engine again: {manifest.export_command}"
         chunk = min(PREFILL_CHUNK, manifest.limits.max_tokens)
         if self._target.most("S") < chunk or self._target.most("T") < chunk:
             raise EngineError(
