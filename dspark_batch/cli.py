@@ -281,6 +281,23 @@ def status(output: Path, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--verify", is_flag=True, help="Compare engine files by hash, not by size.")
+@_json_option
+def doctor(verify: bool, as_json: bool) -> None:
+    """Say what this machine has, which engines run here, and what to type next.
+
+    Looks at the workspace in the current folder. What it finds wrong is a line, not a failure.
+
+    \b
+    Example:
+      dspark-batch doctor
+    """
+    from dspark_batch.doctor import diagnose
+
+    _print(diagnose(verify=verify), as_json=as_json)
+
+
+@main.command()
 @click.argument("prompts", required=False, type=click.Path(path_type=Path))
 @click.option("--engine", type=click.Path(path_type=Path), default=Path("engines/model"))
 @click.option("--rows", type=click.IntRange(min=1), multiple=True, help="Concurrent rows.")

@@ -334,7 +334,9 @@ def test_every_command_ends_with_an_example_that_parses():
         assert context.params
 
 
-@pytest.mark.parametrize("command", ["--help", "run --help", "export --help", "--version"])
+@pytest.mark.parametrize(
+    "command", ["--help", "run --help", "export --help", "doctor --help", "--version"]
+)
 def test_help_imports_nothing_heavy(command):
     script = (
         "import sys\n"

@@ -19,6 +19,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
+from dspark_batch.hardware import cpu_fields
 from dspark_batch.manifest import EngineManifest
 from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
@@ -34,12 +35,43 @@ _DRAFT_INPUTS = (
     *("context", "context_tokens", "context_index", "context_starts"),
     *("anchors", "anchor_positions", *_ROW_INPUTS),
 )
+_OLDEST = (1, 28)  # that knows every operator of opset 24 here
+_PRECISIONS = ("fp32", "int8")
 _MAX_PENDING = 16384  # context tokens kept before the draft takes them in
 
 
 def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> OrtRuntime:
-    """Open the graphs of an engine folder for `max_rows` concurrent rows."""
+    """Open the graphs of an engine folder for `max_rows` concurrent rows.
+
+    Raises:
+        EngineError: they cannot run here; see `refusal`.
+    """
+    problem = refusal(folder, manifest)
+    if problem is not None:
+        raise EngineError(problem)
     return OrtRuntime(folder, manifest, max_rows)
+
+
+def refusal(folder: Path, manifest: EngineManifest) -> str | None:
+    """Why the graphs of this engine cannot run here, with what mends it; None if they do."""
+    version = tuple(int(word) for word in ort.__version__.split(".")[:2] if word.isdigit())
+    if version < _OLDEST:
+        return (
+            f"{folder}: ONNX Runtime {ort.__version__} does not know all operators of the graphs; "
+            f"install a newer one: pip install 'onnxruntime>={_OLDEST[0]}.{_OLDEST[1]}'"
+        )
+    if manifest.precision not in _PRECISIONS:
+        return (
+            f"{folder}: ONNX Runtime has no kernels for precision {manifest.precision!r} here; "
+            f"set [engine] precision to {' or '.join(_PRECISIONS)} and build it again: "
+            f"dspark-batch export {manifest.name} --force"
+        )
+    return None
+
+
+def providers() -> list[str]:
+    """The execution providers that the installed ONNX Runtime was built with."""
+    return list(ort.get_available_providers())
 
 
 def hardware_key() -> str:
@@ -48,14 +80,10 @@ def hardware_key() -> str:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
+    fields = cpu_fields()
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    return " ".join(values[key] for key in wanted if key in values) or platform.machine()
+    known = " ".join(fields[key] for key in wanted if key in fields)
+    return known or platform.processor() or platform.machine()
 
 
 def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> ort.InferenceSession:
