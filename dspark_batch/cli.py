@@ -217,9 +217,15 @@ def run(
     from dspark_batch.measure import ensure_costs
     from dspark_batch.progress import open_progress
     from dspark_batch.runner import run as run_job
+    from dspark_batch.runtimes.session import Placement
 
     def open_measured(folder: Path, *, max_rows: int | None = None) -> Engine:
-        engine = open_engine(folder, max_rows=max_rows, with_draft=job.spec != "off")
+        engine = open_engine(
+            folder,
+            max_rows=max_rows,
+            with_draft=job.spec != "off",
+            placement=Placement(device=job.device),
+        )
         if job.needs_costs:
             ensure_costs(engine, progress=progress.phase)
         return engine

@@ -127,7 +127,7 @@ def diagnose(*, verify: bool = False) -> Diagnosis:
     engines = tuple(
         _look_at(path.parent, verify=verify) for path in sorted(_ENGINES.glob(f"*/{FILE_NAME}"))
     )
-    notes = [note for engine in engines for note in _engine_notes(engine, cpu, memory)]
+    notes = [note for engine in engines for note in _engine_notes(engine, cpu, memory, gpus)]
     recipes = {path.stem: _look_at_recipe(path.stem) for path in sorted(_RECIPES.glob("*.toml"))}
     notes += [f"{note}: {command}" for note, command in recipes.values() if note]
     notes += _package_notes()
@@ -157,7 +157,7 @@ def _look_at(folder: Path, *, verify: bool) -> EngineReport:
         module = import_module(RUNTIMES[manifest.runtime])
         refusal = module.refusal(folder, manifest)
         if refusal is None and manifest.draft is not None:
-            measured = read_costs(folder, module.hardware_key()) is not None
+            measured = read_costs(folder, module.hardware_key(manifest)) is not None
     return EngineReport(
         str(folder),
         refusal,
@@ -181,7 +181,9 @@ def _cache_bytes(manifest: EngineManifest) -> int:
     return item_bytes * values * manifest.limits.max_rows * manifest.limits.max_tokens
 
 
-def _engine_notes(engine: EngineReport, cpu: Cpu, memory: Memory | None) -> Iterator[str]:
+def _engine_notes(
+    engine: EngineReport, cpu: Cpu, memory: Memory | None, gpus: Gpus
+) -> Iterator[str]:
     if engine.refusal is not None:
         return
     if engine.precision == "int8" and engine.runtime == "onnxruntime" and cpu.sums_int8 is False:
@@ -189,6 +191,18 @@ def _engine_notes(engine: EngineReport, cpu: Cpu, memory: Memory | None) -> Iter
             f"{engine.folder}: sums of int8 products may saturate on this processor, which has no "
             'VNNI; build an engine with precision = "fp32"'
         )
+    if engine.runtime == "onnxruntime" and gpus.gpus:
+        if engine.precision == "int8":
+            yield (
+                f"{engine.folder}: runs on the CPU, since int8 graphs have no kernels for a GPU; "
+                'build an engine with precision = "fp32" for it'
+            )
+        elif "CUDAExecutionProvider" not in _providers():
+            yield (
+                f"{engine.folder}: runs on the CPU, since the installed ONNX Runtime is for that; "
+                "for the GPU: pip uninstall -y onnxruntime, then pip install "
+                "'onnxruntime-gpu[cuda,cudnn]'"
+            )
     if memory is None or engine.file_bytes is None or engine.cache_bytes is None:
         return
     room = memory.free_bytes - engine.file_bytes

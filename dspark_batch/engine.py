@@ -20,7 +20,7 @@ from dspark_batch.algorithm import calibration, sampling
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.drafters import LOOKUPS, Lookup
 from dspark_batch.manifest import EngineManifest, read_manifest
-from dspark_batch.runtimes.session import Draws, Runtime, Span
+from dspark_batch.runtimes.session import ANYWHERE, Draws, Placement, Runtime, Span
 from dspark_batch.types import DraftBlock, Sequence, VerifyPlan, VerifyResult
 
 if TYPE_CHECKING:
@@ -227,7 +227,13 @@ def _passes(
         waiting = [r for r in waiting if done[r] < len(rows[r])]
 
 
-def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool = True) -> Engine:
+def open_engine(
+    folder: Path,
+    *,
+    max_rows: int | None = None,
+    with_draft: bool = True,
+    placement: Placement = ANYWHERE,
+) -> Engine:
     """Open an engine folder for up to `max_rows` concurrent rows (default: the manifest's).
 
     Without its draft an engine decodes plainly and keeps no context for one.
@@ -249,10 +255,10 @@ def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool =
     module = import_module(RUNTIMES[manifest.runtime])
     engine = Engine(
         manifest,
-        module.open_pair(folder, manifest, rows),
+        module.open_pair(folder, manifest, rows, placement),
         folder=folder,
         max_rows=rows,
-        hardware_key=module.hardware_key(),
+        hardware_key=module.hardware_key(manifest, placement),
         lookup=lookup,
     )
     if draft is not None:

@@ -78,6 +78,9 @@ class Job(BaseModel):
     max_rows: int | None = Field(
         None, ge=1, description="Rows decoded at a time; by default the engine's number."
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where graphs execute; auto is a GPU if there is one that can."
+    )
     part_rows: int = Field(1024, ge=1, description="Rows in a part of the output at most.")
     limit: int | None = Field(None, ge=1, description="Read only this many rows.")
     token_ids: bool = Field(False, description="Write the column output_token_ids as well.")

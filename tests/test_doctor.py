@@ -221,6 +221,10 @@ def test_gpus_are_named_with_driver_and_memory(
         "NVIDIA T4, sm_75, 23.0 GB of 24.0 GB free",
     ]
     assert lines()["driver"] == ["590.44.01, for CUDA up to 13.1"]
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in lines()["note"][0]
+    path = workspace / "engines" / "tiny" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "int8"}))
+    assert "int8 graphs have no kernels" in lines()["note"][0]
 
 
 @pytest.mark.parametrize(
