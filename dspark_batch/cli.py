@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
@@ -212,33 +213,22 @@ def run(
     """
     job = load_job(input, _given(flags))
 
+    from dspark_batch.crew import open_crew
     from dspark_batch.decode import DecodeStats, decode
-    from dspark_batch.engine import Engine, open_engine
-    from dspark_batch.measure import ensure_costs
+    from dspark_batch.measure import open_measured
     from dspark_batch.progress import open_progress
     from dspark_batch.runner import run as run_job
-    from dspark_batch.runtimes.session import Placement
-
-    def open_measured(folder: Path, *, max_rows: int | None = None) -> Engine:
-        engine = open_engine(
-            folder,
-            max_rows=max_rows,
-            with_draft=job.spec != "off",
-            placement=Placement(device=job.device),
-        )
-        if job.needs_costs:
-            ensure_costs(engine, progress=progress.phase)
-        return engine
 
     with open_progress(progress_mode) as progress:
         summary = run_job(
             job,
-            open_engine=open_measured,
+            open_engine=partial(open_measured, job=job, progress=progress.phase),
             decode=decode,
             stats=DecodeStats(),
             progress=progress,
             argv=ctx.meta[_ARGV],
             overwrite=overwrite,
+            crew=open_crew(job, open_engine=open_measured, decode=decode),
         )
     _print(summary, as_json=as_json)
     if summary.failure:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from dspark_batch.errors import EngineError, UsageError
 from dspark_batch.hardware import Cpu, Gpus, Memory, find_cpu, find_gpus, find_memory
 from dspark_batch.manifest import FILE_NAME, EngineManifest, read_manifest
 from dspark_batch.recipe import load_recipe
-from dspark_batch.runtimes import RUNTIMES
+from dspark_batch.runtimes import runtime_module
 from dspark_batch.weights.source import PACKAGE_PREFIX
 
 _PACKAGES = {
@@ -149,15 +148,14 @@ def _look_at(folder: Path, *, verify: bool) -> EngineReport:
         manifest = read_manifest(folder, verify=verify)
     except EngineError as problem:
         return EngineReport(str(folder), str(problem))
-    refusal, measured = None, None
-    if manifest.runtime not in RUNTIMES:
-        known = " and ".join(RUNTIMES)
-        refusal = f"{folder}: this version has no runtime {manifest.runtime!r}; it has {known}"
-    else:
-        module = import_module(RUNTIMES[manifest.runtime])
+    measured = None
+    try:
+        module = runtime_module(manifest.runtime)
         refusal = module.refusal(folder, manifest)
         if refusal is None and manifest.draft is not None:
             measured = read_costs(folder, module.hardware_key(manifest)) is not None
+    except EngineError as problem:
+        refusal = str(problem)
     return EngineReport(
         str(folder),
         refusal,
@@ -274,7 +272,7 @@ def _version(package: str) -> str | None:
 
 def _providers() -> list[str]:
     try:
-        module = import_module(RUNTIMES["onnxruntime"])
+        module = runtime_module("onnxruntime")
     except ImportError:
         return []
     found: list[str] = module.providers()

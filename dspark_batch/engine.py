@@ -20,6 +20,7 @@ from dspark_batch.algorithm import calibration, sampling
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.drafters import LOOKUPS, Lookup
 from dspark_batch.manifest import EngineManifest, read_manifest
+from dspark_batch.runtimes import runtime_module
 from dspark_batch.runtimes.session import ANYWHERE, Draws, Placement, Runtime, Span
 from dspark_batch.types import DraftBlock, Sequence, VerifyPlan, VerifyResult
 
@@ -242,8 +243,6 @@ def open_engine(
     Raises:
         EngineError: the folder holds no engine, or one that cannot run here.
     """
-    from dspark_batch.runtimes import RUNTIMES
-
     manifest = read_manifest(folder)
     if not with_draft:
         manifest = manifest.model_copy(update={"draft": None})
@@ -252,7 +251,7 @@ def open_engine(
     if draft is not None and draft.drafter in LOOKUPS:
         lookup = import_module(LOOKUPS[draft.drafter]).open_lookup(draft)
     rows = max_rows or manifest.limits.max_rows
-    module = import_module(RUNTIMES[manifest.runtime])
+    module = runtime_module(manifest.runtime)
     engine = Engine(
         manifest,
         module.open_pair(folder, manifest, rows, placement),

@@ -50,7 +50,13 @@ class Fakes:
             raise EngineError("no engine missing")
         limits = types.SimpleNamespace(max_tokens=self.engine.max_tokens)
         target = types.SimpleNamespace(vocab_size=self.engine.vocab_size)
-        return types.SimpleNamespace(has_tokenizer=True, limits=limits, target=target)
+        return types.SimpleNamespace(
+            has_tokenizer=True,
+            limits=limits,
+            target=target,
+            runtime="onnxruntime",
+            precision="fp32",
+        )
 
     def open_tokenizer(self, folder: Path) -> FakeTokenizer:
         assert folder == Path("engines/model")
@@ -66,7 +72,7 @@ class Fakes:
 def fakes(monkeypatch, tmp_path) -> Fakes:
     fakes = Fakes()
     for name, members in {
-        "engine": {"open_engine": fakes.open_engine},
+        "measure": {"open_engine": fakes.open_engine},
         "decode": {"decode": lambda *a, **kw: fakes.decode(*a, **kw), "DecodeStats": FakeStats},
         "manifest": {"read_manifest": fakes.read_manifest},
         "tokenizer": {"Tokenizer": types.SimpleNamespace(open=fakes.open_tokenizer)},
@@ -109,7 +115,7 @@ def test_every_flag_reaches_the_job(fakes, monkeypatch):
         "run in.parquet -o out --engine e --prompt-column p --no-chat-template --system s "
         "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 7 --stop a --stop b "
         "--spec off --scheduler threshold --confidence-threshold 0.75 --max-rows 2 --part-rows 9 "
-        "--device cpu "
+        "--device cpu --workers 1 "
         "--limit 8 --token-ids --output-prefix o_ "
         "--max-error-rate 0 --deadline 60 --overwrite --progress none"
     )
@@ -133,6 +139,7 @@ def test_every_flag_reaches_the_job(fakes, monkeypatch):
         confidence_threshold=0.75,
         max_rows=2,
         device="cpu",
+        workers=1,
         part_rows=9,
         limit=8,
         token_ids=True,

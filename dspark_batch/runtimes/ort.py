@@ -25,15 +25,15 @@ from dspark_batch.runtimes.ort_devices import (
     chosen_device,
     hardware_key,
     memory_of,
-    num_devices,
     open_on,
     providers,
     refusal,
+    uses_gpu,
 )
 from dspark_batch.runtimes.session import ANYWHERE, Draws, Floats, Ints, Placement, Span
 from dspark_batch.types import DraftBlock, VerifyResult
 
-__all__ = ["OrtRuntime", "hardware_key", "num_devices", "open_pair", "providers", "refusal"]
+__all__ = ["OrtRuntime", "hardware_key", "open_pair", "providers", "refusal", "uses_gpu"]
 
 _ROW_INPUTS = ("temperature", "top_k", "top_p", "uniforms")
 _TARGET_INPUTS = (

@@ -56,10 +56,9 @@ def chosen_device(precision: str, wanted: str = "auto") -> str:
     return "cuda" if able and find_gpus().gpus else "cpu"
 
 
-def num_devices(manifest: EngineManifest, placement: Placement) -> int:
-    """How many workers this machine has a device for, each its own: GPUs, or one processor."""
-    device = chosen_device(manifest.precision, placement.device)
-    return len(find_gpus().gpus) if device == "cuda" else 1
+def uses_gpu(manifest: EngineManifest, placement: Placement = ANYWHERE) -> bool:
+    """Whether the graphs execute on a GPU."""
+    return chosen_device(manifest.precision, placement.device) == "cuda"
 
 
 def providers() -> list[str]:
@@ -70,7 +69,7 @@ def providers() -> list[str]:
 def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> str:
     """What a measured cost holds for: processor and cores, or GPU, and ONNX Runtime's version."""
     version = f"onnxruntime {ort.__version__}"
-    if chosen_device(manifest.precision, placement.device) == "cuda":
+    if uses_gpu(manifest, placement):
         gpu = find_gpus().gpus[0]
         return f"{gpu.name}, sm_{gpu.arch}, {version}"
     threads = f", {placement.threads} threads" if placement.threads else ""
