@@ -16,7 +16,7 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
-from dspark_batch.errors import EngineError, UsageError
+from dspark_batch.errors import EngineError
 from dspark_batch.flow import Decode, RowDone, Stopping, Watcher
 from dspark_batch.hardware import find_gpus, num_cores
 from dspark_batch.job import Job
@@ -128,10 +128,11 @@ class CrewRun:
         """Have the shards decoded. Raises what a worker raised; `problem` says if some are left."""
         self._queue.extend(pending)
         num_workers = min(self._crew.num_workers, len(pending))
-        # The first one alone at first: it measures costs where there are none, undisturbed.
         self._absent = list(range(2, num_workers + 1))
         try:
             self._start(1)
+            if not self._plan.job.needs_costs:  # or it measures them, undisturbed
+                self._start_absent()
             while self._members:
                 if self._stop.reason and not self._flag.value:
                     self._flag.value = 1
@@ -254,8 +255,6 @@ def open_crew(job: Job, *, open_engine: Callable[..., Any], decode: Decode) -> C
     num_workers = job.workers or max(len(gpus), 1)
     if num_workers == 1:
         return None
-    if not gpus and num_workers > num_cores():
-        raise UsageError(f"--workers: {num_workers} are more than the {num_cores()} cores here")
     return Crew(
         manifest,
         partial(open_engine, job=job),
