@@ -42,6 +42,8 @@ class EngineReport:
     """Why it cannot run here; None if it can."""
     runtime: str | None = None
     precision: str | None = None
+    on_gpu: bool | None = None
+    """Where `run` would execute it; None where it cannot."""
     drafter: str | None = None
     """None: it decodes plainly."""
     costs_measured: bool | None = None
@@ -63,10 +65,12 @@ class EngineReport:
         }[self.costs_measured]
         assert self.file_bytes is not None
         assert self.cache_bytes is not None
+        where = "GPU" if self.on_gpu else "CPU"
         return (
-            f"runs here ({self.runtime}, {self.precision}, drafter {self.drafter or 'none'}); "
-            f"{measured}; {_size(self.file_bytes)} of files, up to {_size(self.cache_bytes)} of "
-            f"memory for {self.max_rows} rows of {self.max_tokens:,} tokens"
+            f"runs here on the {where} ({self.runtime}, {self.precision}, "
+            f"drafter {self.drafter or 'none'}); {measured}; {_size(self.file_bytes)} of files, "
+            f"up to {_size(self.cache_bytes)} of memory for {self.max_rows} rows of "
+            f"{self.max_tokens:,} tokens"
         )
 
 
@@ -148,12 +152,14 @@ def _look_at(folder: Path, *, verify: bool) -> EngineReport:
         manifest = read_manifest(folder, verify=verify)
     except EngineError as problem:
         return EngineReport(str(folder), str(problem))
-    measured = None
+    on_gpu = measured = None
     try:
         module = runtime_module(manifest.runtime)
         refusal = module.refusal(folder, manifest)
-        if refusal is None and manifest.draft is not None:
-            measured = read_costs(folder, module.hardware_key(manifest)) is not None
+        if refusal is None:
+            on_gpu = module.uses_gpu(manifest)
+            if manifest.draft is not None:
+                measured = read_costs(folder, module.hardware_key(manifest)) is not None
     except EngineError as problem:
         refusal = str(problem)
     return EngineReport(
@@ -161,6 +167,7 @@ def _look_at(folder: Path, *, verify: bool) -> EngineReport:
         refusal,
         manifest.runtime,
         manifest.precision,
+        on_gpu,
         manifest.draft.drafter if manifest.draft else None,
         measured,
         sum(file.bytes for file in manifest.files.values()),
@@ -189,7 +196,7 @@ def _engine_notes(
             f"{engine.folder}: sums of int8 products may saturate on this processor, which has no "
             'VNNI; build an engine with precision = "fp32"'
         )
-    if engine.runtime == "onnxruntime" and gpus.gpus:
+    if gpus.gpus and not engine.on_gpu:
         if engine.precision == "int8":
             yield (
                 f"{engine.folder}: runs on the CPU, since int8 graphs have no kernels for a GPU; "
@@ -201,15 +208,19 @@ def _engine_notes(
                 "for the GPU: pip uninstall -y onnxruntime, then pip install "
                 "'onnxruntime-gpu[cuda,cudnn]'"
             )
-    if memory is None or engine.file_bytes is None or engine.cache_bytes is None:
+    free = memory.free_bytes if memory else None
+    if engine.on_gpu and gpus.gpus:
+        free = min(gpu.free_bytes for gpu in gpus.gpus)
+    if free is None or engine.file_bytes is None or engine.cache_bytes is None:
         return
-    room = memory.free_bytes - engine.file_bytes
-    if engine.runtime == "onnxruntime" and room < engine.cache_bytes:
+    room = free - engine.file_bytes
+    if room < engine.cache_bytes:
         assert engine.max_rows is not None
         rows = max(int(engine.max_rows * room / engine.cache_bytes), 1)
         yield (
             f"{engine.folder}: {engine.max_rows} rows of {engine.max_tokens:,} tokens do not fit "
-            f"into the free memory; if rows get that long: --max-rows {rows}"
+            f"into the free memory of the {'GPU' if engine.on_gpu else 'host'}; "
+            f"if rows get that long: --max-rows {rows}"
         )
 
 

@@ -77,7 +77,9 @@ def lines() -> dict[str, list[str]]:
 def test_a_good_engine_is_to_be_run(workspace: Path) -> None:
     found = lines()
     [engine] = found["engine"]
-    assert engine.startswith("engines/tiny runs here (onnxruntime, fp32, drafter dspark); costs m")
+    assert engine.startswith(
+        "engines/tiny runs here on the CPU (onnxruntime, fp32, drafter dspark); costs m"
+    )
     assert found["next"] == ["dspark-batch run PROMPTS.parquet --engine engines/tiny"]
     assert f"onnxruntime {onnxruntime.__version__}" in found["versions"][0]
     assert "CPUExecutionProvider" in found["providers"][0]
@@ -225,6 +227,20 @@ def test_gpus_are_named_with_driver_and_memory(
     path = workspace / "engines" / "tiny" / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "int8"}))
     assert "int8 graphs have no kernels" in lines()["note"][0]
+
+
+def test_an_engine_that_a_gpu_can_run_is_measured_against_its_memory(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = hardware.Gpus(gpus=(Gpu("NVIDIA L4", "GPU-0a", 89, 2, 2),))
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    monkeypatch.setattr("dspark_batch.runtimes.ort_devices.find_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
+    found = lines()
+    assert "runs here on the GPU" in found["engine"][0]
+    assert "costs not measured here" in found["engine"][0]
+    assert "free memory of the GPU" in found["note"][0]
 
 
 @pytest.mark.parametrize(
