@@ -124,6 +124,30 @@ class Limits(_Part):
     max_tokens: int
 
 
+class ProfileInfo(_Part):
+    """Sizes that one optimization profile of a plan takes: least, best and most."""
+
+    rows: tuple[int, int, int]
+    row_tokens: tuple[int, int, int]
+    """Tokens of one row in a call."""
+    tokens: tuple[int, int, int]
+    """Tokens of a call, of all rows together."""
+
+
+class PlansInfo(_Part):
+    """The plan files of a TensorRT runtime: what built them, and what they run on."""
+
+    library: Literal["tensorrt", "tensorrt_rtx"]
+    library_version: str
+    gpu_archs: tuple[int, ...]
+    """Compute capabilities, times ten."""
+    capacity: int
+    """Tokens of a row in the KV caches; constant in a plan."""
+    profiles: dict[str, ProfileInfo]
+    """`decode` and `prefill`: their order is the index in a plan."""
+    plugin_version: str
+
+
 class FileInfo(_Part):
     """One file of the folder."""
 
@@ -147,6 +171,8 @@ class EngineManifest(_Part):
     files: dict[str, FileInfo]
     parity: dict[str, float]
     """What the export's own check found, against an independent forward pass."""
+    plans: PlansInfo | None = None
+    """None: the runtime executes the ONNX files themselves."""
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide what text comes out; a resumed run must find them unchanged."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fake_trt import HostDevice
 from interpreted import HostLauncher
 from verify_calls import Call, Result
 
@@ -20,6 +21,7 @@ from dspark_batch.errors import EngineError
 from dspark_batch.plugin import trt_body
 from dspark_batch.plugin.launch import OPERANDS, Kernel
 from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.runtimes.plan_file import PlanFile
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -141,3 +143,23 @@ def enqueue(call: Call, stream: int) -> tuple[Result, list[int]]:
     n = len(INPUTS)
     plugin.enqueue(tensors[:n], tensors[n:], addresses[:n], addresses[n:], 0, stream)
     return (results[0], results[1]), launcher.streams
+
+
+def described(classes: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What the real classes have: names, and how the bindings describe them."""
+    trt = trt_body.import_tensorrt_rtx()
+    return {
+        name: {key: str(value.__doc__) for key, value in vars(getattr(trt, name)).items()}
+        for name in classes
+    }
+
+
+def open_plan(path: Path) -> str:
+    """What `PlanFile` says of a plan, on a machine without a driver."""
+    trt = trt_body.import_tensorrt_rtx()
+    trt_body.register(trt)
+    try:
+        PlanFile(trt, HostDevice(), path)
+    except EngineError as error:
+        return str(error)
+    return ""

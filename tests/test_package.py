@@ -15,6 +15,7 @@ HEAVY = {"onnx", "onnxruntime", "torch", "pyarrow", "polars", "gguf", "safetenso
 OWNERS = {
     "torch": ("training/",),
     "onnxruntime": ("runtimes/",),
+    "cuda": ("plugin/launch.py", "runtimes/device.py"),
     "pyarrow": ("parquet.py", "parts.py", "columns.py", "plan.py", "check.py", "shards.py"),
     "onnx": ("models/", "drafters/", "export/", "plugin/"),
     "gguf": ("weights/",),

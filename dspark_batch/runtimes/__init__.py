@@ -7,7 +7,11 @@ from typing import Any
 
 from dspark_batch.errors import EngineError
 
-RUNTIMES = {"onnxruntime": "dspark_batch.runtimes.ort"}
+RUNTIMES = {
+    "onnxruntime": "dspark_batch.runtimes.ort",
+    "tensorrt": "dspark_batch.runtimes.trt",
+    "tensorrt-rtx": "dspark_batch.runtimes.trt",
+}
 
 
 def runtime_module(name: str) -> Any:

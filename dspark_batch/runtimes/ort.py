@@ -15,11 +15,20 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
 from dspark_batch.manifest import EngineManifest
 from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
+from dspark_batch.runtimes.layout import (
+    DRAFT_INPUTS,
+    DRAFT_VOCAB,
+    TARGET_INPUTS,
+    certain,
+    idle_draws,
+    row_feeds,
+    target_feeds,
+    token_layout,
+)
 from dspark_batch.runtimes.memory import Array, DeviceArray, HostMemory, Memory
 from dspark_batch.runtimes.ort_devices import (
     chosen_device,
@@ -35,16 +44,6 @@ from dspark_batch.types import DraftBlock, VerifyResult
 
 __all__ = ["OrtRuntime", "hardware_key", "open_pair", "providers", "refusal", "uses_gpu"]
 
-_ROW_INPUTS = ("temperature", "top_k", "top_p", "uniforms")
-_TARGET_INPUTS = (
-    *("tokens", "starts", "token_index", "cell_index", "logit_tokens", "logit_rows"),
-    *("draft_tokens", "lengths", "draft_logits", *_ROW_INPUTS),
-)
-_DRAFT_VOCAB = "draft_vocab"  # input of a target without a draft graph
-_DRAFT_INPUTS = (
-    *("context", "context_tokens", "context_index", "context_starts"),
-    *("anchors", "anchor_positions", *_ROW_INPUTS),
-)
 _KEPT = ("context", "draft_logits")  # outputs that stay in the runtime's memory
 _HOST = HostMemory()
 _MAX_PENDING = 16384  # context tokens kept before the draft takes them in
@@ -90,7 +89,7 @@ def open_session(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; {again}"
         ) from problem
     found = {value.name for value in session.get_inputs() if not value.name.startswith("past_")}
-    found.discard(_DRAFT_VOCAB)
+    found.discard(DRAFT_VOCAB)
     if inputs and found != set(inputs):
         differing = ", ".join(sorted(found ^ set(inputs)))
         raise EngineError(f"{path} was built by another version ({differing} differ); {again}")
@@ -136,12 +135,12 @@ class OrtRuntime:
         draft_info = manifest.draft
         draft_shape = draft_info.cache if draft_info else None
         self._target = open_session(
-            folder / "target.onnx", threads=threads, inputs=_TARGET_INPUTS, device=device
+            folder / "target.onnx", threads=threads, inputs=TARGET_INPUTS, device=device
         )
         self._draft = None
         if draft_shape:
             self._draft = open_session(
-                folder / "draft.onnx", threads=threads, inputs=_DRAFT_INPUTS, device=device
+                folder / "draft.onnx", threads=threads, inputs=DRAFT_INPUTS, device=device
             )
         drafts = self._draft.get_inputs() if self._draft is not None else ()
         widths = [value.shape[1] for value in drafts if value.name == "context"]
@@ -158,7 +157,7 @@ class OrtRuntime:
         )
         self._rows: dict[int, _Row] = {}
         inputs = {value.name: value for value in self._target.get_inputs()}
-        self._takes_vocab = _DRAFT_VOCAB in inputs
+        self._takes_vocab = DRAFT_VOCAB in inputs
         vocab_size = 1 if self._takes_vocab else inputs["draft_logits"].shape[2]
         self._no_logits = self._memory.zeros((max_rows, self._block_size, vocab_size), np.float32)
 
@@ -209,8 +208,7 @@ class OrtRuntime:
         for span in spans:
             self._settle(span.slot, span.start + len(span.tokens))
         plain = np.zeros(len(spans), np.int64)
-        zeros = np.zeros(len(spans), np.float32)
-        draws = Draws(zeros, plain, zeros + 1, np.zeros((len(spans), self._block_size + 1), "f4"))
+        draws = idle_draws(len(spans), self._block_size + 1)
         found: dict[int, Floats] = {}
         for run in self._runs([span.slot for span in spans]):
             chosen = [spans[i] for i in run]
@@ -279,27 +277,15 @@ class OrtRuntime:
     ) -> list[Any]:
         counts = np.array([len(span.tokens) for span in spans])
         starts = np.array([span.start for span in spans])
-        token_index, cell_index = _layout(counts)
         bucket = self._rows[spans[0].slot].bucket
         self._reserve(bucket, int(starts.max() + counts.max()))
-        feeds: dict[str, Array] = {
-            "tokens": np.concatenate([span.tokens for span in spans]),
-            "starts": starts,
-            "token_index": token_index,
-            "cell_index": cell_index,
-            **_logit_feeds(spans, counts, lengths),
-            "lengths": lengths,
-            "temperature": draws.temperature,
-            "top_k": draws.top_k,
-            "top_p": draws.top_p,
-            "uniforms": draws.uniforms,
-        }
+        feeds: dict[str, Array] = target_feeds(spans, lengths, draws)
         sampled = bool(lengths.any() and (draws.temperature > 0).any())
         feeds["draft_logits"] = self._no_logits[: len(spans)]
         if self._takes_vocab:
-            feeds[_DRAFT_VOCAB] = np.zeros(1, np.int64)
+            feeds[DRAFT_VOCAB] = np.zeros(1, np.int64)
             if sampled:
-                feeds |= _certain(feeds["draft_tokens"])
+                feeds |= certain(feeds["draft_tokens"])
         elif sampled:
             feeds["draft_logits"] = self._proposed_from(spans)
         first = bucket.slots.index(spans[0].slot)
@@ -325,15 +311,13 @@ class OrtRuntime:
         feeds: dict[str, Array] = {
             "context": context,
             "context_tokens": np.arange(len(context)),
-            "context_index": _layout(counts)[0],
+            "context_index": token_layout(counts)[0],
             "context_starts": starts,
             "anchors": anchors,
             "anchor_positions": starts + counts,
-            "temperature": draws.temperature,
-            "top_k": draws.top_k,
-            "top_p": draws.top_p,
-            "uniforms": draws.uniforms[:, : self._block_size],
+            **row_feeds(draws),
         }
+        feeds["uniforms"] = draws.uniforms[:, : self._block_size]
         sampling = bool((draws.temperature > 0).any())
         names = ("draft_tokens", "confidence") + (("draft_logits",) if sampling else ())
         first = bucket.slots.index(slots[0])
@@ -347,9 +331,7 @@ class OrtRuntime:
     def _take_in_context(self) -> None:
         """Let the draft take in what piled up while rows did not draft; its block is not used."""
         slots = [slot for slot, row in self._rows.items() if row.pending]
-        zeros = np.zeros(len(slots), np.float32)
-        uniforms = np.zeros((len(slots), self._block_size + 1), np.float32)
-        draws = Draws(zeros, zeros.astype(np.int64), zeros + 1, uniforms)
+        draws = idle_draws(len(slots), self._block_size)
         self.draft(slots, np.zeros(len(slots), np.int64), draws)
 
     def _run(
@@ -401,40 +383,3 @@ class OrtRuntime:
     def _bind_outputs(self, binding: ort.IOBinding, names: tuple[str, ...]) -> None:
         for name in names:
             binding.bind_output(name, self._memory.device if name in _KEPT else _HOST.device)
-
-
-def _certain(draft_tokens: Ints) -> dict[str, NDArray[Any]]:
-    """Drafts `[R, K]` as proposed with certainty, of a vocabulary of these tokens alone."""
-    vocab = np.unique(draft_tokens)
-    is_token = draft_tokens[..., None] == vocab
-    return {_DRAFT_VOCAB: vocab, "draft_logits": np.where(is_token, 0.0, -np.inf).astype("f4")}
-
-
-def _layout(counts: Ints) -> tuple[Ints, Ints]:
-    """`token_index` [R, S] and `cell_index` [T] of rows with `counts` [R] tokens each.
-
-    Padding cells point to the row's last token.
-    """
-    offsets = np.arange(int(counts.max()))[None, :]
-    first = (np.cumsum(counts) - counts)[:, None]
-    inside = offsets < counts[:, None]
-    token_index = first + np.minimum(offsets, counts[:, None] - 1)
-    return token_index, np.flatnonzero(inside)
-
-
-def _logit_feeds(spans: list[Span], counts: Ints, lengths: Ints) -> dict[str, NDArray[Any]]:
-    """Which tokens get logits (the last 1 + ℓ of each row), and the drafts among them."""
-    wanted = lengths + 1
-    ends, logit_ends = np.cumsum(counts), np.cumsum(wanted)
-    num_drafts = int(lengths.max())
-    columns = np.minimum(np.arange(num_drafts + 1)[None, :], lengths[:, None])
-    draft_tokens = np.zeros((len(spans), num_drafts), np.int64)
-    for r, (span, length) in enumerate(zip(spans, lengths.tolist(), strict=True)):
-        draft_tokens[r, :length] = span.tokens[len(span.tokens) - length :]
-    return {
-        "logit_tokens": np.concatenate(
-            [np.arange(end - n, end) for end, n in zip(ends, wanted, strict=True)]
-        ),
-        "logit_rows": (logit_ends - wanted)[:, None] + columns,
-        "draft_tokens": draft_tokens,
-    }

@@ -1,0 +1,543 @@
+"""The TensorRT runtime on a device of host memory: its text is ONNX Runtime's.
+
+`fake_trt` runs the plans' ONNX graphs on the addresses that the runtime binds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import tiny
+from agreeing import write_agreeing_pair
+from fake_trt import HostDevice, fake_trt, write_plans
+from tiny import draft_config, export_pair, target_config, write_draft, write_target
+
+from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.engine import Engine, open_engine
+from dspark_batch.errors import EngineError
+from dspark_batch.manifest import describe_file, read_manifest
+from dspark_batch.runtimes import trt, trt_runtime
+from dspark_batch.runtimes.buffers import host_type
+from dspark_batch.runtimes.device import Gpu
+from dspark_batch.runtimes.steps import rounded
+from dspark_batch.runtimes.trt_runtime import TrtRuntime
+from dspark_batch.types import Completion, Prompt, SamplingParams, VerifyPlan
+from dspark_batch.types import Sequence as Row
+
+LENGTHS = (385, 1, 300, 17, 310, 5, 64, 256, 9, 257, 2, 41)
+MAX_TOKENS = 392
+LIBRARIES = ("tensorrt", "tensorrt_rtx")
+
+
+@dataclass
+class Machine:
+    """A fake GPU with a fake TensorRT."""
+
+    device: HostDevice
+    module: Any = None
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine(HostDevice())
+
+    def device() -> HostDevice:
+        found.device = HostDevice()
+        found.module.__dict__["Runtime"].device = found.device
+        return found.device
+
+    monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 89, "13.0"))
+    monkeypatch.setattr(trt, "CudaDevice", device)
+    return found
+
+
+@pytest.fixture
+def open_on_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Opens a copy of an ONNX Runtime engine with plans beside its graphs."""
+    opened: list[Engine] = []
+
+    def open_copy(folder: Path, tmp_path: Path, **plans: Any) -> Engine:
+        rows = plans.pop("max_rows", None)
+        with_draft = plans.pop("with_draft", True)
+        copy = tmp_path / "gpu"
+        if not copy.exists():
+            shutil.copytree(folder, copy)
+            write_plans(copy, **plans)
+        native = plans.get("library", "tensorrt_rtx") == "tensorrt_rtx"
+        machine.module = fake_trt(machine.device, copy, native_graphs=native)
+        monkeypatch.setattr(trt, "import_library", lambda _: machine.module)
+        opened.append(open_engine(copy, max_rows=rows, with_draft=with_draft))
+        return opened[-1]
+
+    yield open_copy
+    for engine in opened:
+        engine.close()
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    target = write_target(folder / "t", target_config(request.param, eos_token_id=None))
+    return export_pair(
+        folder, target, write_draft(folder / "d", draft_config()), max_tokens=MAX_TOKENS
+    )
+
+
+def make_prompts(lengths: Any = LENGTHS, *, sampled: bool = False) -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(
+            row,
+            tuple(rng.integers(1, tiny.VOCAB, n).tolist()),
+            SamplingParams(
+                6 + row * 5 % 23,
+                temperature=0.9 if sampled and row % 3 else 0.0,
+                top_k=7 if row % 2 else 0,
+                top_p=0.9 if row % 4 == 1 else 1.0,
+                seed=row,
+            ),
+        )
+        for row, n in enumerate(lengths)
+    ]
+
+
+def texts(engine: Any, prompts: list[Prompt], spec: str) -> dict[int, tuple[int, ...]]:
+    found: list[Completion] = list(decode(prompts, engine, spec=spec, stats=DecodeStats()))
+    assert len(found) == len(prompts)
+    return {completion.row: completion.token_ids for completion in found}
+
+
+def start(engine: Engine, lengths: Any, *, slots: Any = None, sampled: bool = False) -> list[Row]:
+    """Admitted and prefilled rows."""
+    prompts = make_prompts(lengths, sampled=sampled)
+    rows = [
+        Row(prompt=p, slot=slot, tokens=list(p.token_ids), num_prompt_tokens=len(p.token_ids))
+        for p, slot in zip(prompts, slots or range(len(prompts)), strict=True)
+    ]
+    for row in rows:
+        engine.admit(row)
+    for row, token in zip(rows, engine.prefill(rows).tolist(), strict=True):
+        row.tokens.append(token)
+    return rows
+
+
+def step(engine: Engine, rows: list[Row]) -> list[int]:
+    """One plain round."""
+    result = engine.verify(rows, None, VerifyPlan(np.zeros(len(rows), np.int64)))
+    for row, token in zip(rows, result.bonus.tolist(), strict=True):
+        row.tokens.append(token)
+    return result.bonus.tolist()
+
+
+def runtime_of(engine: Engine) -> Any:
+    return engine._runtime
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("spec", ["off", "on", "auto"])
+def test_text_is_onnx_runtime_s(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, library: str, spec: str
+) -> None:
+    """Ragged prompts over four places, some of them long; rows leave in the middle."""
+    prompts = make_prompts(sampled=True)
+    with closing(open_engine(exported)) as engine:
+        expected, costs = texts(engine, prompts, spec), engine.costs
+    engine = open_on_gpu(exported, tmp_path, library=library)
+    engine.costs = costs  # `auto` goes by them, and a sampled row's text by what it drafted
+    assert texts(engine, prompts, spec) == expected
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(("seed", "coarse"), [(0, 1), (1, 1), (2, 4), (3, 4)])
+def test_any_rounds_give_what_onnx_runtime_gives(
+    exported: Path,
+    tmp_path: Path,
+    open_on_gpu: Any,
+    library: str,
+    seed: int,
+    coarse: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both in lockstep: any rows draft, in any order; any lengths; rows come and go.
+
+    Few rows are hardly ever padded; rounded coarsely they are.
+    """
+    if coarse > 1:
+        monkeypatch.setattr(trt_runtime, "rounded", lambda size: -(-size // coarse) * coarse)
+    rng = np.random.default_rng(seed)
+    most_rows = 4 if coarse == 1 else 7
+    lengths = (3, 40, 1, 90, 7, 22, 64, 5, 130, 12, 2, 9, 4, 17, 6)
+    with closing(open_engine(exported, max_rows=most_rows)) as cpu:
+        gpu = open_on_gpu(
+            exported, tmp_path, library=library, ring=310, rows=most_rows, max_rows=most_rows
+        )
+        pair = (cpu, gpu)
+        waiting = [make_prompts(lengths, sampled=True) for _ in pair]
+        running: list[list[Row]] = [[], []]
+        num_drafted = 0
+        for _ in range(40):
+            free = [n for n in range(most_rows) if n not in {row.slot for row in running[0]}]
+            num_new = int(rng.integers(len(free) + 1))
+            found = []
+            for engine, rows, prompts in zip(pair, running, waiting, strict=True):
+                new = [
+                    Row(prompt=p, slot=slot, tokens=list(p.token_ids), num_prompt_tokens=0)
+                    for slot, p in zip(free[:num_new], prompts, strict=False)
+                ]
+                del prompts[: len(new)]
+                for row in new:
+                    engine.admit(row)
+                if new:
+                    found.append(engine.prefill(new).tolist())
+                    for row, token in zip(new, found[-1], strict=True):
+                        row.tokens.append(token)
+                rows += new
+            assert found[: len(found) // 2] == found[len(found) // 2 :]
+            num_rows = len(running[0])
+            if not num_rows:
+                break
+            order = rng.permutation(num_rows)
+            chosen = order[: rng.integers(num_rows + 1)].tolist()
+            planned = rng.integers(0, 5, num_rows) * np.isin(np.arange(num_rows), chosen)
+            outcomes = []
+            for engine, rows in zip(pair, running, strict=True):
+                block = None
+                if chosen:
+                    block = engine.draft_raw([rows[i] for i in chosen]).spread(chosen, num_rows)
+                outcomes.append((block, engine.verify(rows, block, VerifyPlan(planned))))
+            (block, result), (other, same) = outcomes
+            if block is not None:
+                num_drafted += len(chosen)
+                np.testing.assert_array_equal(block.tokens, other.tokens)
+                np.testing.assert_allclose(block.confidence, other.confidence, atol=1e-4)
+            np.testing.assert_array_equal(result.num_accepted, same.num_accepted)
+            np.testing.assert_array_equal(result.bonus, same.bonus)
+            leaving = {i for i in range(num_rows) if rng.random() < 0.12}
+            for engine, rows in zip(pair, running, strict=True):
+                for i, (row, accepted) in enumerate(zip(rows, result.num_accepted, strict=True)):
+                    drafts = block.tokens[i, :accepted].tolist() if block is not None else []
+                    row.tokens += [*drafts, int(result.bonus[i])]
+                for i in sorted(leaving, reverse=True):
+                    engine.release(rows.pop(i))
+        assert num_drafted > 20
+
+
+def test_context_that_fills_the_ring_is_taken_in(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    """Rounds without drafts go around the ring; then a draft is what it would have been."""
+    blocks = []
+    with closing(open_engine(exported)) as cpu:
+        for engine in (cpu, open_on_gpu(exported, tmp_path, ring=302)):
+            rows = start(engine, (20, 3, 150))
+            for _ in range(120):
+                step(engine, rows)
+            blocks.append((engine.draft_raw(rows), engine.draft_raw(rows)))
+    runtime = runtime_of(engine)
+    assert runtime._ring_size == 302 < 3 * 120 + 173
+    assert [row.num_taken for row in runtime._rows.values()] == [140, 123, 270]
+    for block, expected in zip(blocks[1], blocks[0], strict=True):
+        np.testing.assert_array_equal(block.tokens, expected.tokens)
+        np.testing.assert_allclose(block.confidence, expected.confidence, atol=1e-4)
+
+
+def test_a_draft_that_is_often_right_is_verified(tmp_path: Path, open_on_gpu: Any) -> None:
+    pair = write_agreeing_pair(tmp_path, stops=False)
+    exported = export_pair(tmp_path, *pair, max_tokens=MAX_TOKENS)
+    prompts, stats = make_prompts(), DecodeStats()
+    with closing(open_engine(exported)) as engine:
+        expected = texts(engine, prompts, "off")
+    engine = open_on_gpu(exported, tmp_path)
+    found = list(decode(prompts, engine, spec="on", stats=stats))
+    assert {c.row: c.token_ids for c in found} == expected
+    assert stats.spec.num_accepted_tokens > 30
+
+
+@pytest.mark.parametrize("section", ['drafter = "none"', 'drafter = "ngram"'])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_target_without_a_draft_graph(
+    tmp_path: Path, open_on_gpu: Any, section: str, sampled: bool
+) -> None:
+    target = write_target(tmp_path / "t", target_config("llama", eos_token_id=None))
+    exported = export_pair(tmp_path, target, section, max_tokens=MAX_TOKENS)
+    prompts = make_prompts(sampled=sampled)
+    with closing(open_engine(exported)) as engine:
+        expected = texts(engine, prompts, "on")
+    assert texts(open_on_gpu(exported, tmp_path), prompts, "on") == expected
+
+
+def test_a_pair_without_its_draft_decodes_plainly(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    prompts = make_prompts(sampled=True)
+    with closing(open_engine(exported, with_draft=False)) as engine:
+        expected = texts(engine, prompts, "off")
+    engine = open_on_gpu(exported, tmp_path, with_draft=False)
+    assert len(runtime_of(engine)._models()) == 1
+    assert texts(engine, prompts, "off") == expected
+
+
+def test_more_rows_than_a_profile_takes_share_a_round(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    prompts = make_prompts(sampled=True)
+    with closing(open_engine(exported, max_rows=9)) as engine:
+        expected = texts(engine, prompts, "on")
+    assert texts(open_on_gpu(exported, tmp_path, rows=4, max_rows=9), prompts, "on") == expected
+
+
+def test_the_context_of_a_training_is_onnx_runtime_s(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    rows = [prompt.token_ids for prompt in make_prompts()]
+    with closing(open_engine(exported)) as engine:
+        expected = list(engine.context(rows))
+    for mine, theirs in zip(open_on_gpu(exported, tmp_path).context(rows), expected, strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs, atol=2e-4)
+
+
+def halve_context(folder: Path) -> None:
+    """Let the context be float16 between the graphs of a pair."""
+    for name in ("target", "draft"):
+        path = folder / f"{name}.onnx"
+        model = onnx.load(path, load_external_data=False)
+        graph, half = model.graph, onnx.TensorProto.FLOAT16
+        values = graph.output if name == "target" else graph.input
+        (value,) = (v for v in values if v.name == "context")
+        value.type.tensor_type.elem_type = half
+        for node in graph.node:
+            names = node.output if name == "target" else node.input
+            for i, found in enumerate(names):
+                if found == "context":
+                    names[i] = "context_float"
+        if name == "target":
+            cast = onnx.helper.make_node("Cast", ["context_float"], ["context"], to=half)
+            graph.node.append(cast)
+        else:
+            kind = onnx.TensorProto.FLOAT
+            graph.node.insert(
+                0, onnx.helper.make_node("Cast", ["context"], ["context_float"], to=kind)
+            )
+        onnx.save(model, path)
+
+
+def test_context_has_the_type_that_the_plans_have(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    copy = tmp_path / "half"
+    shutil.copytree(exported, copy)
+    halve_context(copy)
+    manifest = read_manifest(exported)
+    graphs = {name: describe_file(copy / name) for name in ("target.onnx", "draft.onnx")}
+    changed = manifest.model_copy(update={"files": manifest.files | graphs})
+    (copy / "manifest.json").write_text(changed.model_dump_json())
+    prompts = make_prompts()
+    with closing(open_engine(exported)) as engine:
+        expected = texts(engine, prompts, "off")
+        (context,) = engine.context([prompts[0].token_ids])
+    engine = open_on_gpu(copy, tmp_path)
+    assert runtime_of(engine)._context_bytes == 2 * context.shape[1]
+    assert texts(engine, prompts, "on") == expected
+    (halved,) = engine.context([prompts[0].token_ids])
+    np.testing.assert_allclose(halved, context, rtol=2e-3, atol=1e-3)
+
+
+def test_bfloat16_has_a_host_type() -> None:
+    assert np.dtype(host_type("BF16")).itemsize == 2
+    assert host_type("BF16") is ml_dtypes.bfloat16
+
+
+def test_a_row_that_breaks_harms_neither_its_neighbours_nor_its_successor(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine, lengths = open_on_gpu(exported, tmp_path), (12, 7, 30, 15)
+
+    def drafted(rows: list[Row]) -> list[int]:
+        """A round of which every row verifies another part, so that some cells are padding."""
+        block, planned = engine.draft_raw(rows), np.array([3, 2, 3, 1])
+        result = engine.verify(rows, block, VerifyPlan(planned))
+        for r, row in enumerate(rows):
+            row.tokens += [*block.tokens[r, : result.num_accepted[r]].tolist(), result.bonus[r]]
+        return result.bonus.tolist()
+
+    rows = start(engine, lengths)
+    expected = [drafted(rows), step(engine, rows), step(engine, rows)]
+    for row in rows:
+        engine.release(row)
+    rows = start(engine, lengths)
+    runtime = runtime_of(engine)
+    capacity = runtime._target.caches.capacity
+    machine.device.synchronize()
+    for place in (0, 2):
+        for address in runtime._target.caches.addresses(place).values():
+            size = tiny.KV_HEADS * capacity * tiny.HEAD_DIM
+            cache = machine.device.view(address, 4 * size).view(np.float32)
+            cache.reshape(tiny.KV_HEADS, capacity, tiny.HEAD_DIM)[:, 9] = np.nan
+    assert drafted(rows) == [-1, expected[0][1], -1, expected[0][3]]
+    for row in rows[::2]:  # the first one's place is taken by a row that is well, the other's free
+        engine.release(row)
+    well = rows[1::2]
+    assert step(engine, well) == [expected[1][1], expected[1][3]]
+    assert np.isfinite(engine.draft_raw(well).confidence).all()
+    again = start(engine, (7, 5), slots=[5, 6])
+    assert [row.tokens for row in again] == start_alone(open_on_gpu, exported, tmp_path)
+    assert step(engine, well) == [expected[2][1], expected[2][3]]
+    assert np.isfinite(engine.draft_raw([*well, *again]).confidence).all()
+
+
+def start_alone(open_on_gpu: Any, exported: Path, tmp_path: Path) -> list[list[int]]:
+    engine = open_on_gpu(exported, tmp_path)
+    rows = start(engine, (7, 5))
+    return [row.tokens for row in rows]
+
+
+# the device ---------------------------------------------------------------------------------------
+
+
+def busy(engine: Engine, device: HostDevice, *, sampled: bool) -> tuple[list[Row], Any]:
+    """Rows that have drafted and been verified until every size was met twice."""
+    rows = start(engine, (12, 7, 5, 30), sampled=sampled)
+
+    def round_() -> None:
+        block = engine.draft_raw(rows)
+        result = engine.verify(rows, block, VerifyPlan(np.full(4, 3)))
+        for r, row in enumerate(rows):
+            row.tokens += [*block.tokens[r, : result.num_accepted[r]].tolist(), result.bonus[r]]
+
+    for _ in range(8):
+        round_()
+    return rows, round_
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_only_small_things_cross_the_bus(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine, sampled: bool
+) -> None:
+    """A round is two steps: each sends one copy, fetches one and waits once."""
+    engine = open_on_gpu(exported, tmp_path)
+    _, round_ = busy(engine, machine.device, sampled=sampled)
+    device, runtime = machine.device, runtime_of(engine)
+    room = device.room
+    device.uploads, device.downloads, waits = [], [], device.num_waits
+    for _ in range(5):
+        round_()
+    assert device.num_waits - waits == 10
+    assert {address for address, _ in device.uploads} == {runtime._sent._address}
+    assert {address for address, _ in device.downloads} == {runtime._fetched._address}
+    # 4 rows, γ = 4: tokens and confidence of a block, then counts and bonus; places of 256 bytes.
+    assert [size for _, size in device.downloads] == [2 * 256, 2 * 256] * 5
+    assert max(size for _, size in device.uploads) <= 12 * 256
+    logits, hidden = 4 * 4 * tiny.VOCAB * 4, 16 * 2 * tiny.HIDDEN * 4
+    assert min(logits, hidden) > 2 * 256
+    assert device.room == room, "no memory is allocated while decoding"
+
+
+def test_steps_of_full_tensorrt_become_graphs(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine = open_on_gpu(exported, tmp_path, library="tensorrt")
+    _, round_ = busy(engine, machine.device, sampled=True)
+    executed = [len(e.contexts) for e in machine.module.engines]
+    before = machine.device.num_replays
+    for _ in range(5):
+        round_()
+    assert machine.device.num_replays - before >= 8  # a size may be new
+    assert all(count > 2 for count in executed)  # a context of its own for each graph
+    prompts = make_prompts(sampled=True)
+    rows = list(runtime_of(engine)._slots)
+    for slot in rows:
+        runtime_of(engine).release(slot)
+    with closing(open_engine(exported)) as cpu:
+        assert texts(engine, prompts, "on") == texts(cpu, prompts, "on")
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    prompts = make_prompts((12, 7, 5, 30), sampled=True)
+    engine = open_on_gpu(exported, tmp_path, library="tensorrt")
+    expected = texts(engine, prompts, "on")
+    assert machine.device.num_replays > 5
+    engine = open_on_gpu(exported, tmp_path, library="tensorrt")
+    machine.device.refuses_capture = True
+    assert texts(engine, prompts, "on") == expected
+    assert machine.device.num_replays == 0
+
+
+def test_graphs_can_be_left_out(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    prompts = make_prompts((12, 7, 5, 30), sampled=True)
+    found = []
+    for library in LIBRARIES:
+        copy = tmp_path / library
+        copy.mkdir()
+        expected = texts(open_on_gpu(exported, copy, library=library), prompts, "on")
+        device = HostDevice()
+        machine.module.Runtime.device = device
+        folder = copy / "gpu"
+        plain = TrtRuntime(
+            folder, read_manifest(folder), 4, trt=machine.module, device=device, graphs=False
+        )
+        engine = open_on_gpu(exported, copy, library=library)
+        engine._runtime = plain
+        assert texts(engine, prompts, "on") == expected
+        assert device.num_replays == 0
+        found.append(expected)
+    assert found[0] == found[1]
+
+
+def test_tensorrt_rtx_captures_its_decode_steps_itself(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    engine = open_on_gpu(exported, tmp_path)
+    texts(engine, make_prompts((12, 7)), "on")
+    assert machine.device.num_replays == 0
+    for opened in machine.module.engines:
+        strategies = [context.how.cuda_graph_strategy.name for context in opened.contexts]
+        assert strategies == ["WHOLE_GRAPH_CAPTURE", "DISABLED"]
+
+
+@pytest.mark.parametrize(
+    ("room", "budget"), [(10**12, 5 * 10**9), (3 * 10**9, None)], ids=["all", "some"]
+)
+def test_weights_stream_where_they_do_not_fit(
+    exported: Path,
+    tmp_path: Path,
+    open_on_gpu: Any,
+    machine: Machine,
+    room: int,
+    budget: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(HostDevice, "free_bytes", lambda _: room)
+    engine = open_on_gpu(exported, tmp_path, streamable=5 * 10**9)
+    working, scratch = 2 * 1000, 10**6
+    for opened in machine.module.engines:
+        assert opened.weight_streaming_budget_v2 == (budget or room - working - 2**28 - scratch)
+    assert len(texts(engine, make_prompts((12, 7)), "on")) == 2
+
+
+def test_a_gpu_that_is_full_is_named(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HostDevice, "free_bytes", lambda _: 1000)
+    with pytest.raises(EngineError, match=r"target.plan|draft.plan.*no room.*--max-rows"):
+        open_on_gpu(exported, tmp_path, streamable=5 * 10**9)
+
+
+def test_sizes_are_few_and_not_much_larger() -> None:
+    sizes = {rounded(n) for n in range(1, 513)}
+    assert [rounded(n) for n in (0, 1, 7, 8, 9, 17, 33, 512)] == [0, 1, 7, 8, 10, 20, 40, 512]
+    assert all(n <= rounded(n) <= 1.25 * n for n in range(1, 5000))
+    assert len(sizes) <= 8 + 4 * 6
