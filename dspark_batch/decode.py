@@ -130,8 +130,9 @@ class Slots:
         places = [r for r, s in enumerate(self.running) if s.slot in chosen]
         drafting = [self.running[r] for r in places]
         block = self._timed("draft_seconds", self._engine.draft, drafting)
-        for sequence in drafting:
-            sequence.num_taken = sequence.anchor_position
+        for sequence, looked_up in zip(drafting, block.looked_up.tolist(), strict=True):
+            if not looked_up:
+                sequence.num_taken = sequence.anchor_position
         return block.spread(places, len(self.running))
 
     def verify(self, block: DraftBlock | None, plan: VerifyPlan) -> VerifyResult:
@@ -142,11 +143,13 @@ class Slots:
     def commit(self, block: DraftBlock | None, plan: VerifyPlan, result: VerifyResult) -> None:
         """Append each row's accepted drafts and bonus, up to its first stop."""
         lengths, counts = plan.lengths.tolist(), result.num_accepted.tolist()
+        looked_up = None if block is None else block.lengths * block.looked_up
         for r, (sequence, bonus) in enumerate(
             zip(self.running, result.bonus.tolist(), strict=True)
         ):
             sequence.num_rounds += 1
             sequence.num_draft_tokens += int(block.lengths[r]) if block is not None else 0
+            sequence.num_looked_up_tokens += int(looked_up[r]) if looked_up is not None else 0
             sequence.num_verified_tokens += lengths[r]
             sequence.num_accepted_tokens += counts[r]
             sequence.accepted_histogram[counts[r]] += 1
@@ -234,6 +237,7 @@ class Slots:
                 sequence.num_verified_tokens,
                 sequence.num_accepted_tokens,
                 tuple(sequence.accepted_histogram),
+                sequence.num_looked_up_tokens,
             ),
             error=error,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,12 +160,44 @@ class Engine:
         samples = np.array([s.prompt.params.temperature > 0 for s in sequences])
         temperatures = np.where(samples[:, None], sampled, greedy)
         confidence = calibration.apply(block.confidence, temperatures)
-        return DraftBlock(block.tokens, confidence, block.lengths)
+        return replace(block, confidence=confidence)
 
     def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
-        """As `draft`, with the confidence as logits: what calibration is fitted on."""
-        if self._lookup is not None:
-            return self._lookup.draft(sequences)
+        """As `draft`, with the confidence as logits: what calibration is fitted on.
+
+        Beside a network a lookup has the greedy rows in which it finds something. Those make no
+        pass of the network; their context waits.
+        """
+        draft = self.manifest.draft
+        assert draft is not None
+        if self._lookup is None or not draft.has_network:
+            return self.draft_pass(sequences)
+        found = self._lookup.draft(sequences)
+        assert found.matches is not None
+        # A sampled row's proposal must come with the distribution that it was drawn from.
+        greedy = np.array([s.prompt.params.temperature == 0 for s in sequences])
+        matches = np.where(greedy, found.matches, 0)
+        others = np.flatnonzero(matches == 0).tolist()
+        if others:
+            drafted = self.draft_pass([sequences[r] for r in others])
+            drafted = drafted.spread(others, len(sequences))
+        else:
+            drafted = found
+        looked_up = matches[:, None] > 0
+        # The table is calibrated as it is: what will divide the logits is put in first.
+        sure = found.confidence * np.array(draft.confidence_temperatures, np.float32)
+        return DraftBlock(
+            np.where(looked_up, found.tokens, drafted.tokens),
+            np.where(looked_up, sure, drafted.confidence),
+            np.where(matches > 0, found.lengths, drafted.lengths),
+            matches,
+        )
+
+    def draft_pass(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
+        """A pass of the network for every sequence, or of the lookup where there is no network."""
+        draft = self.manifest.draft
+        if self._lookup is not None and draft is not None and not draft.has_network:
+            return replace(self._lookup.draft(sequences), matches=None)
         anchors = np.array([s.tokens[-1] for s in sequences], np.int64)
         return self._runtime.draft([s.slot for s in sequences], anchors, self._draws(sequences)[0])
 
@@ -248,8 +281,8 @@ def open_engine(
         manifest = manifest.model_copy(update={"draft": None})
     draft = manifest.draft
     lookup = None
-    if draft is not None and draft.drafter in LOOKUPS:
-        lookup = import_module(LOOKUPS[draft.drafter]).open_lookup(draft)
+    if draft is not None and draft.lookup is not None:
+        lookup = import_module(LOOKUPS[draft.lookup.drafter]).open_lookup(draft)
     rows = max_rows or manifest.limits.max_rows
     module = runtime_module(manifest.runtime)
     engine = Engine(

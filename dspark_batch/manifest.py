@@ -68,8 +68,10 @@ class TargetInfo(_Part):
 
 
 class LookupInfo(_Part):
-    """A draft that is looked up in the row's own tokens: `drafters/ngram.py`."""
+    """A draft that is looked up in the row's own tokens, alone or beside a network."""
 
+    drafter: str
+    """Of `drafters.LOOKUPS`."""
     shortest_match: int
     longest_match: int
     acceptance: tuple[tuple[float, ...], ...]
@@ -89,7 +91,10 @@ class CalibrationInfo(_Part):
 
 
 class DraftInfo(_Part):
-    """What proposes: a model, built into a graph from its checkpoint, or a lookup."""
+    """What proposes: a model, built into a graph from its checkpoint, a lookup, or both.
+
+    Of both, the lookup has the greedy rows in which it finds something.
+    """
 
     drafter: str
     source: str | None
@@ -115,6 +120,11 @@ class DraftInfo(_Part):
     """As `sampled_temperatures`."""
     calibration: tuple[CalibrationInfo, ...] = ()
     """How good the two are; empty for a draft without a confidence head."""
+
+    @property
+    def has_network(self) -> bool:
+        """Whether there is a graph that drafts."""
+        return self.cache is not None
 
 
 class Limits(_Part):

@@ -211,7 +211,7 @@ def _draft_times(
                 engine.prefill(running)
             for _ in range(number):
                 begin = clock()
-                engine.draft_raw(running)
+                engine.draft_pass(running)
                 found.append(clock() - begin)
                 engine.verify(running, None, VerifyPlan(np.zeros(num_rows, np.int64)))
         return found
@@ -247,8 +247,11 @@ class _Recorder:
         result = self._engine.verify(sequences, block, plan)
         whole = plan.lengths == self._engine.block_size
         rows = np.array([s.prompt.row for s in sequences])
-        found = (self._block.confidence[whole], result.num_accepted[whole], rows[whole])
-        self.found.append(calibration.Rounds(*found))
+        matches = self._block.matches
+        matches = np.zeros_like(rows) if matches is None else matches
+        parts = (result.num_accepted, rows, matches)
+        found = calibration.Rounds(self._block.confidence, *parts).of(whole)
+        self.found.append(found)
         return result
 
 
@@ -277,12 +280,14 @@ def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
     sampling = [replace(p, params=replace(p.params, temperature=1.0)) for p in source]
     observed = [observe_rounds(engine, rows) for rows in (source, sampling)]
     rounds = [found for found, _ in observed]
-    if draft.drafter in LOOKUPS:  # what it learns from the texts is to be calibrated
-        lookup = import_module(LOOKUPS[draft.drafter])
+    if draft.lookup is not None:
         texts = [[(prompts[c.row], c.token_ids) for c in done] for _, done in observed]
-        draft = lookup.learnt(draft, texts[0])
-        rounds = [lookup.rounds(draft, rows) for rows in texts]
-    greedy, sampled = map(calibration.calibrated, rounds)
+        draft, rounds = _with_learnt_lookup(draft, rounds, texts)
+    own = [found.matches == 0 if draft.has_network else None for found in rounds]
+    greedy, sampled = (
+        calibration.calibrated(found, scaled=scaled)
+        for found, scaled in zip(rounds, own, strict=True)
+    )
     found = {
         "confidence_temperatures": greedy.temperatures,
         "acceptance": greedy.acceptance,
@@ -292,6 +297,24 @@ def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
     }
     calibrated: DraftInfo = draft.model_copy(update=found)
     return calibrated
+
+
+def _with_learnt_lookup(
+    draft: DraftInfo,
+    rounds: Sequence[calibration.Rounds],
+    texts: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+) -> tuple[DraftInfo, list[calibration.Rounds]]:
+    """The draft with what its lookup learns of greedy rounds, and the rounds as it rates them.
+
+    `rounds` and `texts` (prompts and new tokens) are of greedy rows, then of sampled ones.
+    """
+    assert draft.lookup is not None
+    lookup = import_module(LOOKUPS[draft.lookup.drafter])
+    if not draft.has_network:
+        draft = lookup.learnt(draft, lookup.replayed(draft, texts[0]))
+        return draft, [lookup.rounds(draft, rows) for rows in texts]
+    draft = lookup.learnt(draft, lookup.observed(rounds[0]))
+    return draft, [lookup.rated(draft, found) for found in rounds]
 
 
 def _described(rows: Literal["greedy", "sampled"], fit: calibration.Calibrated) -> CalibrationInfo:

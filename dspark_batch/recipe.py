@@ -27,6 +27,7 @@ RECIPE_FOLDER = "export"
 NO_DRAFT = "none"
 
 Text = Annotated[str, Field(min_length=1)]
+_OF_MATCHES = {"shortest_match", "longest_match"}
 
 
 class _Section(BaseModel):
@@ -43,7 +44,7 @@ class TargetSection(_Section):
 
 
 class DraftSection(_Section):
-    """`[draft]`: what proposes. A network, and the method it was trained for, or a lookup."""
+    """`[draft]`: what proposes. A network, by the method it was trained for, a lookup, or both."""
 
     drafter: Text = "dspark"
     """`none` for an engine that never drafts."""
@@ -51,8 +52,13 @@ class DraftSection(_Section):
     """As for the target; a lookup has none."""
     block_size: Annotated[int, Field(ge=1)] = 7
     """γ of a lookup; a network brings its own."""
-    shortest_match: Annotated[int, Field(ge=1)] = 1
-    """Tokens of the row that must have occurred before, for a lookup to propose what followed."""
+    lookup: Text = "ngram"
+    """What proposes in a network's place where the row says again what it said; or `none`."""
+    shortest_match: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of the row that must have occurred before, for a lookup to propose what followed.
+
+    None: one, or two beside a network, which does better than a match of one.
+    """
     longest_match: Annotated[int, Field(ge=1)] = 8
     """Longer matches are preferred up to here."""
 
@@ -62,17 +68,40 @@ class DraftSection(_Section):
         if self.drafter == NO_DRAFT:
             wrong = given
         elif self.drafter in LOOKUPS:
-            wrong = given & {"weights"}
+            wrong = given & {"weights", "lookup"}
         else:
-            wrong = given - {"weights"}
+            wrong = given & {"block_size"}
             if self.weights is None:
                 raise PydanticCustomError("draft", "weights is missing")
+            if self.lookup not in (*LOOKUPS, NO_DRAFT):
+                known = ", ".join([*LOOKUPS, NO_DRAFT])
+                message = f"lookup = {self.lookup!r} is not known; known: {known}"
+                raise PydanticCustomError("draft", "{text}", {"text": message})
+            if self.lookup == NO_DRAFT and given & _OF_MATCHES:
+                message = f"{min(given & _OF_MATCHES)} is for a lookup, and lookup is 'none'"
+                raise PydanticCustomError("draft", "{text}", {"text": message})
         if wrong:
             message = f"{sorted(wrong)[0]} is not for drafter {self.drafter!r}"
             raise PydanticCustomError("draft", "{text}", {"text": message})
-        if self.shortest_match > self.longest_match:
-            raise PydanticCustomError("draft", "shortest_match is above longest_match")
+        if self.matches[0] > self.matches[1]:
+            message = "shortest_match is above longest_match"
+            if self.shortest_match is None:
+                message = f"longest_match is below {self.matches[0]}, the shortest"
+            raise PydanticCustomError("draft", "{text}", {"text": message})
         return self
+
+    @property
+    def lookup_drafter(self) -> str | None:
+        """The lookup that proposes, alone or beside a network; None where there is none."""
+        if self.drafter in LOOKUPS:
+            return self.drafter
+        return None if self.lookup == NO_DRAFT else self.lookup
+
+    @property
+    def matches(self) -> tuple[int, int]:
+        """Tokens of the shortest and the longest match."""
+        usual = 1 if self.drafter in LOOKUPS else 2
+        return usual if self.shortest_match is None else self.shortest_match, self.longest_match
 
 
 class EngineSection(_Section):

@@ -161,11 +161,11 @@ class Prices:
         curve = costs.verify_curve(num_rows, context)
         return cls(costs, num_rows, context, curve, curve(num_rows, 1))
 
-    def draft(self, num_rows: int, *, num_pending: int = 0) -> float:
+    def draft(self, num_rows: float, *, num_pending: int = 0) -> float:
         """A draft pass for `num_rows` of them, which takes in `num_pending` tokens of context."""
         return self.costs.draft(num_rows, context=self.context, num_pending=num_pending)
 
-    def step(self, num_drafting: int) -> plans.StepSeconds:
+    def step(self, num_drafting: float) -> plans.StepSeconds:
         """Rounds that draft for so many rows; context that piled up before is no part of them."""
         drafting = self.draft(num_drafting)
         return lambda num_tokens, longest: drafting + self.verify(num_tokens, longest)
@@ -214,7 +214,9 @@ class Weighed:
             return VerifyPlan(np.zeros(len(running), np.int64))
         proposed = np.arange(block.confidence.shape[1]) < block.lengths[:, None]
         confidence = np.where(proposed, block.confidence, 0.0)
-        step = self._prices.step(len(self._drafting))
+        passing = self._passing(running, block)
+        self._draft_seconds = self._price(passing) if passing else 0.0
+        step = self._prices.step(len(passing))
         rule = _early_stop if self._looking else self._rule
         plan = VerifyPlan(
             rule(
@@ -231,7 +233,9 @@ class Weighed:
         paid = tokens / step(plan.num_tokens, plan.longest) > len(running) / self._prices.plain
         self._last_paid = paid and len(self._drafting) == len(running)
         drafted = {s.slot for s in self._drafting}
-        self._outlook.see(confidence[[s.slot in drafted for s in running]])
+        self._outlook.see(
+            confidence[[s.slot in drafted for s in running]], num_passing=len(passing)
+        )
         return plan
 
     def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
@@ -248,6 +252,14 @@ class Weighed:
         if self._looking or self._num_since_answer >= _REFRESH:
             self._answers.clear()
             self._num_since_answer = 0
+
+    def _passing(self, running: list[Sequence], block: DraftBlock) -> list[Sequence]:
+        """The rows that a draft pass was made for: where a lookup proposes, none is.
+
+        Which those are follows from the rows' past, so a plan may depend on it.
+        """
+        looked_up = {s.slot for s, own in zip(running, block.looked_up, strict=True) if own}
+        return [s for s in self._drafting if s.slot not in looked_up]
 
     def _believed(self, confidence: Confidence, rule: Rule) -> Confidence:
         """What a rule gets to see: if it weighs, no more than this run has reason to trust."""
@@ -274,7 +286,7 @@ class Weighed:
         """Whether the last blocks, played through again with so many rows, beat plain decoding."""
         num_rows = len(running)
         if num_rows not in self._answers:
-            step = self._prices.step(num_rows)
+            step = self._prices.step(num_rows * self._outlook.share_passing)
             limits = np.full(num_rows, self._engine.block_size)
             rounds = self._outlook.rounds(num_rows)
             tokens = seconds = 0.0

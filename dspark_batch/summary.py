@@ -52,6 +52,7 @@ class Counts:
             "spec": {
                 "num_rounds": self.spec.num_rounds,
                 "num_draft_tokens": self.spec.num_draft_tokens,
+                "num_looked_up_tokens": self.spec.num_looked_up_tokens,
                 "num_verified_tokens": self.spec.num_verified_tokens,
                 "num_accepted_tokens": self.spec.num_accepted_tokens,
                 "accepted_length": self.spec.accepted_length,
@@ -77,6 +78,7 @@ class Counts:
                 spec["num_verified_tokens"],
                 spec["num_accepted_tokens"],
                 tuple(spec["accepted_histogram"]),
+                spec.get("num_looked_up_tokens", 0),  # not in parts from before it was counted
             ),
         )
 
@@ -178,6 +180,9 @@ class Summary:
                 f"drafted   {drafted:,} of {spec.num_rounds:,} rounds of a row, "
                 f"{spec.num_verified_tokens:,} tokens verified"
             )
+            if spec.num_looked_up_tokens:
+                share = spec.num_looked_up_tokens / spec.num_draft_tokens
+                lines.append(f"          {share:.0%} of the blocks were looked up")
             lines.append(
                 f"accepted  length {length:.2f} in those, {spec.accepted_length:.2f} in all; "
                 f"{spec.acceptance_rate:.0%} of the verified tokens"

@@ -84,6 +84,8 @@ class SpecCounts:
     num_verified_tokens: int
     num_accepted_tokens: int
     accepted_histogram: tuple[int, ...]
+    num_looked_up_tokens: int = 0
+    """Of `num_draft_tokens`: those of a lookup beside a network."""
 
     @property
     def accepted_length(self) -> float:
@@ -131,6 +133,7 @@ class Sequence:
     num_draft_tokens: int = 0
     num_verified_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_looked_up_tokens: int = 0
     num_taken: int = 0
     """Positions whose context a draft pass has taken in."""
     accepted_histogram: list[int] = field(default_factory=list)
@@ -168,6 +171,14 @@ class DraftBlock:
     """[R, γ] calibrated c_k: probability that draft k is accepted given all before it were."""
     lengths: NDArray[np.int64]
     """[R] tokens proposed, 0..γ; what lies beyond them is padding."""
+    matches: NDArray[np.int64] | None = None
+    """[R] of a lookup beside a network: tokens of the match that it went on from, 0 where the
+    network proposed; None where there are no two."""
+
+    @property
+    def looked_up(self) -> NDArray[np.bool_]:
+        """[R] whether a lookup proposed in the network's place, which made no pass for the row."""
+        return np.zeros(len(self.lengths), bool) if self.matches is None else self.matches > 0
 
     def spread(self, places: list[int], num_rows: int) -> DraftBlock:
         """The block of `num_rows` rows that has these rows at `places`, and no proposal else."""
@@ -176,7 +187,11 @@ class DraftBlock:
         lengths = np.zeros(num_rows, np.int64)
         tokens[places], confidence[places] = self.tokens, self.confidence
         lengths[places] = self.lengths
-        return DraftBlock(tokens, confidence, lengths)
+        matches = None
+        if self.matches is not None:
+            matches = np.zeros(num_rows, np.int64)
+            matches[places] = self.matches
+        return DraftBlock(tokens, confidence, lengths, matches)
 
 
 @dataclass(frozen=True, slots=True)

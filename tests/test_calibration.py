@@ -117,7 +117,7 @@ def test_fitting_without_rounds_is_refused() -> None:
 def rounds_of(seed: int, temperatures: Array, *, num_rounds: int = 12_000) -> Rounds:
     """As `rounds`, thirty of them to a row."""
     logits, accepted = rounds(seed, temperatures, num_rounds=num_rounds)
-    return Rounds(logits, accepted, np.arange(num_rounds) // 30)
+    return Rounds(logits, accepted, np.arange(num_rounds) // 30, np.zeros(num_rounds, np.int64))
 
 
 def test_what_is_reported_is_measured_on_rows_that_were_not_fitted() -> None:
@@ -135,7 +135,7 @@ def test_what_is_reported_is_measured_on_rows_that_were_not_fitted() -> None:
     assert max(report.error_after) < 0.025 < min(report.error_before)
     # The rows that are reported on do not count: their labels may be anything.
     accepted = np.where(even, found.accepted, 0)
-    again = calibrated(Rounds(found.logits, accepted, found.rows))
+    again = calibrated(Rounds(found.logits, accepted, found.rows, found.matches))
     assert again.temperatures == report.temperatures
     assert again.error_after != report.error_after
 
@@ -150,13 +150,13 @@ def test_rounds_of_one_row_alone_scale_nothing() -> None:
 
 def test_acceptance_is_conditional_on_the_positions_before() -> None:
     none = np.zeros((5, 3), np.float32)
-    found = Rounds(none, np.array([0, 1, 1, 2, 3]), np.arange(5))
+    found = Rounds(none, np.array([0, 1, 1, 2, 3]), np.arange(5), np.arange(5))
     # 4 of 5, 2 of 4, 1 of 2, each with one success and one failure more.
     np.testing.assert_allclose(found.acceptance, [5 / 7, 3 / 6, 2 / 4])
     assert found.survived.tolist()[3] == [True, True, False]
     joined = concatenate([found, found.of(found.accepted > 1)], 3)
     assert joined.accepted.tolist() == [0, 1, 1, 2, 3, 2, 3]
-    assert joined.rows.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert joined.rows.tolist() == joined.matches.tolist() == [0, 1, 2, 3, 4, 3, 4]
     assert joined.logits.shape == (7, 3)
 
 

@@ -70,7 +70,7 @@ class Timed:
             self.cached[sequence.slot] = len(sequence.tokens)
         return np.zeros(len(sequences), np.int64)
 
-    def draft_raw(self, sequences: list[Sequence]) -> DraftBlock:
+    def draft_pass(self, sequences: list[Sequence]) -> DraftBlock:
         slots = [s.slot for s in sequences]
         pending = sum(self.cached[slot] - self.taken[slot] for slot in slots)
         taken = np.mean([self.taken[slot] for slot in slots])

@@ -33,7 +33,7 @@ def test_acceptance_by_position_is_the_share_of_rounds_that_got_there() -> None:
 
 def test_counts_add_up_also_over_different_block_sizes() -> None:
     parts = [
-        SpecCounts(2, 4, 3, 2, (1, 0, 1)),
+        SpecCounts(2, 4, 3, 2, (1, 0, 1), 2),
         COUNTS,
         SpecCounts(0, 0, 0, 0, (0, 0, 0, 0)),
     ]
@@ -43,6 +43,7 @@ def test_counts_add_up_also_over_different_block_sizes() -> None:
         num_verified_tokens=16,
         num_accepted_tokens=11,
         accepted_histogram=(3, 1, 2, 2, 0),
+        num_looked_up_tokens=2,
     )
     assert add(iter(parts)) == add(reversed(parts))
 

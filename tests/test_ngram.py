@@ -29,6 +29,7 @@ from dspark_batch.drafters.ngram import (
     longest_match,
     open_lookup,
     replay,
+    replayed,
     rounds,
     text_of,
 )
@@ -57,6 +58,7 @@ def draft_info(
         files={},
         block_size=gamma,
         lookup=LookupInfo(
+            drafter="ngram",
             shortest_match=shortest,
             longest_match=shortest + len(table) - 1,
             acceptance=tuple(map(tuple, table)),
@@ -151,7 +153,7 @@ def test_a_row_is_replayed_as_it_would_have_been_drafted() -> None:
 
 def test_acceptance_by_match_is_learnt_from_finished_rows() -> None:
     before = draft_info(((0.5,) * 3,) * 3)
-    draft = learnt(before, [ROW, ROW])
+    draft = learnt(before, replayed(before, [ROW, ROW]))
     assert draft.lookup is not None
     seen = (2 * 0.5 + 2) / (2 + 2)
     two_of, none_of = (2 * seen + 2) / (2 + 2), 2 * seen / (2 + 2)

@@ -46,6 +46,7 @@ def made_up(
         stopped=np.zeros(num_rows, np.bool_),
         num_drafted=np.full(len(logits), BLOCK),
         num_accepted=np.tile(accepted, num_rows),
+        matches=np.zeros(len(logits), np.int64),
         confidence_logits=logits.astype(np.float32),
         temperatures=(1.0,) * BLOCK,
         acceptance=(confidence,) * BLOCK,

@@ -73,7 +73,19 @@ def test_a_recipe_may_ask_for_no_draft_or_for_another_lookup(workspace: Path) ->
     write(workspace, MINIMAL + '[draft]\ndrafter = "ngram"\nblock_size = 4\nlongest_match = 3\n')
     draft = load_recipe("mine").draft
     assert draft is not None
-    assert (draft.block_size, draft.shortest_match, draft.longest_match) == (4, 1, 3)
+    assert (draft.block_size, draft.lookup_drafter, draft.matches) == (4, "ngram", (1, 3))
+
+
+def test_a_network_has_a_lookup_beside_it_unless_it_shall_not(workspace: Path) -> None:
+    for lines, lookup, matches in (
+        ("", "ngram", (2, 8)),
+        ('lookup = "ngram"\nshortest_match = 3\nlongest_match = 5', "ngram", (3, 5)),
+        ('lookup = "none"', None, (2, 8)),
+    ):
+        write(workspace, f'{MINIMAL}[draft]\nweights = "drafts/mine"\n{lines}\n')
+        draft = load_recipe("mine").draft
+        assert draft is not None
+        assert (draft.lookup_drafter, draft.matches) == (lookup, matches)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,16 @@ def test_a_recipe_may_ask_for_no_draft_or_for_another_lookup(workspace: Path) ->
         ('drafter = "none"\nblock_size = 4', "block_size is not for drafter 'none'"),
         ('weights = "drafts/mine"\nblock_size = 4', "block_size is not for drafter 'dspark'"),
         ('drafter = "ngram"\nshortest_match = 9', "shortest_match is above longest_match"),
+        ('drafter = "ngram"\nlookup = "ngram"', "lookup is not for drafter 'ngram'"),
+        ('weights = "drafts/mine"\nlongest_match = 1', "longest_match is below 2, the shortest"),
+        (
+            'weights = "drafts/mine"\nlookup = "ngrams"',
+            "lookup = 'ngrams' is not known; known: ngram, none",
+        ),
+        (
+            'weights = "drafts/mine"\nlookup = "none"\nlongest_match = 3',
+            "longest_match is for a lookup, and lookup is 'none'",
+        ),
         ('drafter = "ngram"\nblock_size = 0', r"block_size = 0: .*greater than or equal to 1"),
     ],
 )

@@ -30,16 +30,16 @@ DEAR = CostTable.measured(
 )
 
 
-KINDS = ["stops", "endless", "lookup"]
+KINDS = ["stops", "endless", "lookup", "both"]
 LOOKUP = 'drafter = "ngram"\nblock_size = 4'
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A pair whose rows may stop, one whose rows never do, and a draft of varying length."""
+    """A pair whose rows may stop, one whose rows never do, a draft of varying length, and both."""
     folder = tmp_path_factory.mktemp("pair")
     target, draft = write_agreeing_pair(folder, stops=request.param != "endless")
-    proposes = LOOKUP if request.param == "lookup" else draft
+    proposes = {"lookup": LOOKUP, "both": f'weights = "{draft}"'}.get(request.param, draft)
     engine = open_engine(export_pair(folder, target, proposes))
     yield engine
     engine.close()
@@ -87,6 +87,8 @@ def test_a_record_holds_the_plain_text_s_lengths(
     assert set(rounds.num_accepted.tolist()) == set(range(engine.block_size + 1))
     varies = engine.manifest.draft is not None and engine.manifest.draft.drafter == "ngram"
     assert rounds.num_drafted.min() == (0 if varies else engine.block_size)
+    lookup = engine.manifest.draft is not None and engine.manifest.draft.lookup is not None
+    assert rounds.matches.any() == (lookup and not varies)
 
 
 def test_a_recorded_block_is_the_one_drafted_from_that_prefix(
@@ -168,7 +170,10 @@ def test_the_compared_schedules_are_of_every_kind(rounds: Rounds) -> None:
     cheap = [c.spec for c in replayed(rounds, CHEAP, "on", "early-stop")]
     dear = [c.spec for c in replayed(rounds, DEAR, "auto")]
     verified = [sum(s.num_verified_tokens for s in run) for run in (whole, cheap, dear)]
-    assert verified[0] > verified[1] > verified[2] > 0  # shorter plans
+    assert verified[0] > max(verified[1:]) > 0  # shorter plans
+    if rounds.matches.any():
+        return  # most is looked up, which costs nothing: dear drafts are hardly dearer
+    assert verified[1] > verified[2]
     drafted = sum(s.num_draft_tokens for s in dear)
     assert 0 < drafted < 4 * sum(s.num_rounds for s in dear)  # and rounds without a draft
 
@@ -196,8 +201,11 @@ class Shortened:
 
     def draft(self, sequences: Any) -> DraftBlock:
         block, size = self._engine.draft(sequences), self.block_size
-        return DraftBlock(
-            block.tokens[:, :size], block.confidence[:, :size], np.minimum(block.lengths, size)
+        return replace(
+            block,
+            tokens=block.tokens[:, :size],
+            confidence=block.confidence[:, :size],
+            lengths=np.minimum(block.lengths, size),
         )
 
 

@@ -191,16 +191,17 @@ def export_pair(
 ) -> Path:
     """Export into `folder/engines/tiny` from a recipe in `folder/export/tiny.toml`.
 
-    `draft` is a checkpoint, or the lines of the recipe's section, or None for no draft at all.
+    `draft` is a checkpoint, without a lookup beside it, or the lines of the recipe's section, or
+    None for no draft at all.
     """
     recipe = folder / "export" / "tiny.toml"
     recipe.parent.mkdir(parents=True, exist_ok=True)
     lines = [f'[target]\nweights = "{target}"\n']
     if draft is None:
         draft = 'drafter = "none"'
-    lines.append(
-        f"[draft]\n{draft}\n" if isinstance(draft, str) else f'[draft]\nweights = "{draft}"\n'
-    )
+    if isinstance(draft, Path):
+        draft = f'weights = "{draft}"\nlookup = "none"'
+    lines.append(f"[draft]\n{draft}\n")
     lines.append(
         f'[engine]\nprecision = "{precision}"\nmax_rows = {max_rows}\nmax_tokens = {max_tokens}\n'
     )

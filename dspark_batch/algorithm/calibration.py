@@ -69,10 +69,13 @@ class Rounds:
     """[n] draft tokens."""
     rows: NDArray[np.int64]
     """[n] the row that each round is of."""
+    matches: NDArray[np.int64]
+    """[n] of a lookup's proposal, as in `DraftBlock`; 0 for a network's."""
 
     def of(self, chosen: NDArray[np.bool_]) -> Rounds:
         """Those rounds [n]."""
-        return Rounds(self.logits[chosen], self.accepted[chosen], self.rows[chosen])
+        parts = (self.accepted[chosen], self.rows[chosen], self.matches[chosen])
+        return Rounds(self.logits[chosen], *parts)
 
     def survival(self, temperatures: ArrayLike) -> NDArray[np.float64]:
         """Predicted probability [n, γ] that a block is accepted up to each position."""
@@ -106,12 +109,13 @@ class Rounds:
 
 def concatenate(rounds: Sequence[Rounds], block_size: int) -> Rounds:
     """All of them as one."""
-    none = Rounds(np.zeros((0, block_size), np.float32), *(np.zeros(0, np.int64),) * 2)
+    none = Rounds(np.zeros((0, block_size), np.float32), *(np.zeros(0, np.int64),) * 3)
     parts = [none, *rounds]
     return Rounds(
         np.concatenate([part.logits for part in parts]),
         np.concatenate([part.accepted for part in parts]),
         np.concatenate([part.rows for part in parts]),
+        np.concatenate([part.matches for part in parts]),
     )
 
 
@@ -127,19 +131,23 @@ class Calibrated:
     error_after: tuple[float, ...]
 
 
-def calibrated(rounds: Rounds) -> Calibrated:
+def calibrated(rounds: Rounds, *, scaled: NDArray[np.bool_] | None = None) -> Calibrated:
     """Temperatures fitted on every other row, errors of the others, acceptance of all.
 
     Rounds of one row are too much alike to be told apart; with one row or none nothing is scaled.
+    `scaled` [n] are the rounds that temperatures are for; logits of the others count as they are.
     """
     block_size = rounds.logits.shape[1]
+    scaled = np.ones(len(rounds.accepted), bool) if scaled is None else scaled
     even = np.unique(rounds.rows, return_inverse=True)[1] % 2 == 0
-    fitted, held_out = rounds.of(even), rounds.of(~even)
+    fitted, held_out = rounds.of(even & scaled), rounds.of(~even)
     temperatures = np.ones(block_size)
     before = after = np.zeros(block_size)
     if len(held_out.accepted):
-        temperatures = fit(fitted.logits, fitted.accepted)
-        before, after = held_out.errors(np.ones(block_size)), held_out.errors(temperatures)
+        if len(fitted.accepted):
+            temperatures = fit(fitted.logits, fitted.accepted)
+        by_round = np.where(scaled[~even, None], temperatures, 1.0)
+        before, after = held_out.errors(np.ones(block_size)), held_out.errors(by_round)
     found = (temperatures, rounds.acceptance, before, after)
     return Calibrated(len(rounds.accepted), *(tuple(map(float, values)) for values in found))
 

@@ -153,11 +153,14 @@ class CostTable:
         """Seconds of a plain step: a target pass without draft columns."""
         return self.verify_curve(num_rows, context)(num_rows, 1)
 
-    def draft(self, num_rows: int, *, context: float = 0.0, num_pending: int = 0) -> float:
+    def draft(self, num_rows: float, *, context: float = 0.0, num_pending: int = 0) -> float:
         """Seconds of a draft pass for `num_rows` rows; it always drafts the whole block.
 
-        `num_pending` tokens of context, of all rows together, are taken in on the way.
+        `num_pending` tokens of context, of all rows together, are taken in on the way. Less than
+        one row is a pass that is made now and then; none costs nothing.
         """
+        if num_rows < 1:
+            return num_rows * self.draft(1, context=context) + num_pending * self.intake_seconds
         seconds = _interpolate(self.rows, list(accumulate(self.draft_seconds, max)), num_rows)
         further = max(context - self.context_tokens, 0.0)
         added = num_rows * further * self.draft_context_seconds

@@ -25,6 +25,7 @@ def add(counts: Iterable[SpecCounts]) -> SpecCounts:
         num_verified_tokens=sum(c.num_verified_tokens for c in every),
         num_accepted_tokens=sum(c.num_accepted_tokens for c in every),
         accepted_histogram=tuple(sum(column) for column in histograms),
+        num_looked_up_tokens=sum(c.num_looked_up_tokens for c in every),
     )
 
 

@@ -30,6 +30,7 @@ class Outlook:
     def __init__(self) -> None:
         self._blocks: deque[Confidence] = deque(maxlen=_KEPT_BLOCKS)
         self._predicted = self._accepted = 0.0
+        self._num_passing = self._num_drafted = 0.0
         self.num_seen = 0
         """Blocks that were drafted in this run."""
 
@@ -42,10 +43,21 @@ class Outlook:
         """Begin with blocks of this conditional acceptance [γ]."""
         self._blocks.extend([acceptance] * _PRIOR_BLOCKS)
 
-    def see(self, confidence: Confidence) -> None:
-        """Keep the blocks [R, γ] of a round, verified or not: calibrated confidence."""
+    def see(self, confidence: Confidence, *, num_passing: int | None = None) -> None:
+        """Keep the blocks [R, γ] of a round, verified or not: calibrated confidence.
+
+        `num_passing` of them a draft pass was made for; all where it is not said.
+        """
         self._blocks.extend(confidence)
         self.num_seen += len(confidence)
+        passing = len(confidence) if num_passing is None else num_passing
+        self._num_passing = _DECAY * self._num_passing + passing
+        self._num_drafted = _DECAY * self._num_drafted + len(confidence)
+
+    @property
+    def share_passing(self) -> float:
+        """Share of the blocks, the last ones most, that a draft pass was made for."""
+        return self._num_passing / self._num_drafted if self._num_drafted else 1.0
 
     def learn(self, *, predicted: float, accepted: float) -> None:
         """Draft tokens of one plan: expected by untrusted confidence, and found."""

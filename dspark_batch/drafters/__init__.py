@@ -1,9 +1,10 @@
 """Drafters: methods of proposing a block.
 
 Those of `DRAFTERS` build a graph from a checkpoint, all with the same contract; those of `LOOKUPS`
-have no weights, and propose from the rows' own tokens on the host. A module of the latter has
-`open_lookup` (a manifest's draft -> `Lookup`), `learnt` (the draft with what finished rows teach)
-and `rounds` (those that would have led to finished rows, for calibration).
+have no weights, and propose from the rows' own tokens on the host, alone or beside a network. A
+module of the latter has `open_lookup` (a manifest's draft -> `Lookup`) and, for calibration,
+`replayed` and `observed` (rounds of finished texts, or beside a network), `learnt` (the draft with
+what they teach), `rounds` and `rated` (either with the confidence that was learnt).
 """
 
 from __future__ import annotations

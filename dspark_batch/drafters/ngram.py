@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -41,13 +42,13 @@ class Match(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One round of a finished row as greedy decoding with this draft would have gone."""
+    """One round of a row that was decoded greedily."""
 
     size: int
     """Of the match; 0 where there was none."""
     num_accepted: int
     num_known: int
-    """Proposed tokens that the row's own text can judge: fewer than γ near its end."""
+    """Proposed tokens that the row can judge: fewer than γ near the end of its text."""
 
 
 def text_of(tokens: Iterable[int]) -> str:
@@ -94,11 +95,28 @@ def replay(info: DraftInfo, prompt: SequenceOf[int], new: SequenceOf[int]) -> It
         end += num_accepted + 1
 
 
-def learnt(info: DraftInfo, texts: Iterable[Text]) -> DraftInfo:
-    """The draft with the acceptance by match that finished greedy rows show."""
+def replayed(info: DraftInfo, texts: Iterable[Text]) -> list[Round]:
+    """The rounds of finished rows, were they drafted by this alone."""
+    return [round_ for prompt, new in texts for round_ in replay(info, prompt, new)]
+
+
+def observed(rounds: calibration.Rounds) -> list[Round]:
+    """Rounds of whole blocks as they were decoded; a network's have no match."""
+    block_size = rounds.logits.shape[1]
+    pairs = zip(rounds.matches.tolist(), rounds.accepted.tolist(), strict=True)
+    return [Round(size, num_accepted, block_size) for size, num_accepted in pairs]
+
+
+def rated(info: DraftInfo, rounds: calibration.Rounds) -> calibration.Rounds:
+    """The rounds with what is learnt by now for the confidence of looked up blocks."""
+    looked_up = rounds.matches[:, None] > 0
+    return replace(rounds, logits=np.where(looked_up, _logits(info)[rounds.matches], rounds.logits))
+
+
+def learnt(info: DraftInfo, found: SequenceOf[Round]) -> DraftInfo:
+    """The draft with the acceptance by match that greedy rounds show."""
     lookup = info.lookup
     assert lookup is not None
-    found = [round_ for prompt, new in texts for round_ in replay(info, prompt, new)]
     table = [np.full(info.block_size, 0.5)]
     for size in range(lookup.shortest_match, lookup.longest_match + 1):
         # A length that was hardly seen is believed as the next shorter one.
@@ -116,15 +134,14 @@ def rounds(info: DraftInfo, texts: Iterable[Text]) -> calibration.Rounds:
     """What calibration is fitted on: the replayed rounds, but for those that a row's end cuts."""
     logits = _logits(info)
     found = [
-        (logits[round_.size], round_.num_accepted, row)
+        (logits[round_.size], round_.num_accepted, row, round_.size)
         for row, (prompt, new) in enumerate(texts)
         for round_ in replay(info, prompt, new)
         if round_.num_known == info.block_size
     ]
     return calibration.Rounds(
-        np.array([logits for logits, _, _ in found], np.float32).reshape(-1, info.block_size),
-        np.array([num_accepted for _, num_accepted, _ in found], np.int64),
-        np.array([row for _, _, row in found], np.int64),
+        np.array([logits for logits, *_ in found], np.float32).reshape(-1, info.block_size),
+        *(np.array([one[i] for one in found], np.int64) for i in (1, 2, 3)),
     )
 
 
@@ -160,7 +177,7 @@ class NgramDrafter:
             np.zeros(shape, np.int64),
             np.tile(self._logits[0], (len(sequences), 1)),
         )
-        lengths = np.zeros(len(sequences), np.int64)
+        lengths, matches = np.zeros(len(sequences), np.int64), np.zeros(len(sequences), np.int64)
         for r, sequence in enumerate(sequences):
             text = self._texts.get(sequence.slot, "")
             text += text_of(sequence.tokens[len(text) :])
@@ -169,8 +186,8 @@ class NgramDrafter:
             if match is not None:
                 tokens[r] = continuation(sequence.tokens, match.follows, self._block_size)
                 confidence[r] = self._logits[match.size]
-                lengths[r] = self._block_size
-        return DraftBlock(tokens, confidence, lengths)
+                lengths[r], matches[r] = self._block_size, match.size
+        return DraftBlock(tokens, confidence, lengths, matches)
 
     def release(self, slot: int) -> None:
         """The row in this slot has ended."""

@@ -192,11 +192,12 @@ class _Export:
         if section is None:
             return None
         if spec is None or weights is None:
-            return _lookup_info(section)
+            return _lookup_alone(section)
         assert self._draft_vocab is not None
         return DraftInfo(
             drafter=section.drafter,
             source=section.weights,
+            lookup=_lookup_info(section, spec.block_size),
             files={path.name: sha256_of(path) for path in weights.files},
             block_size=spec.block_size,
             mask_token_id=spec.mask_token_id,
@@ -314,26 +315,33 @@ def _origin(draft: DraftInfo | None) -> tuple[object, ...]:
     if draft is None:
         return ()
     lookup = draft.lookup
-    sizes = (lookup.shortest_match, lookup.longest_match) if lookup else ()
+    sizes = (lookup.drafter, lookup.shortest_match, lookup.longest_match) if lookup else ()
     return (draft.drafter, draft.source, draft.files, draft.block_size, *sizes)
 
 
-def _lookup_info(section: DraftSection) -> DraftInfo:
+def _lookup_info(section: DraftSection, block_size: int) -> LookupInfo | None:
+    """The section's lookup before it is calibrated; None where it asks for none."""
+    if section.lookup_drafter is None:
+        return None
+    shortest, longest = section.matches
+    return LookupInfo(
+        drafter=section.lookup_drafter,
+        shortest_match=shortest,
+        longest_match=longest,
+        acceptance=((0.5,) * block_size,) * (longest - shortest + 1),
+    )
+
+
+def _lookup_alone(section: DraftSection) -> DraftInfo:
     """A draft without weights, before it is calibrated."""
-    untold = (0.5,) * section.block_size
-    num_sizes = section.longest_match - section.shortest_match + 1
     return DraftInfo(
         drafter=section.drafter,
         source=None,
         files={},
         block_size=section.block_size,
-        lookup=LookupInfo(
-            shortest_match=section.shortest_match,
-            longest_match=section.longest_match,
-            acceptance=(untold,) * num_sizes,
-        ),
+        lookup=_lookup_info(section, section.block_size),
         confidence_temperatures=(1.0,) * section.block_size,
-        acceptance=untold,
+        acceptance=(0.5,) * section.block_size,
     )
 
 

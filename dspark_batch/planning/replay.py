@@ -186,6 +186,7 @@ class ReplayEngine:
         self._confidence = rounds.confidence[:, : self.block_size]
         self._num_drafted = np.minimum(rounds.num_drafted, self.block_size)
         self._num_accepted = np.minimum(rounds.num_accepted, self.block_size)
+        self._matches = rounds.matches
         self._num_ahead, self._ahead = _texts(rounds, self.block_size + 1)
 
     def prompts(self) -> Iterator[Prompt]:
@@ -213,13 +214,18 @@ class ReplayEngine:
         """The recorded blocks, in tokens that say no more than whether they end the row."""
         anchors = self._anchors(sequences)
         self._num_drafting = len(sequences)
+        matches = self._matches[anchors]
+        passing = [s for s, match in zip(sequences, matches, strict=True) if not match]
         self._draft_seconds = self.costs.draft(
-            len(sequences),
-            context=_context(sequences),
-            num_pending=sum(s.num_pending for s in sequences),
+            len(passing),
+            context=_context(passing) if passing else 0.0,
+            num_pending=sum(s.num_pending for s in passing),
         )
         return DraftBlock(
-            self._ahead[anchors, :-1], self._confidence[anchors], self._num_drafted[anchors]
+            self._ahead[anchors, :-1],
+            self._confidence[anchors],
+            self._num_drafted[anchors],
+            matches,
         )
 
     def verify(

@@ -29,9 +29,9 @@ from dspark_batch.types import Sequence as Row
 if TYPE_CHECKING:
     from dspark_batch.engine import Engine
 
-FORMAT = "dspark-batch-rounds/1"
+FORMAT = "dspark-batch-rounds/2"
 _ROW_COLUMNS = ("num_prompt_tokens", "max_new_tokens", "num_new_tokens", "stopped")
-_ANCHOR_COLUMNS = ("num_drafted", "num_accepted")
+_ANCHOR_COLUMNS = ("num_drafted", "num_accepted", "matches")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +51,8 @@ class Rounds:
     num_accepted: NDArray[np.int64]
     """[A] of them that the text goes on with; past the end of a text nothing is known,
     and nothing counts."""
+    matches: NDArray[np.int64]
+    """[A] as in `DraftBlock`: above 0 a lookup proposed, and the draft made no pass."""
     confidence_logits: NDArray[np.float32]
     """[A, γ] as the confidence head gives them."""
     temperatures: tuple[float, ...]
@@ -122,6 +124,7 @@ def record(engine: Engine, prompts: Sequence[Prompt]) -> Rounds:
         stopped=np.array([c.finish_reason is FinishReason.STOP for c in done]),
         num_drafted=np.array([anchor.num_drafted for anchor in anchors]),
         num_accepted=np.concatenate(accepted),
+        matches=np.array([anchor.match for anchor in anchors]),
         confidence_logits=np.stack([anchor.logits for anchor in anchors]),
         temperatures=draft.confidence_temperatures,
         acceptance=draft.acceptance,
@@ -143,6 +146,7 @@ class Block:
     tokens: NDArray[np.int64]
     logits: NDArray[np.float32]
     num_drafted: int
+    match: int = 0
 
 
 class _Recorder:
@@ -157,9 +161,12 @@ class _Recorder:
 
     def draft(self, sequences: list[Row]) -> DraftBlock:
         block = self._engine.draft_raw(sequences)
-        drafted = zip(block.tokens, block.confidence, block.lengths.tolist(), strict=True)
-        for sequence, (tokens, logits, num_drafted) in zip(sequences, drafted, strict=True):
-            self.blocks[sequence.prompt.row].append(Block(tokens, logits, num_drafted))
+        matches = np.zeros_like(block.lengths) if block.matches is None else block.matches
+        numbers = (block.lengths.tolist(), matches.tolist())
+        for sequence, *drafted in zip(
+            sequences, block.tokens, block.confidence, *numbers, strict=True
+        ):
+            self.blocks[sequence.prompt.row].append(Block(*drafted))
         return block
 
     def verify(
@@ -216,6 +223,7 @@ def read_rounds(path: Path) -> Rounds:
         stopped=np.array(columns["stopped"]),
         num_drafted=np.concatenate(columns["num_drafted"]).astype(np.int64),
         num_accepted=np.concatenate(columns["num_accepted"]).astype(np.int64),
+        matches=np.concatenate(columns["matches"]).astype(np.int64),
         confidence_logits=logits.reshape(-1, block_size),
         temperatures=tuple(about["temperatures"]),
         acceptance=tuple(about["acceptance"]),
