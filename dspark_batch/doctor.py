@@ -132,7 +132,9 @@ def diagnose(*, verify: bool = False) -> Diagnosis:
     )
     notes = [note for engine in engines for note in _engine_notes(engine, cpu, memory, gpus)]
     recipes = {path.stem: _look_at_recipe(path.stem) for path in sorted(_RECIPES.glob("*.toml"))}
-    notes += [f"{note}: {command}" for note, command in recipes.values() if note]
+    for note, command in recipes.values():
+        if note is not None:  # whose export would say no more than the note does
+            notes.append(note if " export " in command else f"{note}: {command}")
     notes += _package_notes()
     return Diagnosis(
         _versions(),
