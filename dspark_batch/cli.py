@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
@@ -243,27 +244,22 @@ def run(
     """
     job = load_job(input, _given(flags))
 
+    from dspark_batch.crew import open_crew
     from dspark_batch.decode import DecodeStats, decode
-    from dspark_batch.engine import Engine, open_engine
-    from dspark_batch.measure import ensure_costs
+    from dspark_batch.measure import open_measured
     from dspark_batch.progress import open_progress
     from dspark_batch.runner import run as run_job
-
-    def open_measured(folder: Path, *, max_rows: int | None = None) -> Engine:
-        engine = open_engine(folder, max_rows=max_rows, with_draft=job.spec != "off")
-        if job.needs_costs:
-            ensure_costs(engine, progress=progress.phase)
-        return engine
 
     with open_progress(progress_mode) as progress:
         summary = run_job(
             job,
-            open_engine=open_measured,
+            open_engine=partial(open_measured, job=job, progress=progress.phase),
             decode=decode,
             stats=DecodeStats(),
             progress=progress,
             argv=ctx.meta[_ARGV],
             overwrite=overwrite,
+            crew=open_crew(job, open_engine=open_measured, decode=decode),
         )
     _print(summary, as_json=as_json)
     if summary.failure:
@@ -309,6 +305,23 @@ def status(output: Path, as_json: bool) -> None:
     from dspark_batch.status import read_status
 
     _print(read_status(output), as_json=as_json)
+
+
+@main.command()
+@click.option("--verify", is_flag=True, help="Compare engine files by hash, not by size.")
+@_json_option
+def doctor(verify: bool, as_json: bool) -> None:
+    """Say what this machine has, which engines run here, and what to type next.
+
+    Looks at the workspace in the current folder. What it finds wrong is a line, not a failure.
+
+    \b
+    Example:
+      dspark-batch doctor
+    """
+    from dspark_batch.doctor import diagnose
+
+    _print(diagnose(verify=verify), as_json=as_json)
 
 
 @main.command()

@@ -21,7 +21,8 @@ from dspark_batch.algorithm import calibration, sampling
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.drafters import LOOKUPS, Lookup
 from dspark_batch.manifest import EngineManifest, read_manifest
-from dspark_batch.runtimes.session import Draws, Runtime, Span
+from dspark_batch.runtimes import runtime_module
+from dspark_batch.runtimes.session import ANYWHERE, Draws, Placement, Runtime, Span
 from dspark_batch.types import DraftBlock, Sequence, VerifyPlan, VerifyResult
 
 if TYPE_CHECKING:
@@ -260,7 +261,13 @@ def _passes(
         waiting = [r for r in waiting if done[r] < len(rows[r])]
 
 
-def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool = True) -> Engine:
+def open_engine(
+    folder: Path,
+    *,
+    max_rows: int | None = None,
+    with_draft: bool = True,
+    placement: Placement = ANYWHERE,
+) -> Engine:
     """Open an engine folder for up to `max_rows` concurrent rows (default: the manifest's).
 
     Without its draft an engine decodes plainly and keeps no context for one.
@@ -269,8 +276,6 @@ def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool =
     Raises:
         EngineError: the folder holds no engine, or one that cannot run here.
     """
-    from dspark_batch.runtimes import RUNTIMES
-
     manifest = read_manifest(folder)
     if not with_draft:
         manifest = manifest.model_copy(update={"draft": None})
@@ -279,13 +284,13 @@ def open_engine(folder: Path, *, max_rows: int | None = None, with_draft: bool =
     if draft is not None and draft.lookup is not None:
         lookup = import_module(LOOKUPS[draft.lookup.drafter]).open_lookup(draft)
     rows = max_rows or manifest.limits.max_rows
-    module = import_module(RUNTIMES[manifest.runtime])
+    module = runtime_module(manifest.runtime)
     engine = Engine(
         manifest,
-        module.open_pair(folder, manifest, rows),
+        module.open_pair(folder, manifest, rows, placement),
         folder=folder,
         max_rows=rows,
-        hardware_key=module.hardware_key(),
+        hardware_key=module.hardware_key(manifest, placement),
         lookup=lookup,
     )
     if draft is not None:

@@ -76,7 +76,13 @@ class Job(BaseModel):
         description="Confidence below which the scheduler threshold verifies no further.",
     )
     max_rows: int | None = Field(
-        None, ge=1, description="Rows decoded at a time; by default the engine's number."
+        None, ge=1, description="Rows of a worker at a time; by default the engine's number."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where graphs execute; auto is a GPU if there is one that can."
+    )
+    workers: int | None = Field(
+        None, ge=1, description="Processes that decode; by default 1, or one for each GPU."
     )
     part_rows: int = Field(1024, ge=1, description="Rows in a part of the output at most.")
     limit: int | None = Field(None, ge=1, description="Read only this many rows.")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -18,8 +19,10 @@ from dspark_batch.algorithm import calibration
 from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.drafters import LOOKUPS
-from dspark_batch.engine import Engine, write_costs
+from dspark_batch.engine import Engine, open_engine, write_costs
+from dspark_batch.job import Job
 from dspark_batch.manifest import CalibrationInfo, DraftInfo
+from dspark_batch.runtimes.session import Placement
 from dspark_batch.types import (
     Completion,
     DraftBlock,
@@ -78,6 +81,26 @@ def measure_costs(
         context_seconds=slopes,
         draft_context_seconds=taken,
     )
+
+
+def open_measured(
+    folder: Path,
+    *,
+    job: Job,
+    max_rows: int | None = None,
+    threads: int = 0,
+    progress: Callable[[str], None],
+) -> Engine:
+    """Open an engine as a job needs it: its draft unless it never drafts, costs if it weighs."""
+    engine = open_engine(
+        folder,
+        max_rows=max_rows,
+        with_draft=job.spec != "off",
+        placement=Placement(device=job.device, threads=threads),
+    )
+    if job.needs_costs:
+        ensure_costs(engine, progress=progress)
+    return engine
 
 
 def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,23 @@ class PromptFiles:
         return {field.name: _kind(field.type) for field in self.schema}
 
     def read(self, shards: Iterable[Shard]) -> Iterator[tuple[Shard, pa.Table]]:
-        """The rows of each shard; `shards` in the order of the plan, gaps allowed."""
+        """The rows of each shard; `shards` in the order of the plan, gaps allowed.
+
+        A shard is asked for when the one before it was taken, not sooner.
+        """
         for (file, row_group), group in groupby(shards, key=lambda s: (s.file, s.row_group)):
-            yield from self._read_row_group(self.files[file], row_group, list(group))
+            yield from self._read_row_group(self.files[file], row_group, group)
 
     def _read_row_group(
-        self, file: PromptFile, row_group: int, shards: list[Shard]
+        self, file: PromptFile, row_group: int, shards: Iterator[Shard]
     ) -> Iterator[tuple[Shard, pa.Table]]:
-        if shards[0].num_rows == 0:
-            yield shards[0], self.schema.empty_table()
+        first = next(shards)
+        if first.num_rows == 0:
+            yield first, self.schema.empty_table()
             return
-        batches = _batches(file, row_group, min(_BATCH_ROWS, max(s.num_rows for s in shards)))
+        batches = _batches(file, row_group, min(_BATCH_ROWS, first.num_rows))
         batch, batch_offset = next(batches), 0
-        for shard in shards:
+        for shard in chain([first], shards):
             pieces = []
             offset, end = shard.offset, shard.offset + shard.num_rows
             while offset < end:

@@ -5,30 +5,39 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 from dspark_batch import __version__
 from dspark_batch.errors import StoppedEarly, StorageError
 from dspark_batch.job import Job
 from dspark_batch.output import OutputFolder, now
 from dspark_batch.plan import JobPlan
-from dspark_batch.schedule import settled
+from dspark_batch.schedule import Drafting, settled
 from dspark_batch.summary import Summary
 
-if TYPE_CHECKING:
-    from dspark_batch.engine import Engine
-
 _PACKAGES = ("numpy", "onnxruntime", "pyarrow", "tokenizers")
+
+
+class RecordedEngine(Drafting, Protocol):
+    """What a record says of an engine."""
+
+    @property
+    def name(self) -> str:
+        """That of its recipe."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Facts that decide what text comes out."""
 
 
 class RunRecord:
     """`run/record.json`: written when the run begins and when it ends, however it ends."""
 
     def __init__(
-        self, output: OutputFolder, plan: JobPlan, engine: Engine, *, argv: Sequence[str]
+        self, output: OutputFolder, plan: JobPlan, engine: RecordedEngine, *, argv: Sequence[str]
     ) -> None:
         self.summary: Summary | None = None
         """Set it before the end of a run that came to its end."""
@@ -88,7 +97,7 @@ class RunRecord:
             self._output.write_record(self._values)
 
 
-def _schedule(job: Job, engine: Engine) -> dict[str, Any]:
+def _schedule(job: Job, engine: Drafting) -> dict[str, Any]:
     """How the run drafts and verifies, whatever was left to defaults."""
     spec, scheduler = settled(engine, job.spec, job.scheduler)
     threshold = job.confidence_threshold if scheduler == "threshold" else None

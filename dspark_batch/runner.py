@@ -1,31 +1,32 @@
-"""One run of a job: lock, resume, one continuous decode over all pending shards, commit, record.
+"""One run of a job: lock, resume, decode what is pending, record, sum up.
 
-decode() sees a single stream of prompts, so the batch never drains where a shard ends. A shard is
-open from its first prompt to its commit; each open shard but the newest has a row in the batch, so
-no more of them than rows in the batch are in memory.
+The rows themselves flow through `flow`, here or in the workers of a `crew`; this module counts what
+it hears of them.
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dspark_batch.crew import Crew, CrewRun
 from dspark_batch.errors import DSparkError, InputError, RowErrorsExceeded, StoppedEarly
+from dspark_batch.flow import Decode, Flow, RowDone
 from dspark_batch.job import Job
 from dspark_batch.output import OutputFolder
-from dspark_batch.parts import commit_part
+from dspark_batch.parts import Part
 from dspark_batch.plan import JobPlan
 from dspark_batch.progress import Progress, RunState
-from dspark_batch.prompts import PromptPreparer
-from dspark_batch.record import RunRecord
-from dspark_batch.shards import OpenShard, Shard
+from dspark_batch.record import RecordedEngine, RunRecord
+from dspark_batch.shards import Shard
 from dspark_batch.stop import Stop
 from dspark_batch.summary import Counts, Summary, rows_line
-from dspark_batch.types import Completion, Prompt, RowError
+from dspark_batch.worker import PHASES
 
 if TYPE_CHECKING:
     from dspark_batch.decode import DecodeStats
@@ -39,53 +40,38 @@ class OpenEngine(Protocol):
         """Load an engine folder."""
 
 
-class Decode(Protocol):
-    """`decode.decode`."""
-
-    def __call__(
-        self,
-        prompts: Iterable[Prompt],
-        engine: Engine,
-        *,
-        spec: str,
-        scheduler: str | None,
-        confidence_threshold: float,
-        stats: DecodeStats,
-    ) -> Iterator[Completion]:
-        """One completion per prompt, in any order."""
-
-
 class _Run:
-    """The rows on their way. Invariant: a row is in `_running` from its admission to its end."""
+    """What a run comes to, as it hears it: a `CrewWatcher`, and a `Stopping` that says so once."""
 
     def __init__(
         self,
         plan: JobPlan,
         output: OutputFolder,
-        engine: Engine,
         *,
         stop: Stop,
         progress: Progress,
         clock: Callable[[], float],
     ) -> None:
-        self.load_seconds = 0.0
-        self._wall_seconds = 0.0
+        self.problem: str | None = None
+        """Why no more came of it, if not for a stop."""
+        self.num_workers = 1
+        self.phase_seconds: Mapping[str, float] = {}
+        self._load_seconds = self._wall_seconds = 0.0
         self._counts = self._counts_before = Counts()
         self._num_parts = self._num_parts_before = 0
         self._plan = plan
         self._output = output
-        self._engine = engine
-        self._preparer = PromptPreparer(plan.job, plan.columns, engine)
         self._stop = stop
+        self._stop_is_shown = False
         self._progress = progress
         self._clock = clock
-        self._running: dict[int, OpenShard] = {}
+        self._began = self._decoding_began = clock()
         self._state = RunState(num_rows=plan.num_rows)
 
-    def resume(self) -> list[Shard]:
+    def resume(self, fingerprint: Mapping[str, str]) -> list[Shard]:
         """Find the parts of earlier runs, and return the shards that have none."""
         parts = self._output.parts()
-        pending = self._plan.pending(parts, engine=self._engine.fingerprint)
+        pending = self._plan.pending(parts, engine=fingerprint)
         self._num_parts = self._num_parts_before = len(parts)
         counts = sum((part.counts for part in parts), start=Counts())
         self._counts = self._counts_before = counts
@@ -93,81 +79,51 @@ class _Run:
         self._state.num_errors = counts.num_errors
         return pending
 
-    def decode(self, pending: Sequence[Shard], decode: Decode, stats: DecodeStats) -> None:
-        """Decode the pending shards and commit those that become complete."""
-        started, job = self._clock(), self._plan.job
-        completions = decode(
-            self._prompts(pending),
-            self._engine,
-            spec=job.spec,
-            scheduler=job.scheduler,
-            confidence_threshold=job.confidence_threshold,
-            stats=stats,
-        )
-        for completion in completions:
-            self._state.seconds = self._clock() - started
-            self._take(completion)
-        self._wall_seconds = self._clock() - started
-        if self._running:
-            raise DSparkError(f"decode ended without row {min(self._running)}")
+    @property
+    def reason(self) -> str | None:
+        """See `flow.Stopping`."""
+        reason = self._stop.reason
+        if reason and not self._stop_is_shown:
+            self._stop_is_shown = True
+            self.phase(f"stopping for {reason}: ending the running rows")
+        return reason
 
-    def _prompts(self, pending: Sequence[Shard]) -> Iterator[Prompt]:
-        """The prompts of all shards in one stream; ends early once there is a reason to stop."""
-        for shard, table in self._plan.files.read(pending):
-            opened = OpenShard(shard, table)
-            prompts = []
-            for prepared in self._plan.prepare(shard, table, self._preparer):
-                if prepared.prompt is None:
-                    opened.fail(prepared)
-                    self._count(prepared.error)
-                else:
-                    prompts.append(prepared.prompt)
-            if opened.is_complete:
-                self._commit(opened)
-            # Rows of like length share a cache bucket; turning round at every shard keeps the
-            # neighbours alike across its border as well.
-            prompts.sort(key=lambda prompt: len(prompt.token_ids), reverse=shard.index % 2 == 1)
-            for prompt in prompts:
-                if self._stop.reason:
-                    break
-                self._running[prompt.row] = opened
-                opened.admit(prompt)
-                yield prompt
-            if self._stop.reason:
-                self._progress.phase(f"stopping for {self._stop.reason}: ending the running rows")
-                return
+    def phase(self, text: str) -> None:
+        """See `crew.CrewWatcher`."""
+        self._progress.phase(text)
 
-    def _take(self, completion: Completion) -> None:
-        opened = self._running.pop(completion.row, None)
-        if opened is None:
-            raise DSparkError(f"decode completed row {completion.row}, which was not running")
-        opened.complete(completion)
-        self._state.num_new_tokens += len(completion.token_ids)
-        self._state.num_rounds += completion.spec.num_rounds
-        self._state.num_accepted_tokens += completion.spec.num_accepted_tokens
-        self._count(completion.error)
-        if opened.is_complete:
-            self._commit(opened)
+    def ready(self) -> None:
+        """An engine is open: from here on rows are decoded."""
+        if not self._load_seconds:
+            self._decoding_began = self._clock()
+            self._load_seconds = self._decoding_began - self._began
 
-    def _count(self, error: RowError | None) -> None:
-        self._state.num_done += 1
-        self._state.num_errors += error is not None
-        self._progress.update(self._state)
+    def row(self, done: RowDone) -> None:
+        """See `flow.Watcher`."""
+        state = self._state
+        state.seconds = self._clock() - self._decoding_began
+        state.num_done += 1
+        state.num_errors += done.is_error
+        state.num_new_tokens += done.num_new_tokens
+        state.num_rounds += done.num_rounds
+        state.num_accepted_tokens += done.num_accepted_tokens
+        self._progress.update(state)
 
-    def _commit(self, opened: OpenShard) -> None:
-        shard = opened.shard
-        part = commit_part(
-            self._output.data / shard.part_name,
-            opened.table,
-            opened.rows(),
-            schema=self._plan.schema,
-            fingerprint=self._plan.fingerprint(shard, engine=self._engine.fingerprint),
-            temporary=self._output.temporary(shard.part_name),
-        )
+    def lost(self, num_rows: int, num_errors: int) -> None:
+        """See `crew.CrewWatcher`."""
+        self._state.num_done -= num_rows
+        self._state.num_errors -= num_errors
+
+    def part(self, shard: Shard, part: Part) -> None:
+        """See `flow.Watcher`."""
         self._num_parts += 1
         self._counts += part.counts
 
-    def summary(self, stats: DecodeStats, *, argv: Sequence[str]) -> Summary:
+    def ended(self) -> None:
+        """Nothing more is decoded."""
+        self._wall_seconds = self._clock() - self._decoding_began
+
+    def summary(self, *, argv: Sequence[str]) -> Summary:
         """What there is now; raises `DSparkError` if a row got lost."""
         return Summary(
             self._output.folder,
@@ -178,25 +134,22 @@ class _Run:
             num_run_parts=self._num_parts - self._num_parts_before,
             num_run_rows=self._counts.num_rows - self._counts_before.num_rows,
             num_run_new_tokens=self._state.num_new_tokens,
-            load_seconds=self.load_seconds,
+            num_workers=self.num_workers,
+            load_seconds=self._load_seconds,
             wall_seconds=self._wall_seconds,
-            phase_seconds={
-                "draft": stats.draft_seconds,
-                "verify": stats.verify_seconds,
-                "prefill": stats.prefill_seconds,
-                "host": stats.host_seconds,
-            },
+            phase_seconds={name: self.phase_seconds.get(name, 0.0) for name in PHASES},
             failure=self._failure(argv),
         )
 
     def _failure(self, argv: Sequence[str]) -> StoppedEarly | RowErrorsExceeded | None:
         counts, num_parts, num_planned = self._counts, self._num_parts, len(self._plan.shards)
         if num_parts < num_planned:
-            if self._stop.reason is None:
+            reason = self._stop.reason or self.problem
+            if reason is None:
                 raise DSparkError(f"decode ended with {num_parts} of {num_planned} parts")
             again = shlex.join(["dspark-batch", *(word for word in argv if word != "--overwrite")])
             return StoppedEarly(
-                f"stopped early for {self._stop.reason}: {num_parts} of {num_planned} parts are "
+                f"stopped early for {reason}: {num_parts} of {num_planned} parts are "
                 f"there; continue with: {again}"
             )
         if counts.num_rows != self._plan.num_rows:
@@ -210,6 +163,61 @@ class _Run:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """All that a run is made of, but for what decodes."""
+
+    plan: JobPlan
+    output: OutputFolder
+    work: _Run
+    progress: Progress
+    argv: Sequence[str]
+    overwrite: bool
+
+    def run(self, engine: RecordedEngine, decode: Callable[[list[Shard]], None]) -> Summary:
+        """Decode what is pending, with a record of it."""
+        if self.overwrite:
+            self.output.set_aside()
+        pending = self.work.resume(engine.fingerprint)
+        if not pending:
+            return self.work.summary(argv=self.argv)
+        with RunRecord(self.output, self.plan, engine, argv=self.argv) as record:
+            num_rows = sum(shard.num_rows for shard in pending)
+            self.progress.phase(f"decoding {num_rows:,} rows")
+            decode(pending)
+            self.work.ended()
+            record.summary = self.work.summary(argv=self.argv)
+            return record.summary
+
+    def alone(self, engine: Engine, decode: Decode, stats: DecodeStats) -> Summary:
+        """With the engine that is open in this process."""
+        self.work.ready()
+
+        def decode_here(pending: list[Shard]) -> None:
+            flow = Flow(self.plan, self.output, engine, stop=self.work, watcher=self.work)
+            flow.decode(pending, decode, stats)
+            self.work.phase_seconds = {
+                phase: getattr(stats, f"{phase}_seconds") for phase in PHASES
+            }
+
+        return self.run(engine, decode_here)
+
+    def together(self, crew: Crew) -> Summary:
+        """With workers, who open an engine each."""
+
+        def decode_there(pending: list[Shard]) -> None:
+            workers = CrewRun(crew, self.plan, stop=self.work, watcher=self.work)
+            self.work.num_workers = min(crew.num_workers, len(pending))
+            workers.decode(pending)
+            self.work.problem = workers.problem
+            self.work.phase_seconds = {
+                phase: sum(seconds[phase] for seconds in workers.phase_seconds.values())
+                for phase in PHASES
+            }
+
+        return self.run(crew, decode_there)
+
+
 def run(
     job: Job,
     *,
@@ -219,13 +227,15 @@ def run(
     progress: Progress,
     argv: Sequence[str],
     overwrite: bool = False,
+    crew: Crew | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Summary:
     """Run the job, or what is left of it, and say what came of it.
 
-    `stats` is filled in by `decode`. `argv` are the arguments of the command, for the record and
-    for the message that says how to continue. Row errors above the allowed share, and a stop, are
-    `Summary.failure`; everything else that goes wrong is raised, after what is complete was kept.
+    `stats` is filled in by `decode`, unless a `crew` does the work in processes of its own. `argv`
+    are the arguments of the command, for the record and for the message that says how to continue.
+    Row errors above the allowed share, and a stop, are `Summary.failure`; everything else that goes
+    wrong is raised, after what is complete was kept.
     """
     stop = Stop(deadline=job.deadline, clock=clock)
     plan = JobPlan.of(job)
@@ -235,21 +245,13 @@ def run(
             raise InputError(f"the input {file.path} lies in the output {output.folder}")
     with stop.on_sigterm(), output.lock():
         progress.phase(f"loading engine {job.engine}")
-        started = clock()
-        with closing(open_engine(job.engine, max_rows=job.max_rows)) as engine:
-            work = _Run(plan, output, engine, stop=stop, progress=progress, clock=clock)
-            work.load_seconds = clock() - started
-            if overwrite:
-                output.set_aside()
-            pending = work.resume()
-            if pending:
-                with RunRecord(output, plan, engine, argv=argv) as record:
-                    num_rows = sum(shard.num_rows for shard in pending)
-                    progress.phase(f"decoding {num_rows:,} rows")
-                    work.decode(pending, decode, stats)
-                    summary = record.summary = work.summary(stats, argv=argv)
-            else:
-                summary = work.summary(stats, argv=argv)
+        work = _Run(plan, output, stop=stop, progress=progress, clock=clock)
+        attempt = _Attempt(plan, output, work, progress, argv, overwrite)
+        if crew is not None:
+            summary = attempt.together(crew)
+        else:
+            with closing(open_engine(job.engine, max_rows=job.max_rows)) as engine:
+                summary = attempt.alone(engine, decode, stats)
         if summary.num_parts == summary.num_planned_parts:
             output.drop_replaced()
         return summary

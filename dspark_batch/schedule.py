@@ -79,7 +79,19 @@ def open_schedule(
     return Unweighed(confidence_threshold if scheduler == "threshold" else None)
 
 
-def settled(engine: Engine, spec: str, scheduler: str | None) -> tuple[str, str | None]:
+class Drafting(Protocol):
+    """What `settled` asks of an engine."""
+
+    @property
+    def block_size(self) -> int:
+        """γ; 0 without a draft."""
+
+    @property
+    def costs(self) -> object | None:
+        """None where nothing was measured."""
+
+
+def settled(engine: Drafting, spec: str, scheduler: str | None) -> tuple[str, str | None]:
     """Whether to draft, and how much to verify, with defaults filled in and as the engine allows.
 
     The scheduler is `early-stop` under `auto` and `whole` under `on`, unless one is given, and

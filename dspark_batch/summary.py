@@ -114,11 +114,13 @@ class Summary:
     """Rows of the parts that this run wrote."""
     num_run_new_tokens: int
     """Tokens that this run decoded, also for rows whose part is not complete."""
+    num_workers: int
     load_seconds: float
+    """Until the first worker had opened its engine."""
     wall_seconds: float
     """Of decoding; loading the engine is not in it."""
     phase_seconds: Mapping[str, float]
-    """`draft`, `verify`, `prefill`, `host` -> seconds."""
+    """`draft`, `verify`, `prefill`, `host` -> seconds, added up over the workers."""
     failure: DSparkError | None
     """Why the exit code is not 0."""
 
@@ -141,6 +143,7 @@ class Summary:
                 "num_rows": self.num_run_rows,
                 "num_new_tokens": self.num_run_new_tokens,
                 "new_tokens_per_second": self.new_tokens_per_second,
+                "num_workers": self.num_workers,
                 "load_seconds": self.load_seconds,
                 "wall_seconds": self.wall_seconds,
                 "phase_seconds": dict(self.phase_seconds),
@@ -162,9 +165,11 @@ class Summary:
             lines.append(
                 f"speed     {self.new_tokens_per_second:,.1f} new tokens/s "
                 f"in {duration(self.wall_seconds)}"
+                + (f", {self.num_workers} workers" if self.num_workers > 1 else "")
             )
+            whole = self.wall_seconds * self.num_workers
             shares = (
-                f"{name} {duration(seconds)} ({seconds / self.wall_seconds:.0%})"
+                f"{name} {duration(seconds)} ({seconds / whole:.0%})"
                 for name, seconds in self.phase_seconds.items()
             )
             lines.append(f"time      {', '.join(shares)}")

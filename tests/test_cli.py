@@ -19,6 +19,7 @@ from dspark_batch import errors as error_tree
 from dspark_batch.cli import main
 from dspark_batch.errors import DSparkError, EngineError, InputError
 from dspark_batch.job import Job
+from dspark_batch.runtimes.session import ANYWHERE, Placement
 
 
 class Fakes:
@@ -31,9 +32,14 @@ class Fakes:
         self.exported: list[dict[str, object]] = []
 
     def open_engine(
-        self, folder: Path, *, max_rows: int | None = None, with_draft: bool = True
+        self,
+        folder: Path,
+        *,
+        max_rows: int | None = None,
+        with_draft: bool = True,
+        placement: Placement = ANYWHERE,
     ) -> FakeEngine:
-        self.with_draft = with_draft
+        self.with_draft, self.placement = with_draft, placement
         self.opened.append((folder, max_rows))
         if folder.name == "missing":
             raise EngineError("no engine missing;\n  build it with: dspark-batch export missing")
@@ -44,7 +50,13 @@ class Fakes:
             raise EngineError("no engine missing")
         limits = types.SimpleNamespace(max_tokens=self.engine.max_tokens)
         target = types.SimpleNamespace(vocab_size=self.engine.vocab_size)
-        return types.SimpleNamespace(has_tokenizer=True, limits=limits, target=target)
+        return types.SimpleNamespace(
+            has_tokenizer=True,
+            limits=limits,
+            target=target,
+            runtime="onnxruntime",
+            precision="fp32",
+        )
 
     def open_tokenizer(self, folder: Path) -> FakeTokenizer:
         assert folder == Path("engines/model")
@@ -60,7 +72,7 @@ class Fakes:
 def fakes(monkeypatch, tmp_path) -> Fakes:
     fakes = Fakes()
     for name, members in {
-        "engine": {"open_engine": fakes.open_engine},
+        "measure": {"open_engine": fakes.open_engine},
         "decode": {"decode": lambda *a, **kw: fakes.decode(*a, **kw), "DecodeStats": FakeStats},
         "manifest": {"read_manifest": fakes.read_manifest},
         "tokenizer": {"Tokenizer": types.SimpleNamespace(open=fakes.open_tokenizer)},
@@ -103,6 +115,7 @@ def test_every_flag_reaches_the_job(fakes, monkeypatch):
         "run in.parquet -o out --engine e --prompt-column p --no-chat-template --system s "
         "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 7 --stop a --stop b "
         "--spec off --scheduler threshold --confidence-threshold 0.75 --max-rows 2 --part-rows 9 "
+        "--device cpu --workers 1 "
         "--limit 8 --token-ids --output-prefix o_ "
         "--max-error-rate 0 --deadline 60 --overwrite --progress none"
     )
@@ -125,6 +138,8 @@ def test_every_flag_reaches_the_job(fakes, monkeypatch):
         scheduler="threshold",
         confidence_threshold=0.75,
         max_rows=2,
+        device="cpu",
+        workers=1,
         part_rows=9,
         limit=8,
         token_ids=True,
@@ -347,7 +362,9 @@ def test_every_command_ends_with_an_example_that_parses():
         assert context.params
 
 
-@pytest.mark.parametrize("command", ["--help", "run --help", "export --help", "--version"])
+@pytest.mark.parametrize(
+    "command", ["--help", "run --help", "export --help", "doctor --help", "--version"]
+)
 def test_help_imports_nothing_heavy(command):
     script = (
         "import sys\n"
@@ -372,3 +389,10 @@ def test_help_imports_nothing_heavy(command):
 def test_plain_decoding_does_not_load_the_draft(fakes, spec, with_draft):
     assert invoke("run", write(["one"]), "--spec", spec).exit_code == 0
     assert fakes.with_draft is with_draft
+
+
+def test_the_device_reaches_the_engine(fakes):
+    invoke("run", write(["one"]))
+    assert fakes.placement == Placement(device="auto")
+    assert invoke("run", "in.parquet", "--device", "cpu", "--overwrite").exit_code == 0
+    assert fakes.placement == Placement(device="cpu")

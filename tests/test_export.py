@@ -109,7 +109,7 @@ def test_a_damaged_engine_is_built_again(workspace: Path) -> None:
 def refuse(folder: Path, message: str) -> None:
     with pytest.raises(EngineError, match=message) as raised:
         open_engine(folder)
-    assert "dspark-batch export model" in str(raised.value)
+    assert f"dspark-batch export {folder.name}" in str(raised.value)
 
 
 def test_a_folder_that_is_not_what_was_exported_is_refused(built: Path, tmp_path: Path) -> None:

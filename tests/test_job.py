@@ -130,7 +130,7 @@ def test_the_ends_of_the_ranges_are_valid():
 
 def test_every_setting_either_decides_the_result_or_may_change_between_runs():
     # A new field must be put on one side: forgetting it would let two jobs share a folder.
-    may_change = {"output", "engine", "max_rows", "max_error_rate", "deadline"}
+    may_change = {"output", "engine", "device", "workers", "max_rows", "max_error_rate", "deadline"}
     may_change |= {"spec", "scheduler", "confidence_threshold"}
     in_the_row_range = {"part_rows", "limit"}
     resolved = {"input", "prompt_column", "messages_column", "token_ids_column"}

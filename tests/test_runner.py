@@ -17,7 +17,7 @@ from fake_engine import FakeDecode, FakeEngine, FakeStats, FakeTokenizer, open_f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch import runner
+from dspark_batch import flow, runner
 from dspark_batch.check import check
 from dspark_batch.errors import (
     DSparkError,
@@ -213,12 +213,12 @@ def test_no_more_shards_are_open_than_rows_are_running(tmp_path, monkeypatch):
         opened += amount
         most = max(most, opened)
 
-    class Counted(runner.OpenShard):
+    class Counted(flow.OpenShard):
         def __init__(self, *args):
             super().__init__(*args)
             count(1)
 
-    commit = runner.commit_part
+    commit = flow.commit_part
 
     def counted_commit(*args, **kwargs):
         nonlocal committed
@@ -226,8 +226,8 @@ def test_no_more_shards_are_open_than_rows_are_running(tmp_path, monkeypatch):
         count(-1)
         return commit(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "OpenShard", Counted)
-    monkeypatch.setattr(runner, "commit_part", counted_commit)
+    monkeypatch.setattr(flow, "OpenShard", Counted)
+    monkeypatch.setattr(flow, "commit_part", counted_commit)
     run(job_of(tmp_path, table(60)), decode=Straggler())
     assert committed > 10
     assert most == 2

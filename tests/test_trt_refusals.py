@@ -149,7 +149,7 @@ def test_a_machine_without_a_driver_is_named(exported: Path, tmp_path: Path, lib
     with pytest.raises(EngineError, match=r"no NVIDIA driver.*nvidia-smi.*dspark-batch export"):
         open_engine(folder)
     with pytest.raises(EngineError, match=r"no NVIDIA driver"):
-        trt.hardware_key()
+        trt.hardware_key(read_manifest(folder))
 
 
 def test_a_missing_library_is_named(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_a_missing_library_is_named(planned: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_key_of_measured_costs_names_the_gpu(planned: Path) -> None:
-    assert trt.hardware_key() == "Fake, sm_89, CUDA 13.0"
+    assert trt.hardware_key(read_manifest(planned)) == "Fake, sm_89, CUDA 13.0"
 
 
 class Cudart:

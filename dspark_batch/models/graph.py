@@ -235,3 +235,16 @@ def in_fp32(graph: Path, folder: Path) -> Path:
     path = folder / graph.name
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def copy_graph() -> bytes:
+    """A model whose output `target` [n] is its input `source` [n], bytes: a copy on any device."""
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["source"], ["target"])],
+        "copy",
+        [helper.make_tensor_value_info("source", TensorProto.UINT8, ["n"])],
+        [helper.make_tensor_value_info("target", TensorProto.UINT8, ["n"])],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    return bytes(model.SerializeToString())

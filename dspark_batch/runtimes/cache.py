@@ -1,4 +1,4 @@
-"""KV caches of ONNX Runtime on the CPU: buffers that steps run on in place.
+"""KV caches of ONNX Runtime: buffers that steps run on in place.
 
 Rows live in buckets. A bucket is one buffer `[rows, kv, capacity, d]` per layer and kind, of the
 smallest capacity that its longest row needs, because CPU attention costs by capacity, not by
@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from dspark_batch.manifest import CacheInfo
+from dspark_batch.runtimes.memory import Array, Memory
 
-_GRAIN = 64  # tokens by which a buffer's capacity is rounded up
 _FIRST_LIMIT = 512
 _RATIO = 4
 
@@ -25,18 +24,22 @@ _RATIO = 4
 class Cache:
     """Keys and values of one model for the rows of one bucket."""
 
-    def __init__(self, shape: CacheInfo, num_rows: int, dtype: Any) -> None:
+    def __init__(
+        self, shape: CacheInfo, num_rows: int, limit: int, *, dtype: Any, memory: Memory
+    ) -> None:
         self._shapes = shape.cache_shapes
-        self._dtype = dtype
         self._num_rows = num_rows
+        self._limit = limit  # tokens of a row
+        self._dtype = dtype
+        self._memory = memory
         self.capacity = 0
-        self.buffers: list[NDArray[Any]] = []
+        self.buffers: list[Array] = []
         self.bindings: dict[tuple[int, int, tuple[str, ...]], ort.IOBinding] = {}
         """By first row, rows and outputs; good until the buffers change."""
 
     def reserve(self, needed: int, num_live: int) -> None:
         """Hold at least `needed` tokens a row; shrink when half would do. Copies live rows."""
-        capacity = -(-needed // _GRAIN) * _GRAIN
+        capacity = self._memory.capacity(needed, self._limit)
         if self.capacity >= capacity > self.capacity // 2:
             return
         kept = min(self.capacity, capacity)
@@ -44,9 +47,10 @@ class Cache:
         for i in range(2 * len(self._shapes)):
             num_kv_heads, head_dim = self._shapes[i // 2]
             # Zeroed: a masked key must be finite, since 0 * NaN would reach the output.
-            buffer = np.zeros((self._num_rows, num_kv_heads, capacity, head_dim), self._dtype)
+            shape = (self._num_rows, num_kv_heads, capacity, head_dim)
+            buffer = self._memory.zeros(shape, self._dtype)
             if num_live and kept:
-                buffer[:num_live, :, :kept] = self.buffers[i][:num_live, :, :kept]
+                self._memory.copy(buffer[:num_live], self.buffers[i][:num_live])
                 self.buffers[i] = buffer
             grown.append(buffer)
         self.buffers = grown
@@ -55,15 +59,14 @@ class Cache:
 
     def copy_row(self, row: int, source: Cache, source_row: int) -> None:
         """Take over a row, of this cache or of another bucket's."""
-        kept = min(self.capacity, source.capacity)
         for mine, theirs in zip(self.buffers, source.buffers, strict=True):
-            mine[row, :, :kept] = theirs[source_row, :, :kept]
+            self._memory.copy(mine[row], theirs[source_row])
 
     def wipe_if_broken(self, row: int) -> None:
         """Zero a row that holds values which are not finite."""
-        if self.buffers and not np.isfinite(self.buffers[-1][row].sum()):
+        if self.buffers and not np.isfinite(self._memory.fetch(self.buffers[-1][row]).sum()):
             for buffer in self.buffers:
-                buffer[row] = 0.0
+                self._memory.clear(buffer[row])
 
 
 class Bucket:
@@ -91,16 +94,24 @@ class Bucket:
 
 
 def buckets_for(
-    target: CacheInfo, draft: CacheInfo | None, *, num_rows: int, most_tokens: int, dtype: Any
+    target: CacheInfo,
+    draft: CacheInfo | None,
+    *,
+    num_rows: int,
+    most_tokens: int,
+    dtype: Any,
+    memory: Memory,
 ) -> list[Bucket]:
-    """Empty buckets with growing limits, the last one good for `most_tokens`.
-
-    `dtype` is NumPy's type of keys and values.
-    """
+    """Empty buckets with growing limits, the last one good for `most_tokens`."""
     buckets: list[Bucket] = []
     limit = _FIRST_LIMIT
     while not buckets or buckets[-1].limit < most_tokens:
-        draft_cache = Cache(draft, num_rows, dtype) if draft else None
-        buckets.append(Bucket(limit, Cache(target, num_rows, dtype), draft_cache))
+        most = min(limit, most_tokens)
+        caches = [
+            Cache(shape, num_rows, most, dtype=dtype, memory=memory) if shape else None
+            for shape in (target, draft)
+        ]
+        assert caches[0] is not None
+        buckets.append(Bucket(limit, caches[0], caches[1]))
         limit *= _RATIO
     return buckets

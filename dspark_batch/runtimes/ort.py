@@ -1,14 +1,13 @@
-"""ONNX Runtime on the CPU: both graphs of a pair, with caches bound in place.
+"""ONNX Runtime, on the CPU or a GPU: both graphs of a pair, with caches bound in place.
 
 The caches are `runtimes.cache`: a step takes the rows of one bucket that lie side by side as a
 view of its buffers, past and present bound to the same memory. The context that the target leaves
-for the draft is kept per row until the row drafts again.
+for the draft is kept per row until the row drafts again. Where all this lies is a
+`runtimes.memory`; the rest of a step's inputs and outputs is small and crosses over.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
 from dspark_batch.manifest import EngineManifest
@@ -25,42 +23,53 @@ from dspark_batch.runtimes.layout import (
     DRAFT_INPUTS,
     DRAFT_VOCAB,
     TARGET_INPUTS,
-    Feeds,
     certain,
     idle_draws,
     row_feeds,
     target_feeds,
     token_layout,
 )
-from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
+from dspark_batch.runtimes.memory import Array, DeviceArray, HostMemory, Memory
+from dspark_batch.runtimes.ort_devices import (
+    chosen_device,
+    hardware_key,
+    memory_of,
+    open_on,
+    providers,
+    refusal,
+    uses_gpu,
+)
+from dspark_batch.runtimes.session import ANYWHERE, Draws, Floats, Ints, Placement, Span
 from dspark_batch.types import DraftBlock, VerifyResult
 
+__all__ = ["OrtRuntime", "hardware_key", "open_pair", "providers", "refusal", "uses_gpu"]
+
+_KEPT = ("context", "draft_logits")  # outputs that stay in the runtime's memory
+_HOST = HostMemory()
 _MAX_PENDING = 16384  # context tokens kept before the draft takes them in
 
 
-def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> OrtRuntime:
-    """Open the graphs of an engine folder for `max_rows` concurrent rows."""
-    return OrtRuntime(folder, manifest, max_rows)
+def open_pair(
+    folder: Path, manifest: EngineManifest, max_rows: int, placement: Placement = ANYWHERE
+) -> OrtRuntime:
+    """Open the graphs of an engine folder for `max_rows` concurrent rows.
+
+    Raises:
+        EngineError: they cannot run here; see `refusal`.
+    """
+    problem = refusal(folder, manifest, placement)
+    if problem is not None:
+        raise EngineError(problem)
+    device = chosen_device(manifest.precision, placement.device)
+    return OrtRuntime(
+        folder, manifest, max_rows, threads=placement.threads, memory=memory_of(device)
+    )
 
 
-def hardware_key() -> str:
-    """What a measured cost holds for: processor, cores, and the version of ONNX Runtime."""
-    return f"{_processor()}, {os.cpu_count()} cores, onnxruntime {ort.__version__}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    values = {key.strip(): value.strip() for key, value in fields.items()}
-    return " ".join(values[key] for key in wanted if key in values) or platform.machine()
-
-
-def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> ort.InferenceSession:
-    """Open one graph on the CPU. `inputs` are those that it must have, its caches aside.
+def open_session(
+    path: Path, *, threads: int, inputs: Collection[str] = (), device: str = "cpu"
+) -> ort.InferenceSession:
+    """Open one graph on a device. `inputs` are those that it must have, its caches aside.
 
     Raises:
         EngineError: the file is missing, ONNX Runtime refuses it, or it has other inputs.
@@ -74,7 +83,9 @@ def open_session(path: Path, *, threads: int, inputs: Collection[str] = ()) -> o
     options.add_session_config_entry("session.force_spinning_stop", "1")
     again = "build the engine again: dspark-batch export model --force"
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = open_on(str(path), device, options)
+    except EngineError:
+        raise
     except Exception as problem:  # ORT's exceptions have no common public base
         raise EngineError(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; {again}"
@@ -100,8 +111,8 @@ class _Row:
     bucket: Bucket
     num_cached: int = 0
     num_taken: int = 0
-    pending: list[NDArray[np.float32]] = field(default_factory=list)
-    draft_logits: NDArray[np.float32] | None = None
+    pending: list[Array] = field(default_factory=list)
+    draft_logits: Array = None
 
     @property
     def num_pending(self) -> int:
@@ -109,24 +120,34 @@ class _Row:
 
 
 class OrtRuntime:
-    """`runtimes.session.Runtime` on the CPU execution provider."""
+    """`runtimes.session.Runtime` on the execution provider of a memory's device."""
 
     def __init__(
-        self, folder: Path, manifest: EngineManifest, max_rows: int, *, threads: int = 0
+        self,
+        folder: Path,
+        manifest: EngineManifest,
+        max_rows: int,
+        *,
+        threads: int = 0,
+        memory: Memory | None = None,
     ) -> None:
         """Open the pair in `folder`; `threads` 0 lets ONNX Runtime choose."""
+        self._memory = memory or HostMemory()
+        device = self._memory.device
         draft_info = manifest.draft
         draft_shape = draft_info.cache if draft_info else None
-        self._target = open_session(folder / "target.onnx", threads=threads, inputs=TARGET_INPUTS)
-        self._draft = (
-            open_session(folder / "draft.onnx", threads=threads, inputs=DRAFT_INPUTS)
-            if draft_shape
-            else None
+        self._target = open_session(
+            folder / "target.onnx", threads=threads, inputs=TARGET_INPUTS, device=device
         )
+        self._draft = None
+        if draft_shape:
+            self._draft = open_session(
+                folder / "draft.onnx", threads=threads, inputs=DRAFT_INPUTS, device=device
+            )
         drafts = self._draft.get_inputs() if self._draft is not None else ()
         widths = [value.shape[1] for value in drafts if value.name == "context"]
         dtype = float_type(self._target, "past_key_0")
-        self._no_context = np.zeros((0, *widths), dtype)
+        self._no_context = self._memory.zeros((0, *widths), dtype)
         self._block_size = draft_info.block_size if draft_info else 1
         # The draft's graph of an engine with plans writes the block behind the context.
         self._num_behind = self._block_size + 1 if manifest.plans else 0
@@ -136,12 +157,13 @@ class OrtRuntime:
             num_rows=max_rows,
             most_tokens=manifest.limits.max_tokens + self._block_size,
             dtype=dtype,
+            memory=self._memory,
         )
         self._rows: dict[int, _Row] = {}
         inputs = {value.name: value for value in self._target.get_inputs()}
         self._takes_vocab = DRAFT_VOCAB in inputs
         vocab_size = 1 if self._takes_vocab else inputs["draft_logits"].shape[2]
-        self._no_logits = np.zeros((max_rows, self._block_size, vocab_size), np.float32)
+        self._no_logits = self._memory.zeros((max_rows, self._block_size, vocab_size), np.float32)
 
     def admit(self, slot: int) -> None:
         """Begin a row in the first bucket."""
@@ -196,7 +218,8 @@ class OrtRuntime:
             chosen = [spans[i] for i in run]
             results = self._target_run(chosen, plain[run], draws.of(run), ("context",))
             ends = np.cumsum([len(span.tokens) for span in chosen])
-            found |= zip(run, np.split(results[0], ends[:-1]), strict=True)
+            context = self._memory.fetch(results[0])
+            found |= zip(run, np.split(context, ends[:-1]), strict=True)
             for span in chosen:
                 self._rows[span.slot].num_cached = span.start + len(span.tokens)
         return [found[i].astype(np.float32, copy=False) for i in range(len(spans))]
@@ -260,7 +283,7 @@ class OrtRuntime:
         starts = np.array([span.start for span in spans])
         bucket = self._rows[spans[0].slot].bucket
         self._reserve(bucket, int(starts.max() + counts.max()))
-        feeds = target_feeds(spans, lengths, draws)
+        feeds: dict[str, Array] = target_feeds(spans, lengths, draws)
         sampled = bool(lengths.any() and (draws.temperature > 0).any())
         feeds["draft_logits"] = self._no_logits[: len(spans)]
         if self._takes_vocab:
@@ -272,10 +295,11 @@ class OrtRuntime:
         first = bucket.slots.index(spans[0].slot)
         return self._run(self._target, bucket.target, first, len(spans), feeds, names)
 
-    def _proposed_from(self, spans: list[Span]) -> NDArray[np.float32]:
+    def _proposed_from(self, spans: list[Span]) -> Array:
         """The logits that sampled rows' drafts were drawn from, `[R, γ, D]`."""
         rows = [self._rows[span.slot].draft_logits for span in spans]
-        return np.stack([self._no_logits[0] if row is None else row for row in rows])
+        none = self._no_logits[:1]
+        return self._memory.concatenate([none if row is None else row for row in rows])
 
     def _draft_run(self, slots: list[int], anchors: Ints, draws: Draws) -> tuple[Ints, Floats]:
         rows = [self._rows[slot] for slot in slots]
@@ -287,10 +311,9 @@ class OrtRuntime:
         taken = max(self._rows[slot].num_taken for slot in bucket.slots)
         needed = int(starts.max() + counts.max()) + self._num_behind
         bucket.draft.reserve(max(needed, taken), len(bucket.slots))
-        context = np.concatenate(
-            [self._no_context, *(part for row in rows for part in row.pending)]
-        )
-        feeds: Feeds = {
+        parts = [part for row in rows for part in row.pending]
+        context = self._memory.concatenate(parts or [self._no_context])
+        feeds: dict[str, Array] = {
             "context": context,
             "context_tokens": np.arange(len(context)),
             "context_index": token_layout(counts)[0],
@@ -307,7 +330,7 @@ class OrtRuntime:
         for r, row in enumerate(rows):
             row.num_taken += int(counts[r])
             row.pending = []
-            row.draft_logits = results[2][r] if sampling else None
+            row.draft_logits = results[2][r : r + 1] if sampling else None
         return results[0], results[1]
 
     def _take_in_context(self) -> None:
@@ -322,34 +345,46 @@ class OrtRuntime:
         cache: Cache,
         first: int,
         num_rows: int,
-        feeds: Feeds,
+        feeds: dict[str, Array],
         names: tuple[str, ...],
     ) -> list[Any]:
-        """Run with `past` and `present` of the rows bound to one buffer; fetch `names`."""
+        """Run with `past` and `present` of the rows bound to one buffer; fetch `names`.
+
+        Those of `_KEPT` are arrays of the runtime's memory, the others of the host.
+        """
         key = (first, num_rows, names)
         if key not in cache.bindings:
-            cache.bindings[key] = _bind(session, cache, first, num_rows, names)
+            cache.bindings[key] = self._bind(session, cache, first, num_rows, names)
         binding = cache.bindings[key]
         for name, array in feeds.items():
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-            binding.bind_ortvalue_input(name, value)
-        for name in names:  # again, so that this run allocates its own
-            binding.bind_output(name, "cpu")
+            place = self._memory if isinstance(array, DeviceArray) else _HOST
+            place.bind_input(binding, name, array)
+        self._bind_outputs(binding, names)  # again, so that this run allocates its own
         session.run_with_iobinding(binding)
-        return [value.numpy() for value in binding.get_outputs()[: len(names)]]
+        return [
+            (self._memory if name in _KEPT else _HOST).received(value)
+            for name, value in zip(names, binding.get_outputs(), strict=False)
+        ]
 
+    def _bind(
+        self,
+        session: ort.InferenceSession,
+        cache: Cache,
+        first: int,
+        num_rows: int,
+        names: tuple[str, ...],
+    ) -> ort.IOBinding:
+        """A binding whose first outputs are `names`, then every cache tensor on its own buffer."""
+        binding = session.io_binding()
+        self._bind_outputs(binding, names)
+        for i, buffer in enumerate(cache.buffers):
+            layer, kind = divmod(i, 2)
+            name = f"{('key', 'value')[kind]}_{layer}"
+            rows = buffer[first : first + num_rows]
+            self._memory.bind_input(binding, f"past_{name}", rows)
+            self._memory.bind_output(binding, f"present_{name}", rows)
+        return binding
 
-def _bind(
-    session: ort.InferenceSession, cache: Cache, first: int, num_rows: int, names: tuple[str, ...]
-) -> ort.IOBinding:
-    """A binding whose first outputs are `names`, then every cache tensor on its own buffer."""
-    binding = session.io_binding()
-    for name in names:
-        binding.bind_output(name, "cpu")
-    for i, buffer in enumerate(cache.buffers):
-        layer, kind = divmod(i, 2)
-        name = f"{('key', 'value')[kind]}_{layer}"
-        value = ort.OrtValue.ortvalue_from_numpy(buffer[first : first + num_rows])
-        binding.bind_ortvalue_input(f"past_{name}", value)
-        binding.bind_ortvalue_output(f"present_{name}", value)
-    return binding
+    def _bind_outputs(self, binding: ort.IOBinding, names: tuple[str, ...]) -> None:
+        for name in names:
+            binding.bind_output(name, self._memory.device if name in _KEPT else _HOST.device)

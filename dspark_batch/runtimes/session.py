@@ -44,6 +44,19 @@ class Draws:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a machine decides about execution, and not the engine."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, or what the runtime finds best."""
+    threads: int = 0
+    """Of each graph on the CPU; 0 lets the runtime choose."""
+
+
+ANYWHERE = Placement()
+
+
 class Runtime(Protocol):
     """An opened pair of graphs with caches for a fixed number of slots."""
 

@@ -11,16 +11,19 @@ from dspark_batch.manifest import EngineManifest, PlansInfo
 from dspark_batch.plugin import trt_body
 from dspark_batch.plugin.onnx_body import PLUGIN_VERSION
 from dspark_batch.runtimes.device import CudaDevice, find_gpu
+from dspark_batch.runtimes.session import ANYWHERE, Placement
 from dspark_batch.runtimes.trt_runtime import TrtRuntime
 
 
-def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> TrtRuntime:
+def open_pair(
+    folder: Path, manifest: EngineManifest, max_rows: int, placement: Placement = ANYWHERE
+) -> TrtRuntime:
     """Open the plans of an engine folder for `max_rows` concurrent rows.
 
     Raises:
         EngineError: they cannot run here; see `refusal`.
     """
-    problem = refusal(folder, manifest)
+    problem = refusal(folder, manifest, placement)
     if problem is not None:
         raise EngineError(problem)
     assert manifest.plans is not None
@@ -34,7 +37,12 @@ def open_pair(folder: Path, manifest: EngineManifest, max_rows: int) -> TrtRunti
         raise
 
 
-def hardware_key() -> str:
+def uses_gpu(manifest: EngineManifest, placement: Placement = ANYWHERE) -> bool:
+    """Plans execute nowhere else."""
+    return True
+
+
+def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> str:
     """What a measured cost holds for: the GPU and CUDA of its driver; the plans fix the rest."""
     gpu = find_gpu()
     return f"{gpu.name}, sm_{gpu.arch}, CUDA {gpu.driver_cuda}"
@@ -56,11 +64,13 @@ def import_library(name: str) -> Any:
         ) from error
 
 
-def refusal(folder: Path, manifest: EngineManifest) -> str | None:
+def refusal(folder: Path, manifest: EngineManifest, placement: Placement = ANYWHERE) -> str | None:
     """Why the plans of this engine cannot run on this machine, with what mends it; None if they do.
 
     That files are those of the export is for `read_manifest` to say, which compares their hashes.
     """
+    if placement.device == "cpu":
+        return f"{folder}: plans of TensorRT execute on GPUs alone; leave out --device cpu"
     plans = manifest.plans
     again = manifest.export_command
     if plans is None:
