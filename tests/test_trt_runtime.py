@@ -250,6 +250,30 @@ def test_context_that_fills_the_ring_is_taken_in(
         np.testing.assert_allclose(block.confidence, expected.confidence, atol=1e-4)
 
 
+def test_drafts_that_wait_for_verification_survive_a_full_ring(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    """The middle rows draft and sample; around the ring the outer ones are taken in."""
+    planned, outcomes = VerifyPlan(np.array([0, 4, 4, 0])), []
+    with closing(open_engine(exported)) as cpu:
+        for engine in (cpu, open_on_gpu(exported, tmp_path, ring=302)):
+            rows = start(engine, (3, 20, 5, 9), sampled=True)
+            for row in rows[1:3]:
+                params = SamplingParams(temperature=1.0, seed=row.slot)
+                row.prompt = Prompt(row.slot, row.prompt.token_ids, params)
+            found = []
+            for _ in range(60):
+                block = engine.draft_raw(rows[1:3]).spread([1, 2], 4)
+                result = engine.verify(rows, block, planned)
+                for r, row in enumerate(rows):
+                    accepted = block.tokens[r, : result.num_accepted[r]].tolist()
+                    row.tokens += [*accepted, int(result.bonus[r])]
+                found.append((result.num_accepted.tolist(), result.bonus.tolist()))
+            outcomes.append(found)
+    assert runtime_of(engine)._rows[0].num_taken > 40
+    assert outcomes[1] == outcomes[0]
+
+
 def test_a_draft_that_is_often_right_is_verified(tmp_path: Path, open_on_gpu: Any) -> None:
     pair = write_agreeing_pair(tmp_path, stops=False)
     exported = export_pair(tmp_path, *pair, max_tokens=MAX_TOKENS)
