@@ -271,8 +271,8 @@ class _Export:
         return [prompt[:most] for prompt in prompts]
 
     def _smoothing(self) -> Smoothing:
-        """For quantized weights: the factors that the example prompts ask for."""
-        if PRECISIONS[self._recipe.engine.precision].weight_bits is None:
+        """The factors that the example prompts ask for, where the precision wants any."""
+        if not PRECISIONS[self._recipe.engine.precision].smoothed:
             return Smoothing()
         prompts = self._prompts[:NUM_SMOOTHING_TEXTS]
         return Smoothing(smoothing_factors(self._spec, self._target.tensor, prompts))

@@ -35,6 +35,11 @@ class Precision:
     """One `Attention` node a layer, which TensorRT has kernels for; else products and a softmax."""
 
     @property
+    def smoothed(self) -> bool:
+        """Whether outliers of activations go into the weights: int8 weights alone lose by it."""
+        return self.by_token or self.weight_bits == 4
+
+    @property
     def table_type(self) -> int:
         """ONNX type of embedding tables: beside quantized layers, fp16 will do."""
         return FLOAT16 if self.by_token else self.data_type
