@@ -182,7 +182,8 @@ class Engine:
         self.native_graphs = False
         self.session = open_session(path, threads=0)  # with the options of the other runtime
         graph = onnx.load(path, load_external_data=False).graph
-        self.values = {v.name: v.type.tensor_type for v in (*graph.input, *graph.output)}
+        tensors = [*graph.input, *(v for v in graph.output if v.name != "logits")]  # as plans are
+        self.values = {v.name: v.type.tensor_type for v in tensors}
         self._given = {v.name for v in graph.input}
         self.sizes, self._profiles = plan["sizes"], plan["profiles"]
         self.num_io_tensors = len(self.values)

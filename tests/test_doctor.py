@@ -163,7 +163,10 @@ def test_a_broken_manifest_is_a_line(workspace: Path, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"runtime": "abacus"}, "no runtime 'abacus'"), ({"precision": "fp16"}, "no kernels")],
+    [
+        ({"runtime": "abacus"}, "no runtime 'abacus'"),
+        ({"runtime": "tensorrt-rtx"}, "describes no plans"),
+    ],
 )
 def test_an_engine_that_cannot_run_here_says_why(
     workspace: Path, change: dict[str, str], reason: str

@@ -144,7 +144,7 @@ def test_graphs_change_nothing(tmp_path: Path) -> None:
                 folder,
                 manifest,
                 4,
-                trt=trt.import_library(manifest.plans.library),
+                trt=trt.trt_body.import_library(manifest.plans.library),
                 device=CudaDevice(),
                 graphs=graphs,
             )

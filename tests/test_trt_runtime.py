@@ -74,7 +74,7 @@ def open_on_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[A
             write_plans(copy, **plans)
         native = plans.get("library", "tensorrt_rtx") == "tensorrt_rtx"
         machine.module = fake_trt(machine.device, copy, native_graphs=native)
-        monkeypatch.setattr(trt, "import_library", lambda _: machine.module)
+        monkeypatch.setattr(trt.trt_body, "import_library", lambda _: machine.module)
         opened.append(open_engine(copy, max_rows=rows, with_draft=with_draft))
         return opened[-1]
 

@@ -16,8 +16,9 @@ from dspark_batch.runtimes.memory import DeviceMemory, HostMemory, Memory
 from dspark_batch.runtimes.session import ANYWHERE, Placement
 
 _OLDEST = (1, 28)  # that knows every operator of opset 24 here
-_PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp32",)}
-"""By device; com.microsoft::MatMulIntegerToFloat, which int8 graphs have, is for the CPU only."""
+_CUDA_PRECISIONS = ("fp32",)
+"""com.microsoft::MatMulIntegerToFloat, which int8 graphs have, is for the CPU only. There all open
+that an export writes: it decodes with the graphs of TensorRT's precisions to calibrate them."""
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -30,15 +31,15 @@ def refusal(folder: Path, manifest: EngineManifest, placement: Placement = ANYWH
             f"install a newer one: pip install 'onnxruntime>={_OLDEST[0]}.{_OLDEST[1]}'"
         )
     device = chosen_device(manifest.precision, placement.device)
-    if manifest.precision not in _PRECISIONS[device]:
-        return (
-            f"{folder}: ONNX Runtime has no kernels for precision {manifest.precision!r} on the "
-            f"device {device}; set [engine] precision to {' or '.join(_PRECISIONS[device])} and "
-            f"build it again: dspark-batch export {manifest.name} --force"
-            + ("; or run it with --device cpu" if manifest.precision in _PRECISIONS["cpu"] else "")
-        )
     if device == "cpu":
         return None
+    if manifest.precision not in _CUDA_PRECISIONS:
+        return (
+            f"{folder}: ONNX Runtime has no kernels for precision {manifest.precision!r} on the "
+            f"device {device}; run it with --device cpu, or set [engine] precision to "
+            f"{' or '.join(_CUDA_PRECISIONS)} and build it again: "
+            f"dspark-batch export {manifest.name} --force"
+        )
     if _PROVIDERS[device] not in providers():
         return (
             f"{folder}: the installed ONNX Runtime is for the CPU; install the other one: "
@@ -52,7 +53,7 @@ def chosen_device(precision: str, wanted: str = "auto") -> str:
     """Where graphs execute; `auto` is the GPU if there is one and it has all kernels for them."""
     if wanted != "auto":
         return wanted
-    able = precision in _PRECISIONS["cuda"] and _PROVIDERS["cuda"] in providers()
+    able = precision in _CUDA_PRECISIONS and _PROVIDERS["cuda"] in providers()
     return "cuda" if able and find_gpus().gpus else "cpu"
 
 

@@ -70,7 +70,7 @@ DRAFT = Graph(
         **_ROW_SHAPES,
     },
 )
-_OPTIONAL = {DRAFT_VOCAB, "logits"}  # input and output that a target may have
+_OPTIONAL = {DRAFT_VOCAB}  # an input that a target may have
 
 
 def rounded(size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def open_pair(
     if problem is not None:
         raise EngineError(problem)
     assert manifest.plans is not None
-    trt = import_library(manifest.plans.library)
+    trt = trt_body.import_library(manifest.plans.library)
     trt_body.register(trt)
     device = CudaDevice()
     try:
@@ -48,22 +47,6 @@ def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> s
     return f"{gpu.name}, sm_{gpu.arch}, CUDA {gpu.driver_cuda}"
 
 
-def import_library(name: str) -> Any:
-    """The module `tensorrt` or `tensorrt_rtx`.
-
-    Raises:
-        EngineError: it is not installed.
-    """
-    if name == "tensorrt_rtx":
-        return trt_body.import_tensorrt_rtx()
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise EngineError(
-            'TensorRT is not installed; try: pip install "dspark-batch[tensorrt]"'
-        ) from error
-
-
 def refusal(folder: Path, manifest: EngineManifest, placement: Placement = ANYWHERE) -> str | None:
     """Why the plans of this engine cannot run on this machine, with what mends it; None if they do.
 
@@ -77,7 +60,7 @@ def refusal(folder: Path, manifest: EngineManifest, placement: Placement = ANYWH
         return f"{folder}: the manifest describes no plans; build the engine again: {again}"
     try:
         gpu = find_gpu()
-        library = import_library(plans.library)
+        library = trt_body.import_library(plans.library)
     except EngineError as problem:
         return f"{folder}: {problem}"
     if gpu.arch not in plans.gpu_archs:

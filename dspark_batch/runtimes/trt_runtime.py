@@ -127,13 +127,10 @@ class TrtRuntime:
         device, target, most = self._device, self._target.plan, self._target.most
         self._takes_vocab = DRAFT_VOCAB in target.inputs
         _, self._block_size, self._draft_vocab_size = target.most("draft_logits")
-        context, logits = target.outputs["context"], target.outputs.get("logits")
+        context = target.outputs["context"]
         self._context_bytes = context.num_bytes(context.shape[1:])  # of a token
         self._unread = {"context": device.allocate(most("T") * self._context_bytes)}
-        """Outputs at a fixed place, which a captured step writes again and again."""
-        if logits is not None:
-            size = logits.num_bytes((most("N"), *logits.shape[1:]))
-            self._unread["logits"] = device.allocate(size)
+        """The output at a fixed place, which a captured step writes again and again."""
         proposal = 4 * self._block_size * self._draft_vocab_size
         if self._draft is not None and proposal % _ROW_ALIGNMENT:
             raise EngineError(
