@@ -156,6 +156,8 @@ class PlansInfo(_Part):
     profiles: dict[str, ProfileInfo]
     """`decode` and `prefill`: their order is the index in a plan."""
     plugin_version: str
+    weight_streaming: bool = False
+    """Whether weights may stay on the host where the GPU has no room for all of them."""
 
 
 class FileInfo(_Part):

@@ -121,6 +121,8 @@ class EngineSection(_Section):
     """One of `PRECISIONS_BY_RUNTIME`; the first where none is given."""
     gpu_archs: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """Compute capabilities times ten (89 is sm_89) that TensorRT builds for; empty: its choice."""
+    weight_streaming: bool = False
+    """Build plans whose weights may stay on the host where the GPU has no room for all of them."""
     max_rows: Annotated[int, Field(ge=1)] = 32
     """Concurrent rows that the cost table is measured for."""
     max_tokens: Annotated[int, Field(ge=2)] = 2048
@@ -146,7 +148,9 @@ class EngineSection(_Section):
                 f"precision {self.precision!r} is not for {self.runtime}; choose from {listed}"
             )
         elif self.gpu_archs and self.runtime == "onnxruntime":
-            message = "gpu_archs is not for onnxruntime, which runs on the CPU"
+            message = "gpu_archs is not for onnxruntime, whose graphs are of no GPU"
+        elif self.weight_streaming and self.runtime == "onnxruntime":
+            message = "weight_streaming is not for onnxruntime"
         if message:
             raise PydanticCustomError("engine", "{text}", {"text": message})
         return self
@@ -181,7 +185,7 @@ class Recipe(_Section):
         """
         values = self.engine.model_dump()
         if runtime is not None and runtime != self.engine.runtime:
-            del values["precision"], values["gpu_archs"]
+            del values["precision"], values["gpu_archs"], values["weight_streaming"]
         given = {"runtime": runtime, "precision": precision, "gpu_archs": gpu_archs or None}
         values |= {name: value for name, value in given.items() if value is not None}
         try:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from pydantic import ValidationError
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.errors import EngineError
@@ -257,6 +258,27 @@ def test_a_builder_that_dies_is_an_error_and_leaves_no_plan(
 
 def section(**values: Any) -> EngineSection:
     return EngineSection.model_validate({"runtime": "tensorrt-rtx", **values})
+
+
+def test_plans_whose_weights_may_stay_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[PlanRequest] = []
+
+    def build(wanted: PlanRequest) -> PlanReport:
+        asked.append(wanted)
+        return build_plan(wanted)
+
+    monkeypatch.setattr(plans, "build_plan", build)
+    engine = RTX + "gpu_archs = [89]\nweight_streaming = true\n"
+    target = write_target(tmp_path / "target", target_config("llama"))
+    folder = export_pair(tmp_path, target, 'drafter = "none"', precision="fp16", engine=engine)
+    made = read_manifest(folder).plans
+    assert made is not None
+    assert made.weight_streaming
+    assert [wanted.weight_streaming for wanted in asked] == [True]
+    with pytest.raises(ValidationError, match="weight_streaming is not for onnxruntime"):
+        EngineSection.model_validate({"weight_streaming": True})
 
 
 def archs(here: int | None, monkeypatch: pytest.MonkeyPatch, **values: Any) -> tuple[int, ...]:

@@ -63,6 +63,7 @@ def plans_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
             ),
         },
         plugin_version=PLUGIN_VERSION,
+        weight_streaming=engine.weight_streaming,
     )
 
 
@@ -140,6 +141,7 @@ def build_plans(
                 constants={"C": plans.capacity},
                 profiles=sizes[name],
                 verifies=name == "target",
+                weight_streaming=plans.weight_streaming,
             )
         )
         if report.library_version != plans.library_version:

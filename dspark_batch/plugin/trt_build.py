@@ -44,6 +44,8 @@ class PlanRequest:
     """Sizes of every other symbolic dimension, for each optimization profile."""
     verifies: bool
     """Whether the graph holds the verification op."""
+    weight_streaming: bool = False
+    """Whether weights may stay on the host where the GPU has no room for all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,8 @@ def _build(request: PlanRequest) -> PlanReport:
     _let_attention_decompose(trt, layers)
     config = builder.create_builder_config()
     _choose_archs(trt, config, request)
+    if request.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     for sizes in request.profiles:
         if config.add_optimization_profile(_profile(builder, network, sizes)) < 0:
             raise EngineError(f"{graph}: {request.library} refuses sizes: {logger.errors[0]}")
