@@ -125,7 +125,7 @@ def _open(folder: Path, rows: int) -> Engine:
         ort.open_pair(folder, manifest, rows),
         folder=folder,
         max_rows=rows,
-        hardware_key=ort.hardware_key(),
+        hardware_key=ort.hardware_key(manifest),
     )
 
 
