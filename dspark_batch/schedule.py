@@ -195,6 +195,7 @@ class Weighed:
         # Of the round:
         self._prices = Prices.of(costs, 1, 0.0)
         self._drafting: list[Sequence] = []
+        self._waiting: dict[int, int] = {}  # by slot: context that the draft pass takes in
         self._looking = False
         self._draft_seconds = 0.0
         self._predicted = 0.0
@@ -205,7 +206,7 @@ class Weighed:
         if not self._outlook.has_blocks:
             self._outlook.expect(self._prior(running))
         self._drafting = self._worth_drafting(running) if self._auto else running
-        self._draft_seconds = self._price(self._drafting) if self._drafting else 0.0
+        self._waiting = {s.slot: s.num_pending for s in self._drafting}
         return self._drafting
 
     def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
@@ -215,7 +216,8 @@ class Weighed:
         proposed = np.arange(block.confidence.shape[1]) < block.lengths[:, None]
         confidence = np.where(proposed, block.confidence, 0.0)
         passing = self._passing(running, block)
-        self._draft_seconds = self._price(passing) if passing else 0.0
+        waited = sum(self._waiting[s.slot] for s in passing)
+        self._draft_seconds = self._prices.draft(len(passing), num_pending=waited)
         step = self._prices.step(len(passing))
         rule = _early_stop if self._looking else self._rule
         plan = VerifyPlan(

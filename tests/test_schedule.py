@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -230,6 +230,7 @@ def test_the_comparison_has_something_to_compare() -> None:
     token=st.floats(0.01, 5),
     scheduler=st.sampled_from(["early-stop", "async", "threshold", "whole"]),
 )
+@example(1, 0.125, 1.0, False, 0.5, 1.0, 1.0, "early-stop")  # most of its cost is waiting context
 def test_what_auto_loses_is_bounded_whatever_the_draft_promises(
     rows: int,
     alpha: float,

@@ -241,6 +241,8 @@ def accepted_length_at_work(
     monkeypatch.chdir(workspace.folder)
     words = shlex.split(next_command)
     assert words[0] == "dspark-batch"
+    recipe = Path(words[2])  # training knows nothing of the lookup that stands by
+    recipe.write_text(recipe.read_text().replace("[draft]\n", '[draft]\nlookup = "none"\n'))
     built = command(*words[1:], "--progress", "none", "--force")
     assert built.exit_code == 0, built.output
     tokens = {}
