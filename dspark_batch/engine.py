@@ -22,15 +22,21 @@ from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.drafters import LOOKUPS, Lookup
 from dspark_batch.manifest import EngineManifest, read_manifest
 from dspark_batch.runtimes import runtime_module
-from dspark_batch.runtimes.session import ANYWHERE, Draws, Placement, Runtime, Span
+from dspark_batch.runtimes.session import (
+    ANYWHERE,
+    PREFILL_CHUNK,
+    PREFILL_TOKENS,
+    Draws,
+    Placement,
+    Runtime,
+    Span,
+)
 from dspark_batch.types import DraftBlock, Sequence, VerifyPlan, VerifyResult
 
 if TYPE_CHECKING:
     from dspark_batch.tokenizer import Tokenizer
 
 COSTS_FILE = "costs.json"
-PREFILL_TOKENS = 512  # of all rows in one prefill pass
-PREFILL_CHUNK = 256  # of one row
 
 
 class Engine:

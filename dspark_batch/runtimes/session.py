@@ -18,6 +18,9 @@ from dspark_batch.types import DraftBlock, VerifyResult
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
+PREFILL_TOKENS = 512  # of all rows in one prefill pass
+PREFILL_CHUNK = 256  # of one row in it
+
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -38,7 +38,7 @@ from dspark_batch.runtimes.layout import (
     token_layout,
 )
 from dspark_batch.runtimes.plan_file import PlanFile, Shape
-from dspark_batch.runtimes.session import Draws, Floats, Ints, Span
+from dspark_batch.runtimes.session import PREFILL_CHUNK, Draws, Floats, Ints, Span
 from dspark_batch.runtimes.steps import (
     DRAFT,
     TARGET,
@@ -52,7 +52,6 @@ from dspark_batch.runtimes.steps import (
 )
 from dspark_batch.types import DraftBlock, VerifyResult
 
-PREFILL_CHUNK = 256  # tokens of a row that `engine` passes at once
 _ROW_ALIGNMENT = 16  # bytes; kernels read a row in pieces of that size
 
 
