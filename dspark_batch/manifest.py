@@ -192,7 +192,8 @@ class EngineManifest(_Part):
         if self.runtime == "onnxruntime":
             return f"dspark-batch export {self.name} --force"
         recipe = self.name.removesuffix(f"-{self.runtime}")
-        return f"dspark-batch export {recipe} --runtime {self.runtime} --force"
+        precision = f"--precision {self.precision}"
+        return f"dspark-batch export {recipe} --runtime {self.runtime} {precision} --force"
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide what text comes out; a resumed run must find them unchanged."""

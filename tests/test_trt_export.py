@@ -77,7 +77,8 @@ def test_a_pair_becomes_plans_with_tensorrts_own_layers(
     _, _, precision, archs = PAIRS[family]
     assert (manifest.runtime, manifest.precision) == ("tensorrt-rtx", precision)
     named = manifest.model_copy(update={"name": "model-tensorrt-rtx"})
-    assert named.export_command == "dspark-batch export model --runtime tensorrt-rtx --force"
+    command = f"dspark-batch export model --runtime tensorrt-rtx --precision {precision} --force"
+    assert named.export_command == command
     made = manifest.plans
     assert made is not None
     assert (made.library, made.gpu_archs) == ("tensorrt_rtx", tuple(archs))
