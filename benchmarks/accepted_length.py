@@ -1,9 +1,10 @@
 """Accepted length τ of drafts, by source of the prompts: engine beside engine, one table.
 
-Greedy, whole blocks (`--spec on`), so the figures are the drafts' alone: no schedule, no cost and
-no clock is in them. Engines of one target and one precision must give the same text, whatever
-proposes it; rows that differ are counted. `--speed` adds what counts in the end: tokens per second
-of one row at a time, as a ratio to plain decoding in the same run.
+Whole blocks (`--spec on`), so the figures are the drafts' alone: no schedule, no cost and no clock
+is in them. Engines of one target and one precision must give the same greedy text, whatever
+proposes it; rows that differ are counted. With a `--temperature` texts differ and laws do not.
+`--speed` adds what counts in the end: tokens per second of one row at a time, as a ratio to plain
+decoding in the same run.
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ Texts = dict[int, tuple[int, ...]]
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(min=2), default=256, show_default=True)
 @click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Of every row; 0 is greedy.",
+)
+@click.option(
     "--per-source",
     type=click.IntRange(min=1),
     help="Prompts of each source, evenly over them.  [default: all]",
@@ -71,6 +79,7 @@ def main(
     prompts_path: Path,
     rows: int,
     new_tokens: int,
+    temperature: float,
     per_source: int | None,
     num_timed: int | None,
 ) -> None:
@@ -80,6 +89,10 @@ def main(
     Example:
       python benchmarks/accepted_length.py --engine engines/model --prompts jobs/prompts.parquet
     """
+    if num_timed and temperature:
+        raise UsageError(
+            "--speed times greedy rows, which end alike in every mode: no --temperature"
+        )
     names = _names(folders)
     texts: dict[tuple[object, ...], Texts] = {}
     record: dict[str, Any] = {}
@@ -91,7 +104,7 @@ def main(
             found = provenance(ctx, engine)
             record = record or {key: found[key] for key in found if key != "engine"}
             whole = read_workload(prompts_path, engine, new_tokens=new_tokens, limit=None)
-            workload = whole.of_each_source(per_source)
+            workload = _sampled(whole.of_each_source(per_source), temperature)
             click.echo(f"{name}: decoding {len(workload.prompts)} rows", err=True)
             run = _decode(engine, workload, "on")
             own = {completion.row: completion.token_ids for completion in run.completions}
@@ -122,6 +135,7 @@ def main(
         "prompts": str(prompts_path),
         "rows": rows,
         "new_tokens": new_tokens,
+        "temperature": temperature,
         "engines": engines,
     }
     click.echo(_report(record))
@@ -140,6 +154,15 @@ def _target(engine: Engine) -> tuple[object, ...]:
     """What decides the text: engines that agree in it must agree in every row."""
     target = engine.manifest.target
     return (engine.manifest.precision, *sorted(target.files.values()))
+
+
+def _sampled(workload: Workload, temperature: float) -> Workload:
+    """The workload at another temperature, each row with a seed of its own."""
+    prompts = [
+        replace(prompt, params=replace(prompt.params, temperature=temperature, seed=prompt.row))
+        for prompt in workload.prompts
+    ]
+    return replace(workload, prompts=tuple(prompts))
 
 
 def _decode(engine: Engine, workload: Workload, mode: str) -> Decoded:
@@ -203,8 +226,8 @@ def _report(record: Mapping[str, Any]) -> str:
     num_rejected = max(engine["num_rejected"] for engine in engines.values())
     lines = [
         f"{record['hardware']}; load {record['load_average']:.2f}",
-        f"{record['prompts']}, {num_rejected} rejected; greedy, {record['new_tokens']} new tokens "
-        f"at most, whole blocks, {record['rows']} concurrent rows",
+        f"{record['prompts']}, {num_rejected} rejected; {_drawn(record)}, at most "
+        f"{record['new_tokens']} new tokens, whole blocks, {record['rows']} concurrent rows",
         "\nτ: tokens that a round commits, the bonus counted\n",
         table(
             ["source", "rows", *engines],
@@ -220,8 +243,14 @@ def _report(record: Mapping[str, Any]) -> str:
     if "speed" in first:
         lines += ["\nOne row at a time: new tokens/s of plain decoding, and × plain\n"]
         lines += [_speed_table(engines)]
-    lines += ["", *_verdicts(engines)]
+    if not record["temperature"]:
+        lines += ["", *_verdicts(engines)]
     return "\n".join(lines)
+
+
+def _drawn(record: Mapping[str, Any]) -> str:
+    heat = record["temperature"]
+    return f"temperature {heat:g}" if heat else "greedy"
 
 
 def _position_table(engines: Mapping[str, Any]) -> str:

@@ -159,20 +159,25 @@ class Engine:
     def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """Propose a block for every sequence; the confidence is calibrated for its temperature."""
         block = self.draft_raw(sequences)
+        confidence = calibration.apply(block.confidence, self._temperatures(sequences))
+        return replace(block, confidence=confidence)
+
+    def _temperatures(self, sequences: SequenceOf[Sequence]) -> NDArray[np.float32]:
+        """[R, γ] by which confidence logits are divided, the greedy rows' or the sampled ones'."""
         draft = self.manifest.draft
         assert draft is not None
-        greedy = np.array(draft.confidence_temperatures)
-        sampled = np.array(draft.sampled_temperatures) if draft.sampled_temperatures else greedy
+        greedy = np.array(draft.confidence_temperatures, np.float32)
+        if not draft.sampled_temperatures:
+            return np.tile(greedy, (len(sequences), 1))
         samples = np.array([s.prompt.params.temperature > 0 for s in sequences])
-        temperatures = np.where(samples[:, None], sampled, greedy)
-        confidence = calibration.apply(block.confidence, temperatures)
-        return replace(block, confidence=confidence)
+        sampled = np.array(draft.sampled_temperatures, np.float32)
+        return np.where(samples[:, None], sampled, greedy)
 
     def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """As `draft`, with the confidence as logits: what calibration is fitted on.
 
-        Beside a network a lookup has the greedy rows in which it finds something. Those make no
-        pass of the network; their context waits.
+        Beside a network a lookup has the rows in which it finds something. Those make no pass of
+        the network; their context waits.
         """
         draft = self.manifest.draft
         assert draft is not None
@@ -180,23 +185,20 @@ class Engine:
             return self.draft_pass(sequences)
         found = self._lookup.draft(sequences)
         assert found.matches is not None
-        # A sampled row's proposal must come with the distribution that it was drawn from.
-        greedy = np.array([s.prompt.params.temperature == 0 for s in sequences])
-        matches = np.where(greedy, found.matches, 0)
-        others = np.flatnonzero(matches == 0).tolist()
+        others = np.flatnonzero(found.matches == 0).tolist()
         if others:
             drafted = self.draft_pass([sequences[r] for r in others])
             drafted = drafted.spread(others, len(sequences))
         else:
             drafted = found
-        looked_up = matches[:, None] > 0
-        # The table is calibrated as it is: what will divide the logits is put in first.
-        sure = found.confidence * np.array(draft.confidence_temperatures, np.float32)
+        looked_up = found.looked_up
+        # The tables are calibrated as they are: what will divide the logits is put in first.
+        rated = found.confidence * self._temperatures(sequences)
         return DraftBlock(
-            np.where(looked_up, found.tokens, drafted.tokens),
-            np.where(looked_up, sure, drafted.confidence),
-            np.where(matches > 0, found.lengths, drafted.lengths),
-            matches,
+            np.where(looked_up[:, None], found.tokens, drafted.tokens),
+            np.where(looked_up[:, None], rated, drafted.confidence),
+            np.where(looked_up, found.lengths, drafted.lengths),
+            found.matches,
         )
 
     def draft_pass(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
@@ -212,12 +214,15 @@ class Engine:
     ) -> VerifyResult:
         """One pass of the target over each anchor and its planned drafts."""
         spans = []
+        draft = self.manifest.draft
+        without_network = draft is None or not draft.has_network
         for r, (sequence, length) in enumerate(zip(sequences, plan.lengths.tolist(), strict=True)):
-            tokens = np.array([sequence.tokens[-1]], np.int64)
+            tokens, certain = np.array([sequence.tokens[-1]], np.int64), without_network
             if length:
                 assert block is not None
                 tokens = np.concatenate([tokens, block.tokens[r, :length]])
-            spans.append(Span(sequence.slot, sequence.anchor_position, tokens))
+                certain = certain or bool(block.looked_up[r])
+            spans.append(Span(sequence.slot, sequence.anchor_position, tokens, certain))
         return self._runtime.verify(spans, plan.lengths, self._draws(sequences)[1])
 
     def _draws(self, sequences: SequenceOf[Sequence]) -> tuple[Draws, Draws]:

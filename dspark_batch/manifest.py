@@ -76,6 +76,8 @@ class LookupInfo(_Part):
     longest_match: int
     acceptance: tuple[tuple[float, ...], ...]
     """[longest - shortest + 1, γ] conditional acceptance by match and position, of greedy text."""
+    sampled_acceptance: tuple[tuple[float, ...], ...]
+    """The same of text sampled at temperature 1."""
 
 
 class CalibrationInfo(_Part):
@@ -93,7 +95,7 @@ class CalibrationInfo(_Part):
 class DraftInfo(_Part):
     """What proposes: a model, built into a graph from its checkpoint, a lookup, or both.
 
-    Of both, the lookup has the greedy rows in which it finds something.
+    Of both, the lookup has the rows in which it finds something.
     """
 
     drafter: str

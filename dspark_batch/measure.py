@@ -304,17 +304,20 @@ def _with_learnt_lookup(
     rounds: Sequence[calibration.Rounds],
     texts: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
 ) -> tuple[DraftInfo, list[calibration.Rounds]]:
-    """The draft with what its lookup learns of greedy rounds, and the rounds as it rates them.
+    """The draft with what its lookup learns of the rounds, and the rounds as it rates them.
 
     `rounds` and `texts` (prompts and new tokens) are of greedy rows, then of sampled ones.
     """
     assert draft.lookup is not None
     lookup = import_module(LOOKUPS[draft.lookup.drafter])
-    if not draft.has_network:
-        draft = lookup.learnt(draft, lookup.replayed(draft, texts[0]))
-        return draft, [lookup.rounds(draft, rows) for rows in texts]
-    draft = lookup.learnt(draft, lookup.observed(rounds[0]))
-    return draft, [lookup.rated(draft, found) for found in rounds]
+    if draft.has_network:
+        found = [lookup.observed(rows) for rows in rounds]
+    else:
+        found = [lookup.replayed(draft, rows) for rows in texts]
+    draft = lookup.learnt(draft, greedy=found[0], sampled=found[1])
+    rate = lookup.rated if draft.has_network else lookup.rounds
+    seen: Sequence[Any] = rounds if draft.has_network else texts
+    return draft, [rate(draft, rows, sampled=i > 0) for i, rows in enumerate(seen)]
 
 
 def _described(rows: Literal["greedy", "sampled"], fit: calibration.Calibrated) -> CalibrationInfo:

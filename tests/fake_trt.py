@@ -377,9 +377,9 @@ def write_plans(
     fixed = {"C": capacity, "G": gamma, "G1": block}
     target = [
         {"R": [1, rows], "S": [1, block], "T": [1, decode], "N": [1, decode]}
-        | {"K": [0, gamma], "K1": [1, block], "D": [1, rows * gamma]},
+        | {"K": [0, gamma], "K1": [1, block]},
         {"R": [1, prefill_rows], "S": [1, chunk], "T": [1, prefill_tokens]}
-        | {"N": [1, prefill_rows], "K": [0, 0], "K1": [1, 1], "D": [1, 1]},
+        | {"N": [1, prefill_rows], "K": [0, 0], "K1": [1, 1]},
     ]
     draft = [
         {"R": [1, rows], "P": [1, block], "N": [1, decode], "M": [ring, ring]},

@@ -148,6 +148,8 @@ class World:
     temperature: float
     top_k: int
     top_p: float
+    certain: tuple[int, int] | None = None
+    """What is proposed with certainty; else the draft draws."""
 
     @property
     def vocab_size(self) -> int:
@@ -187,6 +189,7 @@ class World:
             np.full(num_rows, self.top_k),
             np.full(num_rows, self.top_p),
             draws.astype(np.float32),
+            certain=self.certain is not None,
         )
 
 
@@ -245,8 +248,11 @@ def law_of_first_two(world: World, plan: Array) -> Array:
     """
     size = world.vocab_size
     target, draft = world.target_law(), world.draft_law()
-    pairs = np.array([(x, y) for x in world.draft_vocab for y in world.draft_vocab])
-    weights = (draft[0][:, None] * draft[1 + world.draft_vocab]).ravel()
+    if world.certain is None:
+        pairs = np.array([(x, y) for x in world.draft_vocab for y in world.draft_vocab])
+        weights = (draft[0][:, None] * draft[1 + world.draft_vocab]).ravel()
+    else:
+        pairs, weights = np.array([world.certain]), np.ones(1)
     lengths = plan[pairs[:, 0]]
     accept = np.stack([accept_thresholds(world, pairs, j) for j in range(2)], axis=1)
     accept *= np.arange(2) < lengths[:, None]
@@ -281,6 +287,28 @@ def test_the_first_two_tokens_have_the_target_law(
     target = world.target_law()
     expected = target[0][:, None] * target[1 : 1 + world.vocab_size]
     np.testing.assert_allclose(law_of_first_two(world, np.array(plan)), expected, atol=1.2e-3)
+
+
+@pytest.mark.parametrize("proposed", [(0, 0), (2, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.8, 3, 0.8)], ids=["unfiltered", "both"]
+)
+def test_certain_proposals_leave_the_target_law(
+    temperature: float, top_k: int, top_p: float, proposed: tuple[int, int]
+) -> None:
+    """Tokens of the draft's vocabulary and others, whatever its logits are."""
+    world = make_world(
+        3, draft_vocab=(3, 1), temperature=temperature, top_k=top_k, top_p=top_p, certain=proposed
+    )
+    target = world.target_law()
+    expected = target[0][:, None] * target[1 : 1 + world.vocab_size]
+    world.draft_logits[:] = np.nan
+    for plan in (1, 2):
+        law = law_of_first_two(world, np.full(world.vocab_size, plan))
+        np.testing.assert_allclose(law, expected, atol=1.2e-3)
+    # By the target's own probability is the acceptance as large as it can be.
+    accepted = accept_thresholds(world, np.array([proposed]), 0)
+    np.testing.assert_allclose(accepted, target[0][proposed[0]], atol=1e-6)
 
 
 def test_the_third_token_after_a_full_block_has_the_target_law() -> None:

@@ -22,6 +22,7 @@ from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, w
 
 from dspark_batch import bench, workload
 from dspark_batch.engine import Engine, open_engine, read_costs
+from dspark_batch.errors import UsageError
 from dspark_batch.types import Prompt, SamplingParams
 
 NEW_TOKENS = 12
@@ -171,6 +172,21 @@ def test_accepted_length_is_told_by_source_and_engine(folder: Path, tmp_path: Pa
     taus = [engine["sources"]["odd"]["accepted_length"] for engine in (trained, ngram)]
     assert f"odd | 10 | {taus[0]:.2f} | {taus[1]:.2f}" in " ".join(result.stdout.split())
     assert "are identical" in result.stdout
+
+
+def test_accepted_length_of_sampled_rows(folder: Path) -> None:
+    arguments = ("--rows", "4", "--temperature", "1.5", "--new-tokens", "16")
+    result = invoke(accepted_length.main, folder, *arguments)
+    found = last_json(result)["engines"]["tiny"]["sources"]["all"]
+    again = invoke(accepted_length.main, folder, *arguments)
+    assert last_json(again)["engines"]["tiny"]["sources"]["all"] == found  # seeds are the rows'
+    assert "temperature 1.5, at most 16 new tokens" in result.stdout
+    assert "identical" not in result.stdout
+    greedy = last_json(invoke(accepted_length.main, folder, *arguments[:2], *arguments[4:]))
+    assert greedy["engines"]["tiny"]["sources"]["all"] != found
+    refused = invoke(accepted_length.main, folder, *arguments, "--speed", "1")
+    assert refused.exit_code == UsageError.exit_code
+    assert "no --temperature" in refused.output
 
 
 def test_accepted_length_counts_rows_that_differ(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from agreeing import write_agreeing_pair
+from numpy.typing import NDArray
+from scipy import stats
 from scipy.special import expit
 from tiny import VOCAB, export_pair
 
@@ -19,6 +22,7 @@ from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.drafters.ngram import longest_match, text_of
 from dspark_batch.engine import Engine, open_engine
+from dspark_batch.export.check import TargetProbe
 from dspark_batch.manifest import DraftInfo, read_manifest
 from dspark_batch.schedule import open_schedule
 from dspark_batch.types import Completion, DraftBlock, Prompt, SamplingParams
@@ -35,6 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     sections = {
         "both": f'weights = "{draft}"',
         "network": f'weights = "{draft}"\nlookup = "none"',
+        "eager": f'weights = "{draft}"\nshortest_match = 1',
         "lookup": f'drafter = "ngram"\nblock_size = {GAMMA}\nshortest_match = 2',
     }
     return {name: export_pair(folder / name, target, lines) for name, lines in sections.items()}
@@ -178,8 +183,8 @@ def test_greedy_text_is_plain_decoding_s(
 def test_both_together_take_fewer_rounds_than_either(engines: dict[str, Engine]) -> None:
     prompts = make_prompts()
     rounds = {
-        name: sum(c.spec.num_rounds for c in run(engine, prompts, "on"))
-        for name, engine in engines.items()
+        name: sum(c.spec.num_rounds for c in run(engines[name], prompts, "on"))
+        for name in ("both", "network", "lookup")
     }
     assert rounds["both"] < min(rounds["network"], rounds["lookup"])
 
@@ -226,25 +231,63 @@ def test_a_draft_pass_is_made_for_the_network_s_rows_only(engines: dict[str, Eng
     assert {own for own, _ in seen} >= {0, 1, 2}
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
-def test_sampled_rows_are_the_network_s_alone(
-    engines: dict[str, Engine], temperature: float
-) -> None:
-    """Their proposals must come with the distribution they were drawn from: here the network's.
+def test_sampled_rows_have_the_target_s_law(engines: dict[str, Engine]) -> None:
+    """Three tokens against their exact law, some proposed by the network, some looked up.
 
-    So they draw, token by token, what they draw with the network alone, beside greedy rows too;
-    that the network's rounds are lossless is proved elsewhere.
+    A match is of one token here, in a prompt that the target said itself: so it would often say
+    again what is proposed.
     """
-    mixed = [
-        p if p.row % 3 == 0 else replace(p, params=SamplingParams(NEW_TOKENS, temperature, seed=7))
-        for p in make_prompts()
-    ]
-    both, network = (run(engines[name], mixed, "on") for name in ("both", "network"))
-    assert texts(both) == texts(network)
-    for one, other in zip(both, network, strict=True):
-        if one.row % 3:
-            assert one.spec == other.spec
-    assert any(one.spec != other.spec for one, other in zip(both, network, strict=True))
+    number, params = 1800, SamplingParams(3, temperature=1.0, top_k=3)
+    engine = engines["eager"]
+    begin = (3, 4, 11)
+    (said,) = run(engine, [Prompt(0, begin, SamplingParams(24))], "off")
+    prompt = begin + said.token_ids
+    done = run(engine, [Prompt(r, prompt, replace(params, seed=r)) for r in range(number)], "on")
+    looked_up = [c.spec for c in done if c.spec.num_looked_up_tokens]
+    assert 0.2 < len(looked_up) / number < 0.9
+    assert sum(s.num_accepted_tokens for s in looked_up) > 50
+    law = {(): 1.0}
+    for _ in range(3):
+        contexts = list(law)
+        for context, probs in zip(contexts, next_token(engine, prompt, contexts), strict=True):
+            so_far = law.pop(context)
+            law |= {(*context, int(t)): so_far * probs[t] for t in np.flatnonzero(probs)}
+    counts = Counter(texts(done))
+    assert set(counts) <= set(law)
+    assert min(law.values()) * number > 5
+    found, expected = zip(*((counts[text], number * p) for text, p in law.items()), strict=True)
+    assert stats.chisquare(found, expected).pvalue > 1e-3
+
+
+def next_token(
+    engine: Engine, prompt: tuple[int, ...], contexts: Sequence[tuple[int, ...]]
+) -> list[NDArray[np.float64]]:
+    """The law of what follows each, at temperature 1 among the three likeliest tokens."""
+    target = engine.folder / "target.onnx"
+    probe = TargetProbe(target, engine.manifest.target.cache, capacity=len(prompt) + 8)
+    rows = [(*prompt, *context) for context in contexts]
+    logits, _, _ = probe.run(rows, [0] * len(rows), probe.empty(len(rows)))
+    found = []
+    for row in logits:
+        last = row[-1].astype(np.float64)
+        weights = np.where(last >= np.sort(last)[-3], np.exp(last - last.max()), 0.0)
+        found.append(weights / weights.sum())
+    return found
+
+
+def test_a_looked_up_block_of_a_sampled_row_has_the_sampled_table_s_confidence(
+    engines: dict[str, Engine],
+) -> None:
+    draft = engines["both"].manifest.draft
+    assert draft is not None
+    assert draft.lookup is not None
+    assert draft.lookup.acceptance != draft.lookup.sampled_acceptance
+    block = first_blocks(engines["both"], make_prompts(temperature=1.0)[:4])
+    assert block.matches is not None
+    assert block.looked_up.tolist() == [True, False] * 2
+    for r in np.flatnonzero(block.looked_up):
+        table = draft.lookup.sampled_acceptance[block.matches[r] - draft.lookup.shortest_match]
+        np.testing.assert_allclose(block.confidence[r], table, atol=1e-5)
 
 
 # --- what it is worth, and what it costs ---------------------------------------------------------
@@ -317,11 +360,11 @@ def test_a_calibrated_table_is_what_the_rounds_show(folders: dict[str, Path]) ->
     draft = read_manifest(folders["both"]).draft
     assert isinstance(draft, DraftInfo)
     found = rounds_of([0, 2, 2, 2, 2], [4, 4, 4, 0, 1])
-    learnt = ngram.learnt(draft, ngram.observed(found))
+    learnt = ngram.learnt(draft, greedy=ngram.observed(found), sampled=[])
     assert learnt.lookup is not None
     first = learnt.lookup.acceptance[0]
     # Two rounds of a half each, and of four seen 3, of three 2, then all.
     np.testing.assert_allclose(first, [4 / 6, 3 / 5, 3 / 4, 3 / 4])
-    rated = ngram.rated(learnt, found)
+    rated = ngram.rated(learnt, found, sampled=False)
     np.testing.assert_array_equal(rated.logits[0], found.logits[0])
     np.testing.assert_allclose(expit(rated.logits[1:]), [first] * 4, atol=1e-6)

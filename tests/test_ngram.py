@@ -49,6 +49,7 @@ few_tokens = st.lists(st.integers(0, 3) | st.just(70_000), min_size=1, max_size=
 def draft_info(
     table: Sequence[Sequence[float]] = ((0.2,) * GAMMA, (0.5,) * GAMMA, (0.9,) * GAMMA),
     *,
+    sampled: Sequence[Sequence[float]] | None = None,
     shortest: int = 1,
 ) -> DraftInfo:
     gamma = len(table[0])
@@ -62,14 +63,15 @@ def draft_info(
             shortest_match=shortest,
             longest_match=shortest + len(table) - 1,
             acceptance=tuple(map(tuple, table)),
+            sampled_acceptance=tuple(map(tuple, sampled or table)),
         ),
         confidence_temperatures=(1.0,) * gamma,
         acceptance=(0.5,) * gamma,
     )
 
 
-def row(tokens: Sequence[int], *, slot: int = 0) -> Row:
-    prompt = Prompt(slot, tuple(tokens), SamplingParams())
+def row(tokens: Sequence[int], *, slot: int = 0, temperature: float = 0.0) -> Row:
+    prompt = Prompt(slot, tuple(tokens), SamplingParams(temperature=temperature))
     return Row(prompt=prompt, slot=slot, tokens=list(tokens), num_prompt_tokens=len(tokens))
 
 
@@ -128,15 +130,16 @@ def test_what_is_kept_of_a_row_changes_no_proposal(
 
 
 def test_trust_is_the_table_s_and_nothing_is_proposed_without_a_match() -> None:
-    table = ((0.2, 0.3, 0.4), (0.6, 0.7, 0.8))
-    drafter = open_lookup(draft_info(table, shortest=2))
-    rows = [row(t, slot=i) for i, t in enumerate(([5, 6, 7], [1, 2, 9, 1, 2], [1, 2, 3, 8] * 2))]
+    table, sampled = ((0.2, 0.3, 0.4), (0.6, 0.7, 0.8)), ((0.1, 0.2, 0.3), (0.3, 0.4, 0.5))
+    drafter = open_lookup(draft_info(table, sampled=sampled, shortest=2))
+    texts = ([5, 6, 7], [1, 2, 9, 1, 2], [1, 2, 3, 8] * 2, [1, 2, 3, 8] * 2)
+    rows = [row(t, slot=i, temperature=0.5 * (i == 3)) for i, t in enumerate(texts)]
     block = drafter.draft(rows)
-    assert block.lengths.tolist() == [0, 3, 3]
-    assert block.tokens[1:].tolist() == [[9, 1, 2], [1, 2, 3]]
+    assert block.lengths.tolist() == [0, 3, 3, 3]
+    assert block.tokens[1:].tolist() == [[9, 1, 2], [1, 2, 3], [1, 2, 3]]
     with np.errstate(over="ignore"):
         confidence = 1.0 / (1.0 + np.exp(-block.confidence.astype(np.float64)))
-    np.testing.assert_allclose(confidence, [[0.0] * 3, *table], atol=1e-6)
+    np.testing.assert_allclose(confidence, [[0.0] * 3, *table, sampled[1]], atol=1e-6)
 
 
 ROW = ([1, 2, 3], [9, 1, 2, 3, 9, 1, 2, 5])
@@ -153,7 +156,8 @@ def test_a_row_is_replayed_as_it_would_have_been_drafted() -> None:
 
 def test_acceptance_by_match_is_learnt_from_finished_rows() -> None:
     before = draft_info(((0.5,) * 3,) * 3)
-    draft = learnt(before, replayed(before, [ROW, ROW]))
+    of_rows = replayed(before, [ROW, ROW])
+    draft = learnt(before, greedy=of_rows, sampled=[])
     assert draft.lookup is not None
     seen = (2 * 0.5 + 2) / (2 + 2)
     two_of, none_of = (2 * seen + 2) / (2 + 2), 2 * seen / (2 + 2)
@@ -162,16 +166,23 @@ def test_acceptance_by_match_is_learnt_from_finished_rows() -> None:
     np.testing.assert_allclose(
         draft.lookup.acceptance, [[seen] * 3, [seen] * 3, [two_of, none_of, seen]]
     )
+    assert draft.lookup.sampled_acceptance == ((0.5,) * 3,) * 3
     assert before.model_copy(update={"lookup": draft.lookup}) == draft
+    other = learnt(before, greedy=[], sampled=of_rows).lookup
+    assert other is not None
+    assert other.sampled_acceptance == draft.lookup.acceptance
 
 
 def test_calibration_gets_the_rounds_of_whole_blocks() -> None:
-    draft = draft_info(((0.5,) * 3, (0.6,) * 3, (0.7,) * 3))
-    found = rounds(draft, [ROW, ([4], [4, 4, 4, 4, 4, 4])])
+    tables = [((x,) * 3, (0.6,) * 3, (0.7,) * 3) for x in (0.5, 0.4)]
+    draft, texts = draft_info(tables[0], sampled=tables[1]), [ROW, ([4], [4, 4, 4, 4, 4, 4])]
+    found = rounds(draft, texts, sampled=False)
     assert found.accepted.tolist() == [0, 3, 3]
     assert found.rows.tolist() == [0, 0, 1]
     confidence = calibration.apply(found.logits, np.ones(3))
     np.testing.assert_allclose(confidence, [[0.0] * 3, [0.5] * 3, [0.5] * 3], atol=1e-6)
+    sampled = calibration.apply(rounds(draft, texts, sampled=True).logits, np.ones(3))
+    np.testing.assert_allclose(sampled, [[0.0] * 3, [0.4] * 3, [0.4] * 3], atol=1e-6)
     np.testing.assert_allclose(found.acceptance, [3 / 5, 3 / 4, 3 / 4])
 
 

@@ -30,8 +30,8 @@ POINTER, INT = 8, 4
 PTX = (
     ".version 8.0\n.target sm_90a\n.address_size 64\n.visible .entry dspark_verify(\n\t"
     + ",\n\t".join(
-        f".param .{'u32' if 10 <= i < 15 else 'u64 .ptr .global .align 1'} dspark_verify_param_{i}"
-        for i in range(19)
+        f".param .{'u32' if 11 <= i < 16 else 'u64 .ptr .global .align 1'} dspark_verify_param_{i}"
+        for i in range(20)
     )
     + "\n)\n.reqntid 512\n{\n\tret;\n}\n"
 )
@@ -55,7 +55,7 @@ def test_the_ptx_has_the_parameters_of_the_op_and_assembles(arch: int, tmp_path:
 
     (kernel,) = compile_kernels([arch])
     ptx = quick_body.ptx_of_op(kernel)
-    assert parameter_bytes(ptx) == [POINTER] * 10 + [INT] * 5 + [POINTER] * 2
+    assert parameter_bytes(ptx) == [POINTER] * 11 + [INT] * 5 + [POINTER] * 2
     assert ptx[ptx.index("{") :] == kernel.ptx[kernel.ptx.index("{") :]
     source, cubin = tmp_path / "kernel.ptx", tmp_path / "kernel.cubin"
     source.write_text(ptx)
@@ -76,7 +76,7 @@ def test_whoever_assembles_the_ptx_rounds_alike(arch: int) -> None:
 
 
 def test_code_that_reads_a_hidden_pointer_is_not_stripped() -> None:
-    ptx = PTX.replace("ret;", "ld.param.b64 \t%rd1, [dspark_verify_param_17];\n\tret;")
+    ptx = PTX.replace("ret;", "ld.param.b64 \t%rd1, [dspark_verify_param_18];\n\tret;")
     with pytest.raises(AssertionError):
         quick_body.ptx_of_op(Kernel(90, 512, 256, b"-", ptx))
 

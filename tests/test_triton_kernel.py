@@ -190,7 +190,7 @@ def test_no_value_leads_out_of_the_arrays(body: Body) -> None:
     near = np.clip(rows, 0, len(call.logits) - 1)
     for a, b in zip(found, body(replace(call, logit_rows=near)), strict=True):
         np.testing.assert_array_equal(a, b)
-    integers = ("logit_rows", "draft_tokens", "lengths", "draft_vocab", "top_k")
+    integers = ("logit_rows", "draft_tokens", "lengths", "certain", "draft_vocab", "top_k")
     noise = {name: rng.choice(wild, getattr(call, name).shape) for name in integers}
     accepted, bonus = body(replace(call, **noise))
     assert set(accepted) <= set(range(call.draft_tokens.shape[1] + 1))
@@ -216,6 +216,7 @@ def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) 
         np.stack([anchor, anchor], axis=1),
         tokens[:, None],
         np.ones(rows, np.int64),
+        np.zeros(rows, np.int64),
         draft_logits,
         kept,
         temperature,
@@ -245,7 +246,7 @@ def test_the_parameters_are_the_contract_s() -> None:
     assert tuple(launch.OPERANDS) == INPUTS + OUTPUTS
     assert (*INPUTS, *launch.SIZES, *OUTPUTS) == launch.PARAMETERS
     assert dspark_verify.arg_names == [*launch.PARAMETERS, "ROWS", "BLOCK"]
-    assert len(launch.PARAMETER_TYPES) == 12 + 5 + launch.HIDDEN_POINTERS
+    assert len(launch.PARAMETER_TYPES) == 13 + 5 + launch.HIDDEN_POINTERS
 
 
 @pytest.mark.parametrize("arch", launch.ARCHS)
@@ -262,7 +263,7 @@ def test_the_kernel_compiles_without_a_gpu(arch: int) -> None:
     assert target[1] == f"sm_{arch}" + ("a" if arch >= 90 else "")
     assert version is not None
     assert int(version[1].replace(".", "")) == launch.PTX_VERSIONS[arch] < 90  # CUDA 13.0 has 9.0
-    assert launch.parameter_bytes(kernel.ptx) == [8] * 10 + [4] * 5 + [8] * 4
+    assert launch.parameter_bytes(kernel.ptx) == [8] * 11 + [4] * 5 + [8] * 4
     folder = str(inspect.getfile(launch)).rsplit("/", 1)[0]
     assert folder not in kernel.ptx
     assert folder.encode() not in kernel.cubin
@@ -289,7 +290,7 @@ def test_another_calling_convention_is_refused(monkeypatch: pytest.MonkeyPatch) 
 # launch -------------------------------------------------------------------------------------------
 
 KERNEL = Kernel(arch=89, num_threads=512, shared_bytes=256, cubin=b"\x7fELF")
-CALL = VerifyCall(tuple(range(1000, 1012)), 3, 15, 50, 20, 4, 7)
+CALL = VerifyCall(tuple(range(1000, 1013)), 3, 15, 50, 20, 4, 7)
 
 
 class FakeDriver:
@@ -330,7 +331,7 @@ def test_a_launch_passes_every_parameter_in_its_place() -> None:
     assert [arguments[0] for arguments in driver.called("cuLibraryLoadData")] == [KERNEL.cubin]
     assert driver.called("cuLibraryGetKernel") == [["library", b"dspark_verify"]]
     first, second = driver.called("cuLaunchKernel")
-    values = (*range(1000, 1010), 15, 50, 20, 4, 7, 1010, 1011, 0, 0)
+    values = (*range(1000, 1011), 15, 50, 20, 4, 7, 1011, 1012, 0, 0)
     parameters = (values, launch.PARAMETER_TYPES)
     assert first == ["function", 3, 1, 1, 512, 1, 1, 256, 77, parameters, 0]
     assert second[8] == 78

@@ -124,7 +124,7 @@ def check_report(report: PlanReport, num_layers: int, *, verifies: bool, precisi
     assert found == wanted
 
 
-def test_an_engine_without_a_draft_takes_its_vocabulary_from_the_call(
+def test_an_engine_without_a_draft_is_told_that_its_proposals_are_certain(
     tmp_path: Path, reports: Reports
 ) -> None:
     target = write_target(tmp_path / "target", PAIRS["llama"][0])
@@ -133,7 +133,7 @@ def test_an_engine_without_a_draft_takes_its_vocabulary_from_the_call(
         tmp_path, target, lines, precision="int4-weights", engine=RTX + "gpu_archs = [89]\n"
     )
     assert (folder / "target.plan").exists()
-    assert reports["target"].inputs["draft_vocab"] == "INT64"
+    assert reports["target"].inputs["certain"] == "INT64"
     assert "draft" not in reports
     draft = read_manifest(folder).draft
     assert draft is not None

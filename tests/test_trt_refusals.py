@@ -64,7 +64,10 @@ def test_another_gpu_is_refused(planned: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 120, "13.0"))
     problem = refused(planned)
     assert "built for sm_89, and Fake is sm_120" in problem
-    assert "dspark-batch export tiny --runtime tensorrt-rtx --force --gpu-arch 120" in problem
+    assert (
+        "dspark-batch export tiny --runtime tensorrt-rtx --precision fp32 --force --gpu-arch 120"
+        in problem
+    )
 
 
 def test_another_library_is_refused(planned: Path) -> None:

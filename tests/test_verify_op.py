@@ -134,6 +134,7 @@ def test_emitted_tokens_have_the_target_s_law(
         np.concatenate([np.zeros((rows, 1), np.int64), 1 + tokens], axis=1),
         tokens,
         np.full(rows, gamma),
+        np.zeros(rows, np.int64),
         draft_logits,
         kept,
         temperature,

@@ -36,6 +36,7 @@ class Call:
     logit_rows: NDArray[np.int64]
     draft_tokens: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    certain: NDArray[np.int64]
     draft_logits: NDArray[np.float32]
     draft_vocab: NDArray[np.int64]
     temperature: NDArray[np.float32]
@@ -60,13 +61,14 @@ class Call:
             self.top_k,
             self.top_p,
             np.concatenate([self.uniforms[:, :num_drafts], self.uniforms[:, -1:]], axis=1),
+            certain=self.certain,
         )
         return found.num_accepted, found.bonus
 
 
 def one_node_model(*, vocab: int | str = "V", draft_vocab: int | str = "D") -> onnx.ModelProto:
     """A graph of nothing but the op, with its function body and plugin attributes."""
-    integer = {"logit_rows", "draft_tokens", "lengths", "draft_vocab", "top_k"}
+    integer = {"logit_rows", "draft_tokens", "lengths", "certain", "draft_vocab", "top_k"}
     shapes: dict[str, list[int | str]] = {
         "logits": ["N", vocab],
         "logit_rows": ["R", "K1"],
@@ -110,6 +112,7 @@ def make_call(
     gamma: int = 4,
     drafts: int | None = None,
     draft_vocab: int | None = None,
+    certain: Any = 0,
     temperature: Any = 0.0,
     top_k: Any = 0,
     top_p: Any = 1.0,
@@ -141,6 +144,12 @@ def make_call(
         drawn[r] = sampling.sample(probs, rng.random(num_drafts))
     lengths = rng.integers(0, num_drafts + 1, rows)
     tokens = kept[drawn]
+    sure = per_row(certain, np.int64)
+    # A lookup knows nothing of the draft's vocabulary, nor of what its logits last were.
+    likely = logits[logit_rows[:, :-1]].argsort(-1)[..., -4:]
+    picked = np.take_along_axis(likely, rng.integers(0, 4, (rows, num_drafts, 1)), 2)[..., 0]
+    tokens = np.where(sure[:, None] > 0, picked, tokens)
+    draft_logits[sure > 0] = rng.choice([np.nan, np.inf, 0.0], (int((sure > 0).sum()), 1, 1))
     padding = np.arange(num_drafts) >= lengths[:, None]
     tokens[padding] = rng.integers(0, vocab, int(padding.sum()))
     beyond = np.arange(num_drafts + 1) > lengths[:, None]
@@ -150,6 +159,7 @@ def make_call(
         logit_rows,
         tokens,
         lengths,
+        sure,
         draft_logits,
         kept,
         warmth,
@@ -223,7 +233,6 @@ def on_boundary(call: Call, r: int, one: tuple[int, int], other: tuple[int, int]
     """Whether the two decisions of row `r` differ by rounding only, computed in float64."""
     if call.temperature[r] == 0:
         return False
-    ids = {int(token): i for i, token in enumerate(call.draft_vocab)}
     cell = min(one[0], other[0])
     target, near = exact_target(call, r, cell)
     if near:
@@ -231,10 +240,13 @@ def on_boundary(call: Call, r: int, one: tuple[int, int], other: tuple[int, int]
     draft = np.zeros_like(target)
     if cell < call.lengths[r]:
         temperature = float(call.temperature[r])
-        draft[call.draft_vocab] = exact_softmax(call.draft_logits[r, cell], temperature)
+        if call.certain[r]:
+            draft[call.draft_tokens[r, cell]] = 1.0
+        else:
+            draft[call.draft_vocab] = exact_softmax(call.draft_logits[r, cell], temperature)
     if one[0] != other[0]:
         token = int(call.draft_tokens[r, cell])
-        assert token in ids
+        assert draft[token]
         return bool(abs(call.uniforms[r, cell] - target[token] / draft[token]) < BOUNDARY)
     residual = np.maximum(target - draft, 0)
     mass = residual.sum()
@@ -283,6 +295,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "temperature": 1.0,
         "draft_vocab": 11,
         "top_k": [0, 6],
+        "top_p": [0.8, 1.0],
+    },
+    "certain": {"temperature": [0.0, 1.0], "certain": [0, 1]},
+    "certain-reduced-filters": {
+        "temperature": [0.3, 1.0],
+        "certain": [0, 1, 1],
+        "draft_vocab": 11,
+        "top_k": [0, 2, 6],
         "top_p": [0.8, 1.0],
     },
     "no-columns": {"temperature": [0.0, 1.0], "drafts": 0, "top_p": [0.8, 1.0]},

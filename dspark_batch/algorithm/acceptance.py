@@ -30,6 +30,8 @@ def verify(
     top_k: ArrayLike,
     top_p: ArrayLike,
     uniforms: Floats,
+    *,
+    certain: ArrayLike = 0,
 ) -> VerifyResult:
     """Accept a prefix of each row's block and draw the bonus token that follows it.
 
@@ -37,13 +39,15 @@ def verify(
     each draft token; `draft_tokens` [R, γ] in the target's vocabulary; `lengths` [R], ℓ;
     `draft_logits` [R, γ, Vd], from which the tokens were drawn at the row's temperature,
     unfiltered; `draft_vocab` [Vd], draft id -> target id; `temperature`, `top_k`, `top_p` [R];
-    `uniforms` [R, γ+1], the last column for the bonus. Whatever lies beyond ℓ is padding and may
-    hold anything.
+    `uniforms` [R, γ+1], the last column for the bonus; `certain` [R], whether the tokens were
+    proposed with probability 1 instead, as a lookup does, whatever the draft's logits and
+    vocabulary are. Whatever lies beyond ℓ is padding and may hold anything.
 
     Draft token j is accepted iff it is the target's argmax (temperature 0), or iff
     `u_j * draft_probs_j < target_probs_j` at that token, which is u < min(1, p/q) without a
-    division. The bonus comes from the residual max(target - draft, 0) at the first rejection, or
-    from the target where the residual has no mass or all ℓ were accepted.
+    division; so a certain token with the target's own probability. The bonus comes from the
+    residual max(target - draft, 0) at the first rejection, or from the target where the residual
+    has no mass or all ℓ were accepted.
 
     A row with a non-finite target logit among those it needs (0..ℓ) gets `num_accepted` 0 and
     `bonus` -1. Non-finite draft logits cost acceptance, never exactness: the token is rejected
@@ -71,7 +75,10 @@ def verify(
     # after a fully accepted block needs no case of its own, and let a greedy row accept whatever
     # its one-hot target allows.
     draft_probs = np.zeros_like(target_probs)
-    proposing = np.nonzero(planned & ~greedy)
+    sure = np.broadcast_to(np.asarray(certain, dtype=bool), num_rows)[:, None]
+    named = np.nonzero(planned & ~greedy & sure)
+    draft_probs[(*named, draft_tokens[named])] = 1
+    proposing = np.nonzero(planned & ~greedy & ~sure)
     position_probs = softmax(draft_logits[proposing], temperatures[proposing[0]])
     draft_probs[(*(index[:, None] for index in proposing), draft_vocab)] = position_probs
 

@@ -4,7 +4,7 @@ Those of `DRAFTERS` build a graph from a checkpoint, all with the same contract;
 have no weights, and propose from the rows' own tokens on the host, alone or beside a network. A
 module of the latter has `open_lookup` (a manifest's draft -> `Lookup`) and, for calibration,
 `replayed` and `observed` (rounds of finished texts, or beside a network), `learnt` (the draft with
-what they teach), `rounds` and `rated` (either with the confidence that was learnt).
+what greedy and sampled ones teach), `rounds` and `rated` (either with the confidence learnt).
 """
 
 from __future__ import annotations

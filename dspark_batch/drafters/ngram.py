@@ -7,7 +7,8 @@ LZ77, so a row that repeats itself gets whole blocks. A row without a match prop
 
 A proposal follows from the row's past alone: it is certain, and a sampled row accepts each of its
 tokens with the target's own probability. How much to trust it is a table by the match's length,
-read off greedy text at export: proposals can be checked against any finished text.
+one for greedy rows and one for sampled ones, read off text at export: proposals can be checked
+against any finished text.
 
 A row is kept as a string, one character a token, because nothing searches as fast as `rfind`.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.algorithm import calibration
-from dspark_batch.manifest import DraftInfo
+from dspark_batch.manifest import DraftInfo, LookupInfo
 from dspark_batch.types import DraftBlock, Sequence
 
 Text = tuple[SequenceOf[int], SequenceOf[int]]
@@ -42,7 +43,7 @@ class Match(NamedTuple):
 
 
 class Round(NamedTuple):
-    """One round of a row that was decoded greedily."""
+    """One round of a row."""
 
     size: int
     """Of the match; 0 where there was none."""
@@ -107,32 +108,42 @@ def observed(rounds: calibration.Rounds) -> list[Round]:
     return [Round(size, num_accepted, block_size) for size, num_accepted in pairs]
 
 
-def rated(info: DraftInfo, rounds: calibration.Rounds) -> calibration.Rounds:
+def rated(info: DraftInfo, rounds: calibration.Rounds, *, sampled: bool) -> calibration.Rounds:
     """The rounds with what is learnt by now for the confidence of looked up blocks."""
     looked_up = rounds.matches[:, None] > 0
-    return replace(rounds, logits=np.where(looked_up, _logits(info)[rounds.matches], rounds.logits))
+    logits = _logits(info, sampled=sampled)[rounds.matches]
+    return replace(rounds, logits=np.where(looked_up, logits, rounds.logits))
 
 
-def learnt(info: DraftInfo, found: SequenceOf[Round]) -> DraftInfo:
-    """The draft with the acceptance by match that greedy rounds show."""
+def learnt(info: DraftInfo, *, greedy: SequenceOf[Round], sampled: SequenceOf[Round]) -> DraftInfo:
+    """The draft with the acceptance by match that rounds of either kind show."""
     lookup = info.lookup
     assert lookup is not None
-    table = [np.full(info.block_size, 0.5)]
+    found = {
+        "acceptance": _acceptance(info.block_size, lookup, greedy),
+        "sampled_acceptance": _acceptance(info.block_size, lookup, sampled),
+    }
+    return info.model_copy(update={"lookup": lookup.model_copy(update=found)})
+
+
+def _acceptance(
+    block_size: int, lookup: LookupInfo, found: SequenceOf[Round]
+) -> tuple[tuple[float, ...], ...]:
+    table = [np.full(block_size, 0.5)]
     for size in range(lookup.shortest_match, lookup.longest_match + 1):
         # A length that was hardly seen is believed as the next shorter one.
-        passed, reached = _PRIOR_ROUNDS * table[-1], np.full(info.block_size, _PRIOR_ROUNDS)
+        passed, reached = _PRIOR_ROUNDS * table[-1], np.full(block_size, _PRIOR_ROUNDS)
         for round_ in found:
             if round_.size == size:
                 passed[: round_.num_accepted] += 1
                 reached[: min(round_.num_accepted + 1, round_.num_known)] += 1
         table.append(passed / reached)
-    acceptance = tuple(tuple(row.tolist()) for row in table[1:])
-    return info.model_copy(update={"lookup": lookup.model_copy(update={"acceptance": acceptance})})
+    return tuple(tuple(row.tolist()) for row in table[1:])
 
 
-def rounds(info: DraftInfo, texts: Iterable[Text]) -> calibration.Rounds:
+def rounds(info: DraftInfo, texts: Iterable[Text], *, sampled: bool) -> calibration.Rounds:
     """What calibration is fitted on: the replayed rounds, but for those that a row's end cuts."""
-    logits = _logits(info)
+    logits = _logits(info, sampled=sampled)
     found = [
         (logits[round_.size], round_.num_accepted, row, round_.size)
         for row, (prompt, new) in enumerate(texts)
@@ -145,10 +156,11 @@ def rounds(info: DraftInfo, texts: Iterable[Text]) -> calibration.Rounds:
     )
 
 
-def _logits(info: DraftInfo) -> NDArray[np.float32]:
+def _logits(info: DraftInfo, *, sampled: bool) -> NDArray[np.float32]:
     """[longest + 1, γ] of confidence by length of the match; those without a match are -inf."""
     assert info.lookup is not None
-    table = np.array(info.lookup.acceptance, np.float64)
+    learnt_of = info.lookup.sampled_acceptance if sampled else info.lookup.acceptance
+    table = np.array(learnt_of, np.float64)
     logits = np.full((info.lookup.longest_match + 1, info.block_size), -np.inf, np.float32)
     logits[info.lookup.shortest_match :] = np.log(table / (1.0 - table))
     return logits
@@ -167,16 +179,13 @@ class NgramDrafter:
         assert info.lookup is not None
         self._block_size = info.block_size
         self._shortest, self._longest = info.lookup.shortest_match, info.lookup.longest_match
-        self._logits = _logits(info)
+        self._logits = [_logits(info, sampled=sampled) for sampled in (False, True)]
         self._texts: dict[int, str] = {}
 
     def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
         """A block for every row, with the logits of its confidence; `lengths` 0 without a match."""
         shape = (len(sequences), self._block_size)
-        tokens, confidence = (
-            np.zeros(shape, np.int64),
-            np.tile(self._logits[0], (len(sequences), 1)),
-        )
+        tokens, confidence = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
         lengths, matches = np.zeros(len(sequences), np.int64), np.zeros(len(sequences), np.int64)
         for r, sequence in enumerate(sequences):
             text = self._texts.get(sequence.slot, "")
@@ -185,7 +194,7 @@ class NgramDrafter:
             match = longest_match(text, shortest=self._shortest, longest=self._longest)
             if match is not None:
                 tokens[r] = continuation(sequence.tokens, match.follows, self._block_size)
-                confidence[r] = self._logits[match.size]
+                confidence[r] = self._logits[sequence.prompt.params.temperature > 0][match.size]
                 lengths[r], matches[r] = self._block_size, match.size
         return DraftBlock(tokens, confidence, lengths, matches)
 

@@ -69,8 +69,7 @@ class TargetProbe:
         cells = np.arange(counts.max())[None, :]
         index = (ends - counts)[:, None] + np.minimum(cells, counts[:, None] - 1)
         num_rows, inputs = len(rows), {i.name: i for i in self._session.get_inputs()}
-        any_vocab = "draft_vocab" in inputs
-        vocab_size = 1 if any_vocab else inputs["draft_logits"].shape[2]
+        vocab_size = inputs["draft_logits"].shape[2]
         feeds: dict[str, NDArray[Any]] = {
             "tokens": np.concatenate([np.array(row, np.int64) for row in rows]),
             "starts": np.array(starts, np.int64),
@@ -80,12 +79,12 @@ class TargetProbe:
             "logit_rows": np.zeros((num_rows, 2), np.int64),
             "draft_tokens": np.zeros((num_rows, 1), np.int64),
             "lengths": np.zeros(num_rows, np.int64),
+            "certain": np.zeros(num_rows, np.int64),
             "draft_logits": np.zeros((num_rows, 1, vocab_size), np.float32),
             "temperature": np.zeros(num_rows, np.float32),
             "top_k": np.zeros(num_rows, np.int64),
             "top_p": np.ones(num_rows, np.float32),
             "uniforms": np.zeros((num_rows, 2), np.float32),
-            **({"draft_vocab": np.zeros(1, np.int64)} if any_vocab else {}),
         }
         names = [f"{kind}_{i}" for i in range(len(self._shapes)) for kind in ("key", "value")]
         feeds.update({f"past_{n}": cache for n, cache in zip(names, caches, strict=True)})

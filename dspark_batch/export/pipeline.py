@@ -386,11 +386,13 @@ def _lookup_info(section: DraftSection, block_size: int) -> LookupInfo | None:
     if section.lookup_drafter is None:
         return None
     shortest, longest = section.matches
+    unknown = ((0.5,) * block_size,) * (longest - shortest + 1)
     return LookupInfo(
         drafter=section.lookup_drafter,
         shortest_match=shortest,
         longest_match=longest,
-        acceptance=((0.5,) * block_size,) * (longest - shortest + 1),
+        acceptance=unknown,
+        sampled_acceptance=unknown,
     )
 
 

@@ -171,7 +171,6 @@ def _target_sizes(profile: ProfileInfo, block_size: int) -> Mapping[str, Bounds]
         "K1": (1, gamma + 1, gamma + 1),
         "G": (1, gamma, gamma),
         "G1": (gamma + 1,) * 3,
-        "D": (1, rows[1] * gamma, rows[2] * gamma),  # of a lookup: the tokens that it proposes
     }
 
 

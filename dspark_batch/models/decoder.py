@@ -78,7 +78,7 @@ class DecoderGraph:
     ) -> None:
         """Emit every node. `taps` are layer indices, -1 the embedding (DeepSpec convention).
 
-        Without a `draft_vocab` it is an input of every call: the proposed tokens are enough.
+        Without a `draft_vocab` drafts have no distribution: whatever is proposed is certain.
         """
         b, spec = self.b, self.spec
         self._tokens = b.input("tokens", INT64, ["T"])
@@ -333,16 +333,16 @@ class DecoderGraph:
     def _verify(self, draft_vocab: NDArray[np.int64] | None) -> None:
         b = self.b
         b.function(onnx_body.verify_function())
-        size: Dim = "D" if draft_vocab is None else len(draft_vocab)
+        if draft_vocab is None:  # nothing is drawn from a draft: one token stands for none
+            draft_vocab = np.zeros(1, np.int64)
         inputs = [
             self._logits,
             b.input("logit_rows", INT64, ["R", "K1"]),
             b.input("draft_tokens", INT64, ["R", "K"]),
             b.input("lengths", INT64, ["R"]),
-            b.input("draft_logits", FLOAT, ["R", "G", size]),
-            b.input("draft_vocab", INT64, ["D"])
-            if draft_vocab is None
-            else b.weight("draft_vocab", draft_vocab.astype(np.int64)),
+            b.input("certain", INT64, ["R"]),
+            b.input("draft_logits", FLOAT, ["R", "G", len(draft_vocab)]),
+            b.weight("draft_vocab", draft_vocab.astype(np.int64)),
             b.input("temperature", FLOAT, ["R"]),
             b.input("top_k", INT64, ["R"]),
             b.input("top_p", FLOAT, ["R"]),

@@ -26,6 +26,7 @@ OPERANDS = {
     "logit_rows": "*i64",
     "draft_tokens": "*i64",
     "lengths": "*i64",
+    "certain": "*i64",
     "draft_logits": "*fp32",
     "draft_vocab": "*i64",
     "temperature": "*fp32",

@@ -7,6 +7,7 @@ K >= 0 draft columns of this round, N rows of logits, V vocabulary, D draft voca
     logit_rows    int64 [R, K+1]   row of `logits` for the anchor and each draft token; padding: any
     draft_tokens  int64 [R, K]     in the target's vocabulary; padding: any
     lengths       int64 [R]        ℓ <= K: draft tokens that count
+    certain       int64 [R]        1: proposed with probability 1, whatever `draft_logits` are
     draft_logits  float [R, γ, D]  what the draft sampled from, γ >= K
     draft_vocab   int64 [D]        draft id -> target id
     temperature   float [R]        0 is greedy
@@ -33,6 +34,7 @@ INPUTS = (
     "logit_rows",
     "draft_tokens",
     "lengths",
+    "certain",
     "draft_logits",
     "draft_vocab",
     "temperature",
@@ -180,7 +182,10 @@ _BODY = f"""
             token_column = Unsqueeze (safe_tokens, axis2)
             is_token = Equal (token_column, draft_vocab)
             token_draft_probs = Where (is_token, draft_probs, fzero)
-            draft_prob = ReduceSum <keepdims = 0> (token_draft_probs, axis2)
+            drawn_prob = ReduceSum <keepdims = 0> (token_draft_probs, axis2)
+            sure = Greater (certain, zero)
+            sure1 = Unsqueeze (sure, axis1)
+            draft_prob = Where (sure1, fone, drawn_prob)
             draft_part = Slice (target_probs, axis0, num_drafts, axis1)
             target_prob0 = GatherElements <axis = 2> (draft_part, token_column)
             target_prob = Squeeze (target_prob0, axis2)
@@ -219,12 +224,21 @@ _BODY = f"""
             at_draft0 = Gather (flat_draft, target_cell)
             rejected = Less (accepted_then, lengths)
             rejected1 = Unsqueeze (rejected, axis1)
-            at_draft = Where (rejected1, at_draft0, fzero)
+            unsure1 = Not (sure1)
+            from_logits = And (rejected1, unsure1)
+            at_draft = Where (from_logits, at_draft0, fzero)
             empty = Mul (at_target, fzero)
             at_draft_shape = Shape (at_draft)
             spread_index = Expand (draft_vocab, at_draft_shape)
             spread = ScatterElements <axis = 1> (empty, spread_index, at_draft)
-            difference = Sub (at_target, spread)
+            end_column = Expand (zero, end_shape)
+            ended_tokens = Concat <axis = 1> (safe_tokens, end_column)
+            refused_column = GatherElements <axis = 1> (ended_tokens, accepted_column)
+            spread_there = GatherElements <axis = 1> (spread, refused_column)
+            refused_surely = And (rejected1, sure1)
+            share_there = Where (refused_surely, fone, spread_there)
+            proposed = ScatterElements <axis = 1> (spread, refused_column, share_there)
+            difference = Sub (at_target, proposed)
             residual = Max (difference, fzero)
             mass = ReduceSum <keepdims = 1> (residual, axis1)
             tiny = Constant <value_float = 1e-8> ()

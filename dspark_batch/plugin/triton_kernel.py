@@ -44,6 +44,7 @@ def dspark_verify(
     logit_rows,
     draft_tokens,
     lengths,
+    certain,
     draft_logits,
     draft_vocab,
     temperature,
@@ -66,6 +67,7 @@ def dspark_verify(
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), num_drafts)
+    sure = tl.load(certain + row) > 0
     heat = tl.load(temperature + row)
     hot = heat > 0
     divisor = tl.where(hot, heat, 1.0)
@@ -103,12 +105,14 @@ def dspark_verify(
             logit = tl.load(target + token, mask=known, other=-INFINITY)
             target_prob = _kept(logit, largest, divisor, floor) / total
             draft = draft_logits + (row * block_size + cell) * draft_vocab_size
+            drawn_from = planned & (sure == 0)
             draft_largest, draft_total, draft_weight = _draft_weights(
-                draft, draft_vocab, draft_vocab_size, planned, divisor, token, ROWS, BLOCK
+                draft, draft_vocab, draft_vocab_size, drawn_from, divisor, token, ROWS, BLOCK
             )
             # Draft logits that are not finite make this false, and the draft is forgotten.
             uniform = tl.load(uniforms + row * (block_size + 1) + cell)
-            wins = planned & (uniform * (draft_weight / draft_total) < target_prob)
+            draft_prob = tl.where(sure, 1.0, draft_weight / draft_total)
+            wins = planned & (uniform * draft_prob < target_prob)
             keeps = tl.where(hot, wins, keeps)
             if _any(sampling & (keeps == 0)):
                 drawn = _drawn(
@@ -121,9 +125,10 @@ def dspark_verify(
                     draft,
                     draft_vocab,
                     draft_vocab_size,
-                    planned & (draft_total == draft_total),
+                    drawn_from & (draft_total == draft_total),
                     draft_largest,
                     draft_total,
+                    tl.where(planned & sure, token, -1),
                     tl.load(uniforms + row * (block_size + 1) + block_size),
                     ROWS,
                     BLOCK,
@@ -292,11 +297,16 @@ def _drawn(
     proposing,
     draft_largest,
     draft_total,
+    certain_token,
     uniform,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The bonus: by inverse CDF from the residual, or from the target where that has no mass."""
+    """The bonus: by inverse CDF from the residual, or from the target where that has no mass.
+
+    The draft's distribution is that of its logits where it is `proposing`, else all on
+    `certain_token`, -1 for none.
+    """
     lanes = tl.arange(0, BLOCK)[None, :]
     # A logit that is masked then weighs 0 and not NaN, whatever the draft is.
     draft_largest = tl.where(proposing, draft_largest, 0.0)
@@ -311,10 +321,13 @@ def _drawn(
         probs = _kept(x, largest, divisor, floor) / total
         x = tl.load(draft + place, mask=has & proposing, other=-INFINITY)
         proposed = _weight(x, draft_largest, divisor) / draft_total
+        proposed = tl.where(token == certain_token, 1.0, proposed)
         mass += tl.sum(tl.maximum(probs - proposed, 0.0), 1, keep_dims=True)
         whole += tl.sum(probs, 1, keep_dims=True)
-    proposing = proposing & (mass > MIN_RESIDUAL_MASS)
-    limit = uniform * tl.where(proposing, mass, whole)
+    has_mass = mass > MIN_RESIDUAL_MASS
+    proposing = proposing & has_mass
+    certain_token = tl.where(has_mass, certain_token, -1)
+    limit = uniform * tl.where(has_mass, mass, whole)
     below = tl.zeros([ROWS, 1], tl.float64)
     chosen = tl.full([ROWS, 1], BEYOND, tl.int32)
     last = tl.zeros([ROWS, 1], tl.int32)
@@ -325,7 +338,9 @@ def _drawn(
         x = tl.load(target + token, mask=token < vocab_size, other=-INFINITY)
         probs = _kept(x, largest, divisor, floor) / total
         x = tl.load(draft + place, mask=has & proposing, other=-INFINITY)
-        residual = tl.maximum(probs - _weight(x, draft_largest, divisor) / draft_total, 0.0)
+        proposed = _weight(x, draft_largest, divisor) / draft_total
+        proposed = tl.where(token == certain_token, 1.0, proposed)
+        residual = tl.maximum(probs - proposed, 0.0)
         # A token without mass is never drawn, whatever rounding does to the running sum.
         massive = residual > 0
         reached = massive & (tl.cumsum(residual, 1) > (limit - below).to(tl.float32))

@@ -17,9 +17,8 @@ from dspark_batch.runtimes.session import Draws, Ints, Span
 ROW_INPUTS = ("temperature", "top_k", "top_p", "uniforms")
 TARGET_INPUTS = (
     *("tokens", "starts", "token_index", "cell_index", "logit_tokens", "logit_rows"),
-    *("draft_tokens", "lengths", "draft_logits", *ROW_INPUTS),
+    *("draft_tokens", "lengths", "certain", "draft_logits", *ROW_INPUTS),
 )
-DRAFT_VOCAB = "draft_vocab"  # input of a target without a draft graph
 DRAFT_INPUTS = (
     *("context", "context_tokens", "context_index", "context_starts"),
     *("anchors", "anchor_positions", *ROW_INPUTS),
@@ -51,6 +50,7 @@ def target_feeds(spans: Sequence[Span], lengths: Ints, draws: Draws) -> Feeds:
         "cell_index": cell_index,
         **_logit_feeds(spans, counts, lengths),
         "lengths": lengths,
+        "certain": np.array([span.certain for span in spans], np.int64),
         **row_feeds(draws),
     }
 
@@ -63,13 +63,6 @@ def row_feeds(draws: Draws) -> Feeds:
         "top_p": draws.top_p,
         "uniforms": draws.uniforms,
     }
-
-
-def certain(draft_tokens: Ints) -> Feeds:
-    """Drafts `[R, K]` as proposed with certainty, of a vocabulary of these tokens alone."""
-    vocab = np.unique(draft_tokens)
-    is_token = draft_tokens[..., None] == vocab
-    return {DRAFT_VOCAB: vocab, "draft_logits": np.where(is_token, 0.0, -np.inf).astype("f4")}
 
 
 def idle_draws(num_rows: int, num_uniforms: int) -> Draws:

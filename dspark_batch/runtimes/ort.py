@@ -21,9 +21,7 @@ from dspark_batch.manifest import EngineManifest
 from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.runtimes.layout import (
     DRAFT_INPUTS,
-    DRAFT_VOCAB,
     TARGET_INPUTS,
-    certain,
     idle_draws,
     row_feeds,
     target_feeds,
@@ -91,7 +89,6 @@ def open_session(
             f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; {again}"
         ) from problem
     found = {value.name for value in session.get_inputs() if not value.name.startswith("past_")}
-    found.discard(DRAFT_VOCAB)
     if inputs and found != set(inputs):
         differing = ", ".join(sorted(found ^ set(inputs)))
         raise EngineError(f"{path} was built by another version ({differing} differ); {again}")
@@ -161,8 +158,7 @@ class OrtRuntime:
         )
         self._rows: dict[int, _Row] = {}
         inputs = {value.name: value for value in self._target.get_inputs()}
-        self._takes_vocab = DRAFT_VOCAB in inputs
-        vocab_size = 1 if self._takes_vocab else inputs["draft_logits"].shape[2]
+        vocab_size = inputs["draft_logits"].shape[2]
         self._no_logits = self._memory.zeros((max_rows, self._block_size, vocab_size), np.float32)
 
     def admit(self, slot: int) -> None:
@@ -284,13 +280,9 @@ class OrtRuntime:
         bucket = self._rows[spans[0].slot].bucket
         self._reserve(bucket, int(starts.max() + counts.max()))
         feeds: dict[str, Array] = target_feeds(spans, lengths, draws)
-        sampled = bool(lengths.any() and (draws.temperature > 0).any())
         feeds["draft_logits"] = self._no_logits[: len(spans)]
-        if self._takes_vocab:
-            feeds[DRAFT_VOCAB] = np.zeros(1, np.int64)
-            if sampled:
-                feeds |= certain(feeds["draft_tokens"])
-        elif sampled:
+        certain = np.array([span.certain for span in spans])
+        if ((lengths > 0) & (draws.temperature > 0) & ~certain).any():
             feeds["draft_logits"] = self._proposed_from(spans)
         first = bucket.slots.index(spans[0].slot)
         return self._run(self._target, bucket.target, first, len(spans), feeds, names)

@@ -29,6 +29,8 @@ class Span:
     slot: int
     start: int
     tokens: Ints
+    certain: bool = False
+    """Whether the drafts among them are no draft of the runtime's, but were proposed for sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +78,11 @@ class Runtime(Protocol):
         """
 
     def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
-        """One target pass over `spans`, of which the last `lengths[r]` tokens are the last draft.
+        """One target pass over `spans`, of which the last `lengths[r]` tokens are drafts.
 
-        Without a draft of its own the runtime takes them as proposed with certainty.
-        Length 0 is plain decoding, or prefill when the span is a piece of the prompt. Everything
-        but the rejected drafts counts as committed from here on.
+        They are those of the row's last draft, unless its span is certain. Length 0 is plain
+        decoding, or prefill when the span is a piece of the prompt. Everything but the rejected
+        drafts counts as committed from here on.
         """
 
     def context(self, spans: list[Span]) -> list[Floats]:

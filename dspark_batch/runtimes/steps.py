@@ -10,7 +10,7 @@ import numpy as np
 from dspark_batch.errors import EngineError
 from dspark_batch.runtimes.buffers import Caches, staged_bytes
 from dspark_batch.runtimes.device import Device
-from dspark_batch.runtimes.layout import DRAFT_INPUTS, DRAFT_VOCAB, TARGET_INPUTS, Feeds
+from dspark_batch.runtimes.layout import DRAFT_INPUTS, TARGET_INPUTS, Feeds
 from dspark_batch.runtimes.plan_file import PlanFile
 from dspark_batch.runtimes.session import Floats
 
@@ -53,6 +53,7 @@ TARGET = Graph(
         "logit_rows": "RL",
         "draft_tokens": "RK",
         "lengths": "R",
+        "certain": "R",
         **_ROW_SHAPES,
     },
 )
@@ -70,7 +71,6 @@ DRAFT = Graph(
         **_ROW_SHAPES,
     },
 )
-_OPTIONAL = {DRAFT_VOCAB}  # an input that a target may have
 
 
 def rounded(size: int) -> int:
@@ -97,7 +97,7 @@ class Model:
         self.plan = plan
         tensors = (*plan.inputs, *plan.outputs)
         found = {name for name in tensors if not name.startswith(("past_", "present_"))}
-        differing = (found ^ {*graph.inputs, *graph.outputs}) - _OPTIONAL
+        differing = found ^ {*graph.inputs, *graph.outputs}
         if differing:
             raise EngineError(
                 f"{plan.path} was built by another version ({', '.join(sorted(differing))} "
@@ -115,8 +115,7 @@ class Model:
 
     def sent_bytes(self) -> int:
         """Room for what the host sends with any step."""
-        looked_up = {DRAFT_VOCAB, "draft_logits"} if DRAFT_VOCAB in self.plan.inputs else set()
-        return staged_bytes(self.plan, {*self.graph.shapes, *looked_up})
+        return staged_bytes(self.plan, set(self.graph.shapes))
 
     def most(self, letter: str) -> int:
         """The largest size in any profile."""

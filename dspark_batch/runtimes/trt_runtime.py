@@ -28,9 +28,7 @@ from dspark_batch.manifest import EngineManifest
 from dspark_batch.runtimes.buffers import RowBuffer, Staging, host_type
 from dspark_batch.runtimes.device import Device
 from dspark_batch.runtimes.layout import (
-    DRAFT_VOCAB,
     Feeds,
-    certain,
     idle_draws,
     row_feeds,
     spread,
@@ -124,7 +122,6 @@ class TrtRuntime:
     def _allocate(self) -> None:
         """All device memory that is not a cache or TensorRT's own."""
         device, target, most = self._device, self._target.plan, self._target.most
-        self._takes_vocab = DRAFT_VOCAB in target.inputs
         _, self._block_size, self._draft_vocab_size = target.most("draft_logits")
         context = target.outputs["context"]
         self._context_bytes = context.num_bytes(context.shape[1:])  # of a token
@@ -136,8 +133,7 @@ class TrtRuntime:
                 f"{target.path}: draft logits of a row are {proposal} bytes, not a multiple of "
                 f"{_ROW_ALIGNMENT}: pad the draft's vocabulary of {self._draft_vocab_size} tokens"
             )
-        if not self._takes_vocab:
-            self._proposals = RowBuffer(device, self._max_rows, proposal)
+        self._proposals = RowBuffer(device, self._max_rows, proposal)
         if self._draft is not None:
             num_places = self._draft.plan.most("context")[0]
             if num_places <= most("T"):
@@ -245,30 +241,18 @@ class TrtRuntime:
         feeds = target_feeds(spans, lengths, draws)
         feeds["uniforms"] = widened(draws.uniforms, model.num_uniforms)
         given = pad(feeds, TARGET, sizes | {"L": sizes["K"] + 1})
-        if self._takes_vocab:
-            given |= self._looked_up(given["draft_tokens"], lengths, draws)
         shapes: dict[str, Shape] = {name: array.shape for name, array in given.items()}
         addresses = self._sent.send(given, model.plan)
-        if not self._takes_vocab:
-            shapes["draft_logits"] = (sizes["R"], self._block_size, self._draft_vocab_size)
-            addresses["draft_logits"] = self._proposals.address(step.first)
+        shapes["draft_logits"] = (sizes["R"], self._block_size, self._draft_vocab_size)
+        # Without a draft nothing is read there, and rows of it would not be aligned.
+        place = step.first if self._draft is not None else 0
+        addresses["draft_logits"] = self._proposals.address(place)
         results = {"num_accepted": (sizes["R"],), "bonus": (sizes["R"],)}
         addresses |= self._unread | self._fetched.places(results, model.plan)
         self._run(model, step, shapes, addresses)
         fetched = self._fetched.fetch(results, model.plan)
         num_accepted, bonus = (fetched[name][: len(spans)] for name in results)
         return num_accepted, bonus
-
-    def _looked_up(self, draft_tokens: Ints, lengths: Ints, draws: Draws) -> Feeds:
-        """The distributions of drafts that no graph drew, `[R, γ, D]`, and their vocabulary."""
-        num_rows, num_drafts = draft_tokens.shape
-        if not (lengths.any() and (draws.temperature > 0).any()):
-            logits = np.zeros((num_rows, self._block_size, 1), np.float32)
-            return {DRAFT_VOCAB: np.zeros(1, np.int64), "draft_logits": logits}
-        feeds = certain(draft_tokens)
-        missing = ((0, 0), (0, self._block_size - num_drafts), (0, 0))
-        feeds["draft_logits"] = np.pad(feeds["draft_logits"], missing)
-        return feeds
 
     def _note(self, spans: list[Span], lengths: Ints, num_accepted: Ints) -> None:
         """Keep the context in the ring, and where that of what was committed lies."""
