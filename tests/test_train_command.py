@@ -43,6 +43,7 @@ from dspark_batch.training.target import (  # noqa: E402
 from dspark_batch.training.trainer import Trainer  # noqa: E402
 from dspark_batch.weights import open_weights  # noqa: E402
 
+DRAFTS = Path(__file__).parents[1] / "export" / "drafts"
 STOP, MASK, WORDS, STEPS = 0, VOCAB - 2, VOCAB - 3, 80
 SHORT = "steps = 3\nevaluate_seconds = 1000\n"
 """A training that only has to run."""
@@ -609,3 +610,12 @@ def test_features_are_the_hidden_states_of_transformers(tmp_path: Path, family: 
         torch.testing.assert_close(last_hidden, out.hidden_states[-1][0], atol=1e-4, rtol=1e-4)
         logits = capped(last_hidden @ tables.head.T, tables.spec.logit_cap)
         torch.testing.assert_close(logits, out.logits[0], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("path", sorted(DRAFTS.glob("*.toml")), ids=lambda path: path.name)
+def test_the_recipes_that_are_shipped_are_valid(path: Path) -> None:
+    """And what is made of a target under other terms than the project's stays out of it."""
+    recipe = load_training_recipe(path)
+    if recipe.target.license != "Apache-2.0":
+        ignored = (DRAFTS.parents[1] / ".gitignore").read_text().splitlines()
+        assert f"export/drafts/{path.stem}/" in ignored
