@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,9 +132,8 @@ def diagnose(*, verify: bool = False) -> Diagnosis:
     )
     notes = [note for engine in engines for note in _engine_notes(engine, cpu, memory, gpus)]
     recipes = {path.stem: _look_at_recipe(path.stem) for path in sorted(_RECIPES.glob("*.toml"))}
-    for note, command in recipes.values():
-        if note is not None:  # whose export would say no more than the note does
-            notes.append(note if " export " in command else f"{note}: {command}")
+    wanted = {_DEFAULT, *(Path(engine.folder).name for engine in engines)}
+    notes += _recipe_notes(recipes, wanted)
     notes += _package_notes()
     return Diagnosis(
         _versions(),
@@ -250,6 +249,18 @@ def _look_at_recipe(name: str) -> tuple[str | None, str]:
             )
         return str(problem), export
     return None, export
+
+
+def _recipe_notes(recipes: Mapping[str, tuple[str | None, str]], wanted: Set[str]) -> Iterator[str]:
+    """What recipes lack: in full for those that are `wanted` or alone, else by name."""
+    lacking = {name: (note, command) for name, (note, command) in recipes.items() if note}
+    others = lacking.keys() - wanted if len(lacking) > 1 else set()
+    for name, (note, command) in lacking.items():
+        if name not in others:  # whose export would say no more than the note does
+            yield note if " export " in command else f"{note}: {command}"
+    if others:
+        names = ", ".join(sorted(others))
+        yield f"cannot be built yet: {names}; what it lacks says dspark-batch export {min(others)}"
 
 
 def _next_command(engines: tuple[EngineReport, ...], recipes: dict[str, str]) -> str:

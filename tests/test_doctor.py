@@ -130,6 +130,18 @@ def test_a_missing_draft_is_to_be_trained_first(workspace: Path) -> None:
     assert "not trained yet" in lines()["note"][0]
 
 
+def test_recipes_that_nobody_built_are_told_in_one_line(workspace: Path) -> None:
+    lost = '[target]\nweights = "export/weights/lost.gguf"\n'
+    for name in ("b", "a", "model"):
+        (workspace / "export" / f"{name}.toml").write_text(lost)
+    of_default, of_others = lines()["note"]
+    assert of_default.startswith("export/model.toml: [target] weights are not there")
+    assert of_others == "cannot be built yet: a, b; what it lacks says dspark-batch export a"
+    for name in ("b", "model"):
+        (workspace / "export" / f"{name}.toml").unlink()
+    assert lines()["note"][0].startswith("export/a.toml: [target] weights are not there")
+
+
 def test_a_missing_package_of_weights_is_to_be_installed(workspace: Path) -> None:
     shutil.rmtree(workspace / "engines")
     recipe = workspace / "export" / "tiny.toml"
