@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from tiny import LAYERS, VOCAB, export_pair, target_config, write_target
 
@@ -14,8 +15,9 @@ from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import TargetProbe
 from dspark_batch.models import decoder_spec
+from dspark_batch.models.blocks import folded_scores
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder
+from dspark_batch.models.graph import FLOAT, GraphBuilder
 from dspark_batch.models.reference import forward
 from dspark_batch.models.smoothing import Smoothing, smoothing_factors
 from dspark_batch.types import Prompt, SamplingParams
@@ -206,3 +208,23 @@ def test_smoothing_leaves_the_function_as_it_is(name: str, tmp_path: Path) -> No
             probe = TargetProbe(builder.save(), spec, capacity=64)
             logits.append(probe.run([row], [0], probe.empty(1))[0][0])
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 160, 256])
+def test_a_score_does_not_depend_on_the_keys_beside_its_own(head_dim: int, tmp_path: Path) -> None:
+    """To the last bit: what a quantized target makes of one more would be another text."""
+    b = GraphBuilder("scores", tmp_path)
+    q = b.input("q", FLOAT, ["R", "kv", "S", head_dim])
+    keys = b.input("keys", FLOAT, ["R", "kv", "C", head_dim])
+    b.output(folded_scores(b, q, keys, head_dim=head_dim), "scores", FLOAT, ["R", "kv", "S", "C"])
+    session = ort.InferenceSession(str(b.save()), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    queries = rng.standard_normal((2, 1, 32, head_dim)).astype(np.float32)
+    cached = rng.standard_normal((2, 1, 512, head_dim)).astype(np.float32)
+    (wide,) = session.run(None, {"q": queries, "keys": cached})
+    exact = queries.astype(np.float64) @ cached.astype(np.float64).swapaxes(2, 3)
+    np.testing.assert_allclose(wide, exact, atol=1e-4)
+    for rows, num_queries, capacity in ((2, 32, 64), (1, 4, 128), (1, 8, 64), (2, 4, 192)):
+        part = {"q": queries[:rows, :, :num_queries], "keys": cached[:rows, :, :capacity]}
+        (found,) = session.run(None, part)
+        np.testing.assert_array_equal(found, wide[:rows, :, :num_queries, :capacity])

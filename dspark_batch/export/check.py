@@ -37,6 +37,10 @@ LIMITS = {
     "int4-weights": {"kl": 0.6, "context_error": 0.5, "invariance": 0.25},
 }
 
+# Tokens of a row, and of caches as wide as rows beside it would make them: multiples of 64, as the
+# runtime's are.
+_SHORT, _CAPACITIES = 48, (64, 128, 512)
+
 
 class TargetProbe:
     """Runs `target.onnx` on rows from given caches and returns logits and context of all tokens."""
@@ -52,10 +56,10 @@ class TargetProbe:
         """Whether the graph's activations are fp16."""
         return self._dtype is np.float16
 
-    def empty(self, num_rows: int) -> Caches:
-        """Caches of rows without tokens."""
+    def empty(self, num_rows: int, *, capacity: int | None = None) -> Caches:
+        """Caches of rows without tokens; their usual capacity is the probe's."""
         return [
-            np.zeros((num_rows, num_kv_heads, self._capacity, head_dim), self._dtype)
+            np.zeros((num_rows, num_kv_heads, capacity or self._capacity, head_dim), self._dtype)
             for num_kv_heads, head_dim in self._shapes
             for _ in ("key", "value")
         ]
@@ -145,7 +149,10 @@ def divergence(wanted: Array, found: Array) -> float:
 
 
 def _invariance(probe: TargetProbe, prompts: Sequence[Sequence[int]]) -> float:
-    """Largest change of a row's last five logits: alone, in company, token by token, at once."""
+    """Largest change of a row's last five logits: alone, in company, token by token, at once.
+
+    Also of a short row's where the cache has room for no more, and for many more tokens.
+    """
     row, others = prompts[0], prompts[1:4]
     head, tail = list(row[:-5]), list(row[-5:])
     _, _, cache = probe.run([head], [0], probe.empty(1))
@@ -156,4 +163,10 @@ def _invariance(probe: TargetProbe, prompts: Sequence[Sequence[int]]) -> float:
         step, _, stepping = probe.run([[token]], [len(head) + i], stepping)
         worst = max(worst, float(np.abs(step[0][0] - at_once[i]).max()))
     company = probe.run([row, *others], [0] * (1 + len(others)), probe.empty(1 + len(others)))[0]
-    return max(worst, float(np.abs(company[0][-5:] - at_once).max()))
+    worst = max(worst, float(np.abs(company[0][-5:] - at_once).max()))
+    short = list(row[:_SHORT])
+    beside = [
+        probe.run([short], [0], probe.empty(1, capacity=capacity))[0][0][-5:]
+        for capacity in _CAPACITIES
+    ]
+    return max(worst, *(float(np.abs(found - beside[0]).max()) for found in beside[1:]))

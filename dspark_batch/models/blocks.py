@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dspark_batch.models.graph import DTYPES, GraphBuilder
 
+MOST_SUMMED = 128  # terms of a sum that MLAS, ONNX Runtime's CPU kernels, never cuts
 MASKED = -1.0e30  # added to the score of a key that a query must not see; finite, so never NaN
 
 Matrix = NDArray[Any]
@@ -84,9 +85,25 @@ def attention(b: GraphBuilder, q: str, keys: str, values: str, seen: str) -> str
     return b.op("Attention", q, keys, values, seen, scale=1.0)
 
 
-def folded_scores(b: GraphBuilder, q: str, keys: str) -> str:
-    """`q` [R, kv, G*S, d] times `keys` [R, kv, n, d] transposed -> [R, kv, G*S, n]."""
-    return b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+def folded_scores(b: GraphBuilder, q: str, keys: str, *, head_dim: int) -> str:
+    """`q` [R, kv, G*S, d] times `keys` [R, kv, n, d] transposed -> [R, kv, G*S, n].
+
+    In products of at most `MOST_SUMMED` terms: a longer sum is cut by ONNX Runtime's CPU kernels
+    (MLAS) where n and the number of threads say, so a score would depend on how many keys lie
+    beside its own, and a row's text on the length of its neighbours.
+    """
+
+    def product(q: str, keys: str) -> str:
+        return b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+
+    sizes = [min(MOST_SUMMED, head_dim - i) for i in range(0, head_dim, MOST_SUMMED)]
+    if len(sizes) == 1:
+        return product(q, keys)
+    parts = [b.ops("Split", x, b.constant(sizes), outputs=len(sizes), axis=3) for x in (q, keys)]
+    first, *others = (product(*pair) for pair in zip(*parts, strict=True))
+    for other in others:
+        first = b.op("Add", first, other)
+    return first
 
 
 def fold_queries(b: GraphBuilder, q: str, *, num_kv_heads: int, head_dim: int) -> str:

@@ -214,7 +214,7 @@ class DecoderGraph:
             mixed = attention(b, q, keys, values, self._mask(layer))
         else:
             q = fold_queries(b, q, num_kv_heads=layer.num_kv_heads, head_dim=size)
-            scores = b.op("Add", folded_scores(b, q, keys), self._mask(layer))
+            scores = b.op("Add", folded_scores(b, q, keys, head_dim=size), self._mask(layer))
             mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
             mixed = unfold_queries(b, mixed, num_heads=heads, head_dim=size)
         flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * size)
