@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tiny import LAYERS, VOCAB, export_pair, target_config, write_target
+from tiny import HEADS, LAYERS, VOCAB, export_pair, target_config, write_target
 
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import TargetProbe
+from dspark_batch.manifest import read_manifest
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.blocks import folded_scores
 from dspark_batch.models.decoder import DecoderGraph
@@ -41,6 +42,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 CASES: dict[str, dict[str, Any]] = {
     "llama": target_config("llama"),
     "llama-tied": target_config("llama", tie_word_embeddings=True),
+    "llama-every-head-its-own-keys": target_config("llama", num_key_value_heads=HEADS),
     "llama-rope-llama3": target_config("llama", rope_parameters=LLAMA3),
     "llama-rope-yarn": target_config("llama", rope_parameters=YARN),
     "llama-rope-linear": target_config("llama", rope_parameters=LINEAR),
@@ -92,6 +94,14 @@ def test_graph_and_reference_equal_transformers(name: str, tmp_path: Path) -> No
             np.testing.assert_allclose(
                 context[r], np.concatenate(streams, axis=1), atol=1e-4, rtol=1e-4
             )
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-every-head-its-own-keys", "gemma3"])
+def test_a_step_of_one_token_rounds_as_a_longer_one(name: str, tmp_path: Path) -> None:
+    """Alone and in company: the export measures it. Only the attention of an int8 target could."""
+    source = write_target(tmp_path / "target", CASES[name])
+    engine = export_pair(tmp_path, source, None, precision="int8")
+    assert read_manifest(engine).parity["invariance"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -211,12 +221,13 @@ def test_smoothing_leaves_the_function_as_it_is(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 160, 256])
-def test_a_score_does_not_depend_on_the_keys_beside_its_own(head_dim: int, tmp_path: Path) -> None:
+def test_a_score_does_not_depend_on_what_is_beside_it(head_dim: int, tmp_path: Path) -> None:
     """To the last bit: what a quantized target makes of one more would be another text."""
     b = GraphBuilder("scores", tmp_path)
     q = b.input("q", FLOAT, ["R", "kv", "S", head_dim])
     keys = b.input("keys", FLOAT, ["R", "kv", "C", head_dim])
-    b.output(folded_scores(b, q, keys, head_dim=head_dim), "scores", FLOAT, ["R", "kv", "S", "C"])
+    scores = folded_scores(b, q, keys, head_dim=head_dim, lone=True)
+    b.output(scores, "scores", FLOAT, ["R", "kv", "S", "C"])
     session = ort.InferenceSession(str(b.save()), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     queries = rng.standard_normal((2, 1, 32, head_dim)).astype(np.float32)
@@ -224,7 +235,7 @@ def test_a_score_does_not_depend_on_the_keys_beside_its_own(head_dim: int, tmp_p
     (wide,) = session.run(None, {"q": queries, "keys": cached})
     exact = queries.astype(np.float64) @ cached.astype(np.float64).swapaxes(2, 3)
     np.testing.assert_allclose(wide, exact, atol=1e-4)
-    for rows, num_queries, capacity in ((2, 32, 64), (1, 4, 128), (1, 8, 64), (2, 4, 192)):
+    for rows, num_queries, capacity in ((2, 32, 64), (1, 4, 128), (1, 8, 64), (2, 1, 192)):
         part = {"q": queries[:rows, :, :num_queries], "keys": cached[:rows, :, :capacity]}
         (found,) = session.run(None, part)
         np.testing.assert_array_equal(found, wide[:rows, :, :num_queries, :capacity])

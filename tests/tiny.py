@@ -61,7 +61,7 @@ def write_target(folder: Path, config: dict[str, Any], *, seed: int = 0) -> Path
     """A Hugging Face folder with random fp32 weights, large enough that logits differ."""
     rng = np.random.default_rng(seed)
     gemma = config["model_type"] == "gemma3_text"
-    width, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    width, kv = HEADS * HEAD_DIM, config["num_key_value_heads"] * HEAD_DIM
 
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * 1.5 / np.sqrt(columns)).astype(np.float32)

@@ -85,16 +85,16 @@ def attention(b: GraphBuilder, q: str, keys: str, values: str, seen: str) -> str
     return b.op("Attention", q, keys, values, seen, scale=1.0)
 
 
-def folded_scores(b: GraphBuilder, q: str, keys: str, *, head_dim: int) -> str:
+def folded_scores(b: GraphBuilder, q: str, keys: str, *, head_dim: int, lone: bool = False) -> str:
     """`q` [R, kv, G*S, d] times `keys` [R, kv, n, d] transposed -> [R, kv, G*S, n].
 
     In products of at most `MOST_SUMMED` terms: a longer sum is cut by ONNX Runtime's CPU kernels
     (MLAS) where n and the number of threads say, so a score would depend on how many keys lie
-    beside its own, and a row's text on the length of its neighbours.
+    beside its own, and a row's text on the length of its neighbours. `lone`: see `row_product`.
     """
 
     def product(q: str, keys: str) -> str:
-        return b.op("MatMul", q, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        return row_product(b, q, b.op("Transpose", keys, perm=[0, 1, 3, 2]), lone=lone)
 
     sizes = [min(MOST_SUMMED, head_dim - i) for i in range(0, head_dim, MOST_SUMMED)]
     if len(sizes) == 1:
@@ -104,6 +104,19 @@ def folded_scores(b: GraphBuilder, q: str, keys: str, *, head_dim: int) -> str:
     for other in others:
         first = b.op("Add", first, other)
     return first
+
+
+def row_product(b: GraphBuilder, x: str, y: str, *, lone: bool) -> str:
+    """`x` [R, kv, M, n] times `y` [R, kv, n, k]; `lone` if M can be 1.
+
+    MLAS has another kernel for products of one row, which rounds otherwise than the one for many.
+    So that a plain step and a verification agree, the first row goes along twice.
+    """
+    if not lone:
+        return b.op("MatMul", x, y)
+    begin, one, rows = b.constant([0]), b.constant([1]), b.constant([2])
+    twice = b.op("Concat", x, b.op("Slice", x, begin, one, rows), axis=2)
+    return b.op("Slice", b.op("MatMul", twice, y), begin, b.constant([-1]), rows)
 
 
 def fold_queries(b: GraphBuilder, q: str, *, num_kv_heads: int, head_dim: int) -> str:

@@ -39,6 +39,7 @@ from dspark_batch.models.blocks import (
     rms_norm,
     rope_tables,
     rotate,
+    row_product,
     rows_from_tokens,
     soft_cap,
     tokens_from_rows,
@@ -214,8 +215,10 @@ class DecoderGraph:
             mixed = attention(b, q, keys, values, self._mask(layer))
         else:
             q = fold_queries(b, q, num_kv_heads=layer.num_kv_heads, head_dim=size)
-            scores = b.op("Add", folded_scores(b, q, keys, head_dim=size), self._mask(layer))
-            mixed = b.op("MatMul", b.op("Softmax", scores, axis=-1), values)
+            lone = heads == layer.num_kv_heads
+            scores = folded_scores(b, q, keys, head_dim=size, lone=lone)
+            probs = b.op("Softmax", b.op("Add", scores, self._mask(layer)), axis=-1)
+            mixed = row_product(b, probs, values, lone=lone)
             mixed = unfold_queries(b, mixed, num_heads=heads, head_dim=size)
         flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * size)
         activation = linears.activation(flat, self._tokens)
