@@ -162,15 +162,15 @@ class Engine:
         confidence = calibration.apply(block.confidence, self._temperatures(sequences))
         return replace(block, confidence=confidence)
 
-    def _temperatures(self, sequences: SequenceOf[Sequence]) -> NDArray[np.float32]:
+    def _temperatures(self, sequences: SequenceOf[Sequence]) -> NDArray[np.float64]:
         """[R, γ] by which confidence logits are divided, the greedy rows' or the sampled ones'."""
         draft = self.manifest.draft
         assert draft is not None
-        greedy = np.array(draft.confidence_temperatures, np.float32)
+        greedy = np.array(draft.confidence_temperatures)
         if not draft.sampled_temperatures:
             return np.tile(greedy, (len(sequences), 1))
         samples = np.array([s.prompt.params.temperature > 0 for s in sequences])
-        sampled = np.array(draft.sampled_temperatures, np.float32)
+        sampled = np.array(draft.sampled_temperatures)
         return np.where(samples[:, None], sampled, greedy)
 
     def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
@@ -193,7 +193,7 @@ class Engine:
             drafted = found
         looked_up = found.looked_up
         # The tables are calibrated as they are: what will divide the logits is put in first.
-        rated = found.confidence * self._temperatures(sequences)
+        rated = found.confidence * self._temperatures(sequences).astype(np.float32)
         return DraftBlock(
             np.where(looked_up[:, None], found.tokens, drafted.tokens),
             np.where(looked_up[:, None], rated, drafted.confidence),
