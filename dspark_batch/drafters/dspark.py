@@ -54,7 +54,7 @@ from dspark_batch.models.blocks import (
     unfold_queries,
 )
 from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWeight
-from dspark_batch.models.linears import Activation, Linears
+from dspark_batch.models.linears import DOWN_MIX, STREAM_MIX, Activation, Linears
 
 Tensor = Callable[[str], NDArray[Any]]
 CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
@@ -122,10 +122,8 @@ class DSparkGraph:
         b.function(draw_function())
         table = b.share("embed_tokens", embed)
         new = b.op("Gather", context, context_tokens)
-        projected = self._linear("fc", new, context_tokens)
-        self._context = self._linears.activation(
-            self._norm(projected, "hidden_norm"), context_tokens
-        )
+        projected = self._linear("fc", new, context_tokens, mix=STREAM_MIX)
+        self._context = self._stream(self._norm(projected, "hidden_norm"), context_tokens)
         inputs = RowInputs(context_tokens, context_index, self._context_starts, anchor_positions)
         self._cells = RoundCells(
             b,
@@ -148,9 +146,14 @@ class DSparkGraph:
     def _norm(self, x: str, name: str) -> str:
         return rms_norm(self.b, x, name, self._tensor(f"{name}.weight"), self.spec.epsilon)
 
-    def _linear(self, name: str, x: str, like: str) -> str:
+    def _linear(self, name: str, x: str, like: str, *, mix: int = 1) -> str:
         matrix = self._tensor(f"{name}.weight").T
-        return self._linears.linear(name, self._linears.activation(x, like), matrix)
+        activation = self._linears.activation(x, like, size=len(matrix), mix=mix)
+        return self._linears.linear(name, activation, matrix)
+
+    def _stream(self, x: str, like: str) -> Activation:
+        """An input `[n, hidden]` of linear layers."""
+        return self._linears.activation(x, like, size=self.spec.hidden_size, mix=STREAM_MIX)
 
     def _embed_block(self, table: str, data_type: int, anchors: str) -> str:
         b, spec = self.b, self.spec
@@ -170,14 +173,14 @@ class DSparkGraph:
             y = self._norm(y, f"{name}.post_attention_layernorm")
         x = b.op("Add", x, y)
         before = "pre_feedforward_layernorm" if spec.sandwich_norms else "post_attention_layernorm"
-        normed = linears.activation(self._norm(x, f"{name}.{before}"), self._cells.flat)
+        normed = self._stream(self._norm(x, f"{name}.{before}"), self._cells.flat)
         matrices = [self._tensor(f"{name}.mlp.{p}_proj.weight").T for p in ("gate", "up")]
         merged = linears.linear(
             f"{name}.mlp.gate_up_proj", normed, np.concatenate(matrices, axis=1)
         )
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, spec.activation), up)
-        y = self._linear(f"{name}.mlp.down_proj", product, self._cells.flat)
+        y = self._linear(f"{name}.mlp.down_proj", product, self._cells.flat, mix=DOWN_MIX)
         if spec.sandwich_norms:
             y = self._norm(y, f"{name}.post_feedforward_layernorm")
         x = b.op("Add", x, y)
@@ -209,7 +212,7 @@ class DSparkGraph:
         parts = "qk" if spec.keys_as_values else "qkv"
         wq, *others = (self._tensor(f"{name}.{part}_proj.weight").T for part in parts)
         wkv = np.concatenate(others, axis=1)
-        normed = linears.activation(x, self._cells.flat)
+        normed = self._stream(x, self._cells.flat)
         q = linears.linear(f"{name}.q_proj", normed, wq)
         attend = self._over_joined if linears.precision.native_attention else self._over_both
         mixed = attend(i, q, normed, wkv)
@@ -299,7 +302,7 @@ class DSparkGraph:
             hidden = rms_norm(b, x, "lm_head.norm", weight, spec.epsilon)
         for name, stored in head.stored.items():
             b.share(name, stored)
-        activation = linears.activation(hidden, self._drafting_cells)
+        activation = self._stream(hidden, self._drafting_cells)
         return soft_cap(b, linears.head("lm_head", activation, head.table), spec.logit_cap)
 
     def _head(self, x: str, head: DraftHead, anchors: str) -> None:

@@ -46,7 +46,7 @@ from dspark_batch.models.blocks import (
     unfold_queries,
 )
 from dspark_batch.models.graph import DTYPES, FLOAT, INT64, Dim, GraphBuilder, StoredWeight
-from dspark_batch.models.linears import Linears
+from dspark_batch.models.linears import DOWN_MIX, STREAM_MIX, Activation, Linears
 from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
 from dspark_batch.plugin import onnx_body
@@ -172,6 +172,10 @@ class DecoderGraph:
             weight = self._smooth.divide(feeds, weight)
         return rms_norm(self.b, x, name, weight * np.float32(factor), self.spec.epsilon)
 
+    def _stream(self, x: str, like: str) -> Activation:
+        """An input `[n, hidden]` of linear layers."""
+        return self._linears.activation(x, like, size=self.spec.hidden_size, mix=STREAM_MIX)
+
     def _matrix(self, name: str) -> NDArray[Any]:
         return self._tensor(f"{name}.weight").T
 
@@ -199,12 +203,13 @@ class DecoderGraph:
         wide, narrow = f"{name}.gate_up_proj", f"{name}.down_proj"
         columns = self._smooth.divide(narrow, self._matrix(f"{name}.up_proj"))
         both = np.concatenate([self._matrix(f"{name}.gate_proj"), columns], axis=1)
-        activation = linears.activation(x, self._tokens)
+        activation = self._stream(x, self._tokens)
         merged = linears.linear(wide, activation, both, self._smooth.rows(wide))
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = b.op("Mul", activate(b, gate, self.spec.activation), up)
-        activation = linears.activation(product, self._tokens)
-        return linears.linear(narrow, activation, self._matrix(narrow), self._smooth.rows(narrow))
+        matrix = self._matrix(narrow)
+        activation = linears.activation(product, self._tokens, size=len(matrix), mix=DOWN_MIX)
+        return linears.linear(narrow, activation, matrix, self._smooth.rows(narrow))
 
     def _attention(self, i: int, layer: LayerSpec, x: str) -> str:
         b, spec, linears = self.b, self.spec, self._linears
@@ -267,7 +272,7 @@ class DecoderGraph:
         wide = f"{name}.qkv_proj"
         x = self._norm(x, f"model.layers.{i}.input_layernorm", feeds=wide)
         merged = np.concatenate(list(matrices.values()), axis=1)
-        activation = linears.activation(x, self._tokens)
+        activation = self._stream(x, self._tokens)
         return linears.linear(wide, activation, merged, self._smooth.rows(wide))
 
     def _cached(self, layer: LayerSpec, new: tuple[str, str]) -> tuple[str, str]:
@@ -325,7 +330,8 @@ class DecoderGraph:
 
     def _head(self, x: str, logit_tokens: str) -> None:
         b, spec, linears = self.b, self.spec, self._linears
-        activation = linears.activation(self._norm(x, "model.norm", feeds="lm_head"), logit_tokens)
+        normed = self._norm(x, "model.norm", feeds="lm_head")
+        activation = self._stream(normed, logit_tokens)
         source = "model.embed_tokens" if spec.tied_head else "lm_head"
         name = source if linears.precision.weight_bits is None else "lm_head"
         table = self._tensor(f"{source}.weight")

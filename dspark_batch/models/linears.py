@@ -7,6 +7,7 @@ the activations, which is the graph builder's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from dspark_batch.models.graph import BFLOAT16, DTYPES, FLOAT, FLOAT16, INT4, GraphBuilder
 
 Matrix = NDArray[Any]
+STREAM_MIX, DOWN_MIX = 64, 16
+"""Channels that are mixed before they are quantized: of inputs that are as wide as the residual
+stream, and of `down_proj`'s, which are wider."""
 INT4_BLOCK = 32  # rows of a matrix that share a scale in each column
 _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that cuts nothing off
 _BLOCK = 2**24  # weights that are quantized at a time
@@ -55,12 +59,21 @@ PRECISIONS = {
 }
 
 
+def hadamard(size: int) -> NDArray[np.float32]:
+    """Sylvester's orthonormal matrix `[size, size]`, its own inverse; `size` is a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.float32(math.sqrt(size))
+
+
 def quantize_columns(
-    matrix: Matrix, rows: NDArray[np.float32] | None = None
+    matrix: Matrix, rows: NDArray[np.float32] | None = None, mix: int = 1
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric int8 per output channel: `[in, out]` -> int8 `[in, out]`, scales `[out]`.
 
-    `rows` [in] are factors on the rows of the matrix.
+    `rows` [in] are factors on the rows of the matrix; then every `mix` rows are mixed, as
+    `Linears.activation` mixes what they are multiplied with.
     """
     height, width = matrix.shape
     quantized = np.empty((height, width), np.int8)
@@ -71,6 +84,8 @@ def quantize_columns(
         block = matrix[:, columns].astype(np.float32)
         if rows is not None:
             block *= rows[:, None]
+        if mix > 1:
+            block = (hadamard(mix) @ block.reshape(-1, mix, block.shape[1])).reshape(block.shape)
         largest = np.maximum(block.max(axis=0), -block.min(axis=0))
         scales[columns] = np.maximum(largest, 1e-12) / np.float32(127)
         block /= scales[columns]
@@ -110,6 +125,7 @@ class Activation:
     value: str
     quantized: str | None = None
     scale: str | None = None
+    mix: int = 1
 
 
 class Linears:
@@ -120,6 +136,10 @@ class Linears:
     neither on its neighbours nor on the number of tokens in the call. Activations are stored
     unsigned with zero point 128, because the u8 x s8 product is the one with a fast kernel on
     every x86 CPU (VNNI, AMX); the value is the symmetric one.
+
+    A few large channels of a token cost the others their resolution. So every few channels are
+    mixed by a Hadamard matrix first, and the rows of the weight with them (QuaRot, Ashkboos et al.
+    2024): the product is the same, and what was one large value is many middling ones.
 
     With quantized weights alone the product is one of floats: `DequantizeLinear` gives the matrix,
     which a compiler fuses.
@@ -134,17 +154,24 @@ class Linears:
             raise ValueError(f"the graph builder is not for {precision}: give it its data_type")
         self._zero_points: dict[str, str] = {}
 
-    def activation(self, value: str, like: str) -> Activation:
-        """Prepare `[T, n]` as input of linear layers; `like` is any 1-D value of length T."""
+    def activation(self, value: str, like: str, *, size: int = 1, mix: int = 1) -> Activation:
+        """Prepare `[T, n]` as input of linear layers; `like` is any 1-D value of length T.
+
+        `mix` channels are mixed, of `size` n; fewer where it is no multiple.
+        """
         if not self.precision.by_token:
             return Activation(value)
-        b = self.b
+        b, mix = self.b, math.gcd(size, mix)
+        if mix > 1:
+            groups = b.op("Reshape", value, b.constant([0, size // mix, mix]))
+            mixed = b.op("MatMul", groups, b.constant(hadamard(mix), np.float32))
+            value = b.op("Reshape", mixed, b.constant([0, size]))
         if like not in self._zero_points:
             self._zero_points[like] = b.op("Expand", b.constant(128, np.uint8), b.op("Shape", like))
         largest = b.op("ReduceMax", b.op("Abs", value), b.constant([1]), keepdims=0)
         scale = b.op("Mul", largest, b.constant(1 / 127, np.float32))
         quantized = b.op("QuantizeLinear", value, scale, self._zero_points[like], axis=0)
-        return Activation(value, quantized, b.op("Unsqueeze", scale, b.constant([1])))
+        return Activation(value, quantized, b.op("Unsqueeze", scale, b.constant([1])), mix)
 
     def linear(
         self, name: str, x: Activation, matrix: Matrix, rows: NDArray[np.float32] | None = None
@@ -155,7 +182,7 @@ class Linears:
             return self.b.op("MatMul", x.value, self._matrix(name, scaled))
         b = self.b
         if not b.has(name):
-            self._write(name, *quantize_columns(matrix, rows))
+            self._write(name, *quantize_columns(matrix, rows, x.mix))
         assert x.quantized is not None
         assert x.scale is not None
         product = b.op(

@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from dspark_batch.errors import EngineError
 from dspark_batch.manifest import EngineManifest
+from dspark_batch.runtimes import int8
 from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.runtimes.layout import (
     DRAFT_INPUTS,
@@ -44,6 +45,7 @@ __all__ = ["OrtRuntime", "hardware_key", "open_pair", "providers", "refusal", "u
 
 _KEPT = ("context", "draft_logits")  # outputs that stay in the runtime's memory
 _HOST = HostMemory()
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 _MAX_PENDING = 16384  # context tokens kept before the draft takes them in
 
 
@@ -81,7 +83,11 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     again = "build the engine again: dspark-batch export model --force"
     try:
-        session = open_on(str(path), device, options)
+        graph: str | bytes = str(path)
+        if device == "cpu" and not int8.sums_exactly():
+            options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
+            graph = int8.rewritten(path) or graph
+        session = open_on(graph, device, options)
     except EngineError:
         raise
     except Exception as problem:  # ORT's exceptions have no common public base

@@ -12,6 +12,7 @@ from dspark_batch.errors import EngineError
 from dspark_batch.hardware import cpu_fields, find_gpus
 from dspark_batch.manifest import EngineManifest
 from dspark_batch.models.graph import copy_graph
+from dspark_batch.runtimes import int8
 from dspark_batch.runtimes.memory import DeviceMemory, HostMemory, Memory
 from dspark_batch.runtimes.session import ANYWHERE, Placement
 
@@ -68,13 +69,18 @@ def providers() -> list[str]:
 
 
 def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> str:
-    """What a measured cost holds for: processor and cores, or GPU, and ONNX Runtime's version."""
+    """What a measured cost holds for: processor and cores, or GPU, and ONNX Runtime's version.
+
+    And the remedy, where the processor needs one for int8.
+    """
     version = f"onnxruntime {ort.__version__}"
     if uses_gpu(manifest, placement):
         gpu = find_gpus().gpus[0]
         return f"{gpu.name}, sm_{gpu.arch}, {version}"
     threads = f", {placement.threads} threads" if placement.threads else ""
-    return f"{_processor()}, {os.cpu_count()} cores{threads}, {version}"
+    remedy = int8.remedy() if manifest.precision == "int8" else None
+    remedied = f", {remedy}" if remedy else ""
+    return f"{_processor()}, {os.cpu_count()} cores{threads}, {version}{remedied}"
 
 
 def _processor() -> str:
