@@ -45,7 +45,7 @@ _LONG_CONTEXT = 1024
 _LEAST_LONGER = 4  # times as long as usual, or nothing can be told from it
 _MOST_CACHED = 16384  # tokens of all rows together, when contexts are long
 _INTAKE_ROWS, _INTAKE_TOKENS = 8, 64  # that the draft takes in at once, to tell what that costs
-_CALIBRATION_TOKENS = 96
+_CALIBRATION_TOKENS = 40
 
 
 def measure_costs(
@@ -128,26 +128,34 @@ def _context_slopes(
 ) -> list[tuple[float, float]]:
     """[rows] what a cached token more of every row adds to `usual` [rows, widths] target passes.
 
-    Of plain steps and of the widest pass. Empty where rows cannot be long; sizes whose caches
-    would be too large get those of the largest one measured, in proportion.
+    Of plain steps and of the widest pass, at three sizes; those between lie between. Empty where
+    rows cannot be long; sizes whose caches would be too large get those of the largest one
+    measured, in proportion.
     """
-    found: dict[int, tuple[float, float]] = {}
-    # From many rows to few: contexts get longer on the way, so every buffer has just its size.
-    for num_rows, (plain, *_, whole) in sorted(zip(rows, usual, strict=True), reverse=True):
-        most = min(_LONG_CONTEXT, _MOST_CACHED // num_rows, engine.max_tokens - usual.shape[1])
-        if most < _LEAST_LONGER * context:
-            continue
-        plans = [np.full(num_rows, extra) for extra in (0, engine.block_size)]
-        long_plain, long_whole = _target_times(engine, most, plans, clock)
-        slope = max(long_plain - plain, 0.0) / (most - context)
-        found[num_rows] = (slope, max((long_whole - whole) / (most - context), slope))
-    if not found:
+    room = {
+        n: min(_LONG_CONTEXT, _MOST_CACHED // n, engine.max_tokens - usual.shape[1]) for n in rows
+    }
+    able = [n for n in rows if room[n] >= _LEAST_LONGER * context]
+    if not able:
         return []
-    largest = max(found)
-    return [
-        found.get(n) or (found[largest][0] * n / largest, found[largest][1] * n / largest)
-        for n in rows
-    ]
+    # Attention costs by rows: few sizes tell those between. From many rows to few, because contexts
+    # get longer on the way, so that every buffer has just its size.
+    measured = sorted({able[0], able[len(able) // 2], able[-1]}, reverse=True)
+    found: dict[int, tuple[float, float]] = {}
+    for num_rows in measured:
+        plain, *_, whole = usual[list(rows).index(num_rows)]
+        plans = [np.full(num_rows, extra) for extra in (0, engine.block_size)]
+        long_plain, long_whole = _target_times(engine, room[num_rows], plans, clock)
+        longer = room[num_rows] - context
+        slope = max(long_plain - plain, 0.0) / longer
+        found[num_rows] = (slope, max((long_whole - whole) / longer, slope))
+    grid = sorted(found)
+    plain_slopes, whole_slopes = zip(*(found[n] for n in grid), strict=True)
+
+    def at(num_rows: int, slopes: Sequence[float]) -> float:
+        return float(np.interp(num_rows, grid, slopes)) * max(num_rows / grid[-1], 1.0)
+
+    return [(at(n, plain_slopes), at(n, whole_slopes)) for n in rows]
 
 
 def _target_times(
@@ -159,17 +167,18 @@ def _target_times(
     the time, only how far they reach.
     """
 
-    def seconds(lengths: NDArray[np.int64]) -> float:
-        with _standing(engine, len(lengths), context) as rows:
-            tokens = np.zeros((len(lengths), engine.block_size), np.int64)
+    tokens = np.zeros((len(plans[0]), engine.block_size), np.int64)
+    with _standing(engine, len(plans[0]), context) as rows:
+
+        def seconds(lengths: NDArray[np.int64]) -> float:
             block = DraftBlock(tokens, tokens.astype(np.float32), lengths)
             begin = clock()
             engine.verify(rows, block, VerifyPlan(lengths))
             return clock() - begin
 
-    for lengths in plans:  # not counted: it allocates and binds
-        seconds(lengths)
-    sweeps = [[seconds(lengths) for lengths in plans] for _ in range(_REPEATS)]
+        for lengths in plans:  # not counted: it allocates and binds
+            seconds(lengths)
+        sweeps = [[seconds(lengths) for lengths in plans] for _ in range(_REPEATS)]
     return [median(times) for times in zip(*sweeps, strict=True)]
 
 

@@ -28,6 +28,7 @@ from tiny import (
     VOCAB,
     draft_config,
     export_pair,
+    smoothing_factors,
     target_config,
     write_draft,
     write_target,
@@ -38,7 +39,7 @@ from dspark_batch.drafters.layouts import draft_spec
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.models import decoder_spec
-from dspark_batch.models.smoothing import Smoothing, smoothing_factors
+from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.types import Prompt, SamplingParams
 from dspark_batch.weights import open_weights
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from tiny import HEADS, LAYERS, VOCAB, export_pair, target_config, write_target
+from tiny import HEADS, LAYERS, VOCAB, export_pair, smoothing_factors, target_config, write_target
 
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import open_engine
@@ -20,7 +20,7 @@ from dspark_batch.models.blocks import folded_scores
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import FLOAT, GraphBuilder
 from dspark_batch.models.reference import forward
-from dspark_batch.models.smoothing import Smoothing, smoothing_factors
+from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.types import Prompt, SamplingParams
 from dspark_batch.weights import open_weights
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import export_pair
+from tiny import export_pair, smoothing_factors
 
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import open_engine
@@ -19,7 +19,7 @@ from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder
 from dspark_batch.models.reference import forward
-from dspark_batch.models.smoothing import Smoothing, smoothing_factors
+from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.types import Prompt, SamplingParams
 from dspark_batch.weights import open_weights
 

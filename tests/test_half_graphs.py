@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import VOCAB, draft_config, target_config, write_draft, write_target
 
 from dspark_batch.errors import EngineError
-from dspark_batch.export.check import check_target
+from dspark_batch.export.check import Texts, check_target
 from dspark_batch.models import decoder_spec, linears
 from dspark_batch.models.graph import BFLOAT16, FLOAT, FLOAT16, in_fp32
 from dspark_batch.models.linears import Precision, quantize_blocks
@@ -50,9 +50,8 @@ def prompts() -> list[list[int]]:
 def parity(graph: Path, target: Path, precision: str) -> dict[str, float]:
     with open_weights(target) as weights:
         spec = decoder_spec(weights.config)
-        return check_target(
-            graph, spec, weights.tensor, taps=TAPS, prompts=prompts(), precision=precision
-        )
+        texts = Texts.of(spec, weights.tensor, prompts(), taps=TAPS)
+        return check_target(graph, spec, weights.tensor, texts, precision=precision)
 
 
 def all_rounds(graph: DraftGraph) -> list[np.ndarray]:

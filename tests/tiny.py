@@ -10,6 +10,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dspark_batch.export.pipeline import export
+from dspark_batch.models.reference import forward
+from dspark_batch.models.smoothing import Outliers
+from dspark_batch.models.spec import DecoderSpec
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 40, 32, 3, 4, 2, 8, 48
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -211,3 +214,12 @@ def export_pair(
     )
     recipe.write_text("\n".join(lines))
     return export(recipe, output=folder / "engines" / "tiny", **options)
+
+
+def smoothing_factors(
+    spec: DecoderSpec, tensor: Any, rows: list[list[int]]
+) -> dict[str, np.ndarray]:
+    """The factors of a target that has seen the rows."""
+    outliers = Outliers()
+    forward(spec, tensor, rows, observe=outliers)
+    return outliers.factors(spec)

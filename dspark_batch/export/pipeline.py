@@ -34,9 +34,9 @@ from dspark_batch.drafters.shared import check_fits, embedding, head
 from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.engine import COSTS_FILE, open_engine
 from dspark_batch.errors import EngineError
-from dspark_batch.export.check import check_target
+from dspark_batch.export.check import Texts, check_draft, check_target
 from dspark_batch.export.plans import build_plans, plans_info
-from dspark_batch.export.texts import NUM_SMOOTHING_TEXTS, example_prompts
+from dspark_batch.export.texts import check_rows, example_prompts
 from dspark_batch.manifest import (
     FILE_NAME,
     FORMAT,
@@ -55,14 +55,14 @@ from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder, StoredWeight, in_fp32
 from dspark_batch.models.linears import PRECISIONS
-from dspark_batch.models.smoothing import Smoothing, smoothing_factors
+from dspark_batch.models.smoothing import Outliers, Smoothing
 from dspark_batch.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.tokenizer import Tokenizer, write_tokenizer
 from dspark_batch.weights import Weights, open_weights, sha256_of
 
 Progress = Callable[[str], None]
-_CHECK_PROMPTS = 4
 _LEAST_POSITIONS = 512
+_TWIN = "draft-fp32"  # the draft's graph as it is checked against; not part of an engine
 
 
 def export(
@@ -155,8 +155,9 @@ class _Export:
         try:
             self._build(scratch)
             with self._runnable(scratch) as graphs:
-                self._progress("checking the graph against an independent forward pass")
                 parity = self._check(graphs)
+                for path in {*scratch.glob(f"{_TWIN}.*"), *graphs.glob(f"{_TWIN}.*")}:
+                    path.unlink()
                 if self._draft_info is not None:
                     self._measure(graphs, parity)
             if self._plans is not None:
@@ -246,7 +247,7 @@ class _Export:
     def _build(self, folder: Path) -> None:
         engine = self._recipe.engine
         write_tokenizer(self._target, folder)
-        self._prompts = self._example_prompts(folder)
+        smoothing = self._read_texts(folder)
         self._progress(f"building target.onnx ({self._spec.family}, {engine.precision})")
         builder = GraphBuilder("target", folder, PRECISIONS[engine.precision].data_type)
         graph = DecoderGraph(
@@ -254,7 +255,7 @@ class _Export:
             self._spec,
             self._target.tensor,
             precision=engine.precision,
-            smoothing=self._smoothing(),
+            smoothing=smoothing,
         )
         taps = self._taps or (self._spec.num_layers - 1,)
         # Positions that a graph must know: the check and the measurements want a few of their own.
@@ -264,18 +265,26 @@ class _Export:
         if self._draft_spec is not None:
             self._build_draft(folder, graph, builder.stored("model.embed_tokens"), reach)
 
-    def _example_prompts(self, folder: Path) -> list[tuple[int, ...]]:
-        tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
-        most = self._recipe.engine.max_tokens // 2
-        prompts = example_prompts(tokenizer, vocab_size=self._spec.vocab_size)
-        return [prompt[:most] for prompt in prompts]
+    def _read_texts(self, folder: Path) -> Smoothing:
+        """Run the example texts through an independent forward pass.
 
-    def _smoothing(self) -> Smoothing:
-        """The factors that the example prompts ask for, where the precision wants any."""
+        What it finds is what the graphs are checked against. The outliers that it sees on the way
+        go into the weights, where the precision wants that.
+        """
+        vocab_size, most = self._spec.vocab_size, self._recipe.engine.max_tokens // 2
+        tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
+        prompts = example_prompts(tokenizer, vocab_size=vocab_size)
+        self._prompts = [prompt[:most] for prompt in prompts]
+        rows = check_rows(tokenizer, self._prompts, vocab_size=vocab_size, most_tokens=most)
+        total = sum(map(len, rows))
+        self._progress(f"running {total:,} tokens of text through an independent forward pass")
+        outliers = Outliers()
+        self._texts = Texts.of(
+            self._spec, self._target.tensor, rows, taps=self._taps, observe=outliers
+        )
         if not PRECISIONS[self._recipe.engine.precision].smoothed:
             return Smoothing()
-        prompts = self._prompts[:NUM_SMOOTHING_TEXTS]
-        return Smoothing(smoothing_factors(self._spec, self._target.tensor, prompts))
+        return Smoothing(outliers.factors(self._spec))
 
     def _build_draft(
         self, folder: Path, target: DecoderGraph, embed: StoredWeight, reach: int
@@ -289,20 +298,24 @@ class _Export:
         builder = GraphBuilder("draft", folder, PRECISIONS[precision].data_type)
         stored, rows = target.head_weights()
         drafter = import_module(DRAFTERS[self._recipe.draft.drafter])
+        tied, vocab = self._spec.tied_head, self._draft_vocab
         drafter.DSparkGraph(builder, self._draft_spec, weights.tensor, precision=precision).build(
             embed=embedding(weights, self._target, builder=builder, stored=embed),
-            head=head(
-                weights,
-                self._target,
-                tied=self._spec.tied_head,
-                vocab=self._draft_vocab,
-                stored=stored,
-                rows=rows,
-            ),
+            head=head(weights, self._target, tied=tied, vocab=vocab, stored=stored, rows=rows),
             draft_vocab=self._draft_vocab,
             max_tokens=reach,
         )
         builder.save()
+        if precision == "fp32":
+            return
+        twin = GraphBuilder(_TWIN, folder)
+        drafter.DSparkGraph(twin, self._draft_spec, weights.tensor, precision="fp32").build(
+            embed=embedding(weights, self._target, builder=twin, stored=embed),
+            head=head(weights, self._target, tied=tied, vocab=vocab, stored={}, rows=None),
+            draft_vocab=self._draft_vocab,
+            max_tokens=reach,
+        )
+        twin.save()
 
     @contextmanager
     def _runnable(self, folder: Path) -> Iterator[Path]:
@@ -331,14 +344,21 @@ class _Export:
         )
 
     def _check(self, folder: Path) -> dict[str, float]:
-        return check_target(
-            folder / "target.onnx",
-            self._spec,
-            self._target.tensor,
-            taps=self._taps,
-            prompts=self._prompts[:_CHECK_PROMPTS],
-            precision=self._recipe.engine.precision,
+        precision = self._recipe.engine.precision
+        self._progress("checking target.onnx against it")
+        target = folder / "target.onnx"
+        parity = check_target(
+            target, self._spec, self._target.tensor, self._texts, precision=precision
         )
+        if self._draft_spec is not None:
+            assert self._draft_info is not None
+            assert self._draft_info.cache is not None
+            self._progress("checking draft.onnx")
+            draft = folder / "draft.onnx"
+            twin = draft if precision == "fp32" else folder / f"{_TWIN}.onnx"
+            cache = self._draft_info.cache
+            parity |= check_draft(draft, twin, cache, self._texts, precision=precision)
+        return parity
 
     def _measure(self, folder: Path, parity: dict[str, float]) -> None:
         self._write_manifest(folder, parity, runtime="onnxruntime")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -46,8 +47,39 @@ TEXTS = (
     "Write a short dialogue between a customer and a baker.",
     "Plan a two-day trip to Rome for a family with small children.",
 )
-NUM_SMOOTHING_TEXTS = 16
-"""The first ones are enough to see outliers of activations by, which takes a slow forward pass."""
+PASSAGES = (
+    "Tom has 3 boxes with 12 pencils each. He gives 7 pencils to his sister and shares the rest "
+    "equally with two friends. First we count the pencils: 3 * 12 = 36. After the gift he has "
+    "36 - 7 = 29 pencils. Divided by 3 people that is 9 each, and 2 pencils are left over. "
+    "The answer is 9.",
+    "def count_words(text):\n    counts = {}\n    for word in text.lower().split():\n"
+    "        word = word.strip('.,!?')\n        if word:\n"
+    "            counts[word] = counts.get(word, 0) + 1\n    return counts\n\n"
+    "# Example:\nprint(count_words('The cat saw the dog.'))  # {'the': 2, 'cat': 1, ...}",
+    "The lighthouse stood at the end of a long stone pier. Every evening Anna climbed its 142 "
+    "steps to light the lamp, and every morning she wrote down which ships had passed. On the "
+    "first of November the fog was so thick that she could not see the water below. Then a bell "
+    "rang, three times, from somewhere very near.",
+    "Dear Ms Keller,\n\nThank you for your message. We have looked into your order and found that "
+    "the parcel was returned to our warehouse because the address was incomplete. Please send us "
+    "the full address, and we will ship it again today at no cost.\n\nKind regards,\n"
+    "Customer service",
+    "1. **Plan ahead**: write down what you want to achieve this week.\n2. **Start small**: "
+    "fifteen minutes are enough to begin.\n3. **Take breaks**: a short walk clears the mind.\n"
+    "4. **Review**: on Friday, look at what worked and what did not.\n\n"
+    "| day | task | done |\n|---|---|---|\n| Monday | report | yes |\n| Tuesday | slides | no |",
+    "Photosynthesis is how plants turn light into chemical energy. In the leaves, chlorophyll "
+    "absorbs light and splits water into oxygen, protons and electrons. The energy is stored in "
+    "ATP and NADPH, with which the Calvin cycle builds sugar from carbon dioxide. "
+    "6 CO2 + 6 H2O -> C6H12O6 + 6 O2.",
+    "SELECT customers.name, COUNT(orders.id) AS num_orders\nFROM customers\nLEFT JOIN orders ON "
+    "orders.customer_id = customers.id\nWHERE customers.country = 'France'\nGROUP BY "
+    "customers.name\nHAVING COUNT(orders.id) > 3\nORDER BY num_orders DESC;",
+    "La bibliothèque ouvre à neuf heures du matin. Das Museum ist montags geschlossen. El tren a "
+    "Sevilla sale a las 17:45 desde el andén número 4. Il prezzo è di 12,50 euro a persona.",
+)
+"""Prose, code, tables, other languages: what a target writes; the prompts are what it reads."""
+_LEAST_TOKENS = 2200
 
 
 def example_prompts(tokenizer: Tokenizer | None, *, vocab_size: int) -> list[tuple[int, ...]]:
@@ -66,3 +98,24 @@ def example_prompts(tokenizer: Tokenizer | None, *, vocab_size: int) -> list[tup
                 rendered, special = tokenizer.render([{"role": "user", "content": text}]), False
         prompts.append(tuple(tokenizer.encode(rendered, add_special=special)))
     return prompts
+
+
+def check_rows(
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[tuple[int, ...]],
+    *,
+    vocab_size: int,
+    most_tokens: int,
+) -> list[tuple[int, ...]]:
+    """The prompts, the passages and as many seeded random rows as make 2,200 tokens in all.
+
+    No row is longer than `most_tokens`.
+    """
+    rows = list(prompts)
+    if tokenizer is not None:
+        rows += [tuple(tokenizer.encode(text, add_special=True)) for text in PASSAGES]
+    rows = [row[:most_tokens] for row in rows]
+    rng = np.random.default_rng(1)
+    while sum(map(len, rows)) < _LEAST_TOKENS:
+        rows.append(tuple(rng.integers(0, vocab_size, min(64, most_tokens)).tolist()))
+    return rows

@@ -54,6 +54,11 @@ from dspark_batch.plugin import onnx_body
 Tensor = Callable[[str], NDArray[Any]]
 
 
+def stream_name(layer: int) -> str:
+    """What the residual stream `[T, hidden]` after a layer is called; -1 is the embedding."""
+    return f"stream_{layer}"
+
+
 class DecoderGraph:
     """Builds the graph of one target. `tensor(name)` gives a weight by Hugging Face name."""
 
@@ -100,13 +105,14 @@ class DecoderGraph:
         x = self._embedded("model.embed_tokens", spec.embedding_scale)
         if spec.layer_input_size:
             self._inputs = self._layer_inputs(x)
+        x = b.rename(x, stream_name(-1))
         streams = {-1: x}
         for i, layer in enumerate(spec.layers):
-            x = self._layer(i, layer, x)
+            x = b.rename(self._layer(i, layer, x), stream_name(i))
             streams[i] = x
         self._head(b.op("Gather", x, logit_tokens), logit_tokens)
         context = [streams[i] for i in taps]
-        joined = b.op("Concat", *context, axis=1) if len(context) > 1 else context[0]
+        joined = b.op("Concat", *context, axis=1)
         b.output(joined, "context", b.data_type, ["T", len(taps) * spec.hidden_size])
         self._verify(draft_vocab)
 

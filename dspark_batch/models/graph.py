@@ -78,12 +78,17 @@ class GraphBuilder:
 
     def output(self, value: str, name: str, data_type: int, shape: Sequence[Dim]) -> str:
         """Declare `value` as the graph output `name`, renaming it in place; returns `name`."""
+        self.rename(value, name)
+        self._outputs.append(helper.make_tensor_value_info(name, data_type, list(shape)))
+        return name
+
+    def rename(self, value: str, name: str) -> str:
+        """Give `value` a name that others can find it by; returns `name`."""
         for node in self._nodes:
             for values in (node.input, node.output):
                 for i, candidate in enumerate(values):
                     if candidate == value:
                         values[i] = name
-        self._outputs.append(helper.make_tensor_value_info(name, data_type, list(shape)))
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:

@@ -23,10 +23,18 @@ _BLOCK = 2**24  # weights that are turned to fp32 at a time
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """`logits` [T, V] and the residual stream after each tapped layer (-1: the embedding)."""
+    """One sequence: what its logits are made of, and the stream after each tapped layer."""
 
-    logits: Array
+    normed: Array
+    """[T, hidden] the input of the head."""
     streams: dict[int, Array]
+    """[T, hidden] the residual stream by layer (-1: the embedding)."""
+    head: Callable[[Array], Array]
+
+    @property
+    def logits(self) -> Array:
+        """[T, V], computed each time: for many tokens they are large."""
+        return self.head(self.normed)
 
 
 def forward(
@@ -35,28 +43,28 @@ def forward(
     sequences: Sequence[Sequence[int]],
     *,
     taps: Sequence[int] = (),
+    observe: Observe = lambda name, x, matrices: None,
 ) -> list[Forward]:
-    """Run the decoder over each sequence by itself; reads every weight once and keeps none."""
-    decoder = _Decoder(spec, tensor, sequences, observe=lambda name, x, matrices: None)
+    """Run the decoder over each sequence by itself; reads every weight once and keeps none.
+
+    `observe(name, x, matrices)` sees the input `[tokens, in]` of every linear layer, and the
+    weights `[out, in]`, as stored, that are applied to it.
+    """
+    decoder = _Decoder(spec, tensor, sequences, observe=observe)
     streams = {}
     for i, stream in decoder.streams():
         if i in taps:
             streams[i] = decoder.split(stream)
-    logits = decoder.split(_cap(_product(decoder.normed(stream), decoder.head), spec.logit_cap))
+    normed = decoder.normed(stream)
+    observe("lm_head", normed, [decoder.head])
+
+    def head(x: Array) -> Array:
+        return _cap(_product(x, decoder.head), spec.logit_cap)
+
     return [
-        Forward(row, {i: parts[r] for i, parts in streams.items()}) for r, row in enumerate(logits)
+        Forward(row, {i: parts[r] for i, parts in streams.items()}, head)
+        for r, row in enumerate(decoder.split(normed))
     ]
-
-
-def linear_inputs(
-    spec: DecoderSpec, tensor: Tensor, sequences: Sequence[Sequence[int]], *, observe: Observe
-) -> None:
-    """`observe(name, x, matrices)` sees the input `[tokens, in]` of every linear layer, and the
-    weights `[out, in]`, as stored, that are applied to it."""
-    decoder = _Decoder(spec, tensor, sequences, observe=observe)
-    for _, stream in decoder.streams():
-        last = stream
-    observe("lm_head", decoder.normed(last), [decoder.head])
 
 
 def row_blocks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Array]]:

@@ -8,50 +8,54 @@ weight, the value projection's columns, the up projection's columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.models.reference import linear_inputs, row_blocks
+from dspark_batch.models.reference import row_blocks
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
 
 Array = NDArray[np.float32]
-Tensor = Callable[[str], NDArray[Any]]
 _SMALLEST = np.float32(1e-5)
 
 
-def smoothing_factors(
-    spec: DecoderSpec, tensor: Tensor, prompts: Sequence[Sequence[int]]
-) -> dict[str, Array]:
-    """s `[in]` of every linear layer, by the name of its input in `reference.linear_inputs`.
+class Outliers:
+    """Sees the inputs of linear layers in a forward pass: `reference.forward(..., observe=it)`."""
 
-    The output projection's factors are equal within a group of query heads, which share a value,
-    and 1 where values are normed after their projection: no weight in front can take them.
-    """
-    largest: dict[str, Array] = {}
-    weights: dict[str, Array] = {}
+    def __init__(self) -> None:
+        self._largest: dict[str, Array] = {}
+        self._weights: dict[str, Array] = {}
 
-    def observe(name: str, x: Array, matrices: Sequence[NDArray[Any]]) -> None:
-        largest[name] = np.abs(x).max(axis=0)
-        weights[name] = np.max(
+    def __call__(self, name: str, x: Array, matrices: Sequence[NDArray[Any]]) -> None:
+        """Note the largest value of every channel, of the input and of the weights."""
+        self._largest[name] = np.abs(x).max(axis=0)
+        self._weights[name] = np.max(
             [np.abs(block).max(axis=0) for m in matrices for _, block in row_blocks(m)], axis=0
         )
 
-    linear_inputs(spec, tensor, prompts, observe=observe)
-    factors = {
-        name: np.sqrt(np.maximum(largest[name], _SMALLEST) / np.maximum(weights[name], _SMALLEST))
-        for name in largest
-    }
-    for i, layer in enumerate(spec.layers):
-        name = f"model.layers.{i}.self_attn.o_proj"
-        shape = (layer.num_kv_heads, spec.group(layer), layer.head_dim)
-        shared = factors[name].reshape(shape).max(axis=1, keepdims=True)
-        factors[name] = np.broadcast_to(shared, shape).reshape(-1)
-        if spec.v_norm:
-            factors[name] = np.ones_like(factors[name])
-    return factors
+    def factors(self, spec: DecoderSpec) -> dict[str, Array]:
+        """s `[in]` of every linear layer, by the name of its input.
+
+        The output projection's factors are equal within a group of query heads, which share a
+        value, and 1 where values are normed after their projection: no weight in front can take
+        them.
+        """
+        factors = {
+            name: np.sqrt(np.maximum(largest, _SMALLEST) / np.maximum(weights, _SMALLEST))
+            for (name, largest), weights in zip(
+                self._largest.items(), self._weights.values(), strict=True
+            )
+        }
+        for i, layer in enumerate(spec.layers):
+            name = f"model.layers.{i}.self_attn.o_proj"
+            shape = (layer.num_kv_heads, spec.group(layer), layer.head_dim)
+            shared = factors[name].reshape(shape).max(axis=1, keepdims=True)
+            factors[name] = np.broadcast_to(shared, shape).reshape(-1)
+            if spec.v_norm:
+                factors[name] = np.ones_like(factors[name])
+        return factors
 
 
 class Smoothing:

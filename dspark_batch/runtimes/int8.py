@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -73,9 +72,15 @@ def sums_exactly() -> bool:
     return True
 
 
-def remedy() -> str | None:
+def remedy_name() -> str | None:
     """What is done to weights here, in words; None where they are exact as they are stored."""
     return None if sums_exactly() else "unsigned int8 weights"
+
+
+def remedy(model: onnx.ModelProto) -> None:
+    """Change the graph so that its products are exact here; its data files stay what they are."""
+    if not sums_exactly():
+        rewrite(model)
 
 
 def measure() -> Int8:
@@ -95,15 +100,6 @@ def measure() -> Int8:
     as_stored, unsigned, fp32 = (median(times) for times in zip(*sweeps[1:], strict=True))
     used = as_stored if sums_exactly() else unsigned
     return Int8(sums_exactly(), used / fp32, used / as_stored)
-
-
-def rewritten(path: Path) -> bytes | None:
-    """The graph in `path` with unsigned weights; None where it has no product of int8.
-
-    Its data files stay where and what they are: ONNX Runtime rewrites weights as it opens them.
-    """
-    model = onnx.load(path, load_external_data=False)
-    return model.SerializeToString() if rewrite(model) else None
 
 
 def rewrite(model: onnx.ModelProto) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from dspark_batch.errors import EngineError
@@ -67,9 +68,16 @@ def open_pair(
 
 
 def open_session(
-    path: Path, *, threads: int, inputs: Collection[str] = (), device: str = "cpu"
+    path: Path,
+    *,
+    threads: int,
+    inputs: Collection[str] = (),
+    outputs: Collection[str] = (),
+    device: str = "cpu",
 ) -> ort.InferenceSession:
     """Open one graph on a device. `inputs` are those that it must have, its caches aside.
+
+    `outputs` are values inside the graph that can be fetched too.
 
     Raises:
         EngineError: the file is missing, ONNX Runtime refuses it, or it has other inputs.
@@ -83,10 +91,13 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     again = "build the engine again: dspark-batch export model --force"
     try:
+        options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         graph: str | bytes = str(path)
-        if device == "cpu" and not int8.sums_exactly():
-            options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
-            graph = int8.rewritten(path) or graph
+        if outputs or (device == "cpu" and not int8.sums_exactly()):
+            model = onnx.load(path, load_external_data=False)
+            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+            int8.remedy(model)
+            graph = model.SerializeToString()
         session = open_on(graph, device, options)
     except EngineError:
         raise

@@ -78,7 +78,7 @@ def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> s
         gpu = find_gpus().gpus[0]
         return f"{gpu.name}, sm_{gpu.arch}, {version}"
     threads = f", {placement.threads} threads" if placement.threads else ""
-    remedy = int8.remedy() if manifest.precision == "int8" else None
+    remedy = int8.remedy_name() if manifest.precision == "int8" else None
     remedied = f", {remedy}" if remedy else ""
     return f"{_processor()}, {os.cpu_count()} cores{threads}, {version}{remedied}"
 
