@@ -14,7 +14,7 @@ from typing import Any
 from dspark_batch import __version__
 from dspark_batch.engine import read_costs
 from dspark_batch.errors import EngineError, UsageError
-from dspark_batch.hardware import Cpu, Gpus, Memory, find_cpu, find_gpus, find_memory
+from dspark_batch.hardware import Cpu, Gpus, Int8, Memory, find_cpu, find_gpus, find_memory
 from dspark_batch.manifest import FILE_NAME, EngineManifest, read_manifest
 from dspark_batch.recipe import load_recipe
 from dspark_batch.runtimes import runtime_module
@@ -82,6 +82,8 @@ class Diagnosis:
     providers: list[str]
     """Execution providers of ONNX Runtime."""
     cpu: Cpu
+    int8: Int8 | None
+    """What products of int8 do here; None without ONNX Runtime."""
     memory: Memory | None
     disk_free_bytes: int
     gpus: Gpus
@@ -100,6 +102,8 @@ class Diagnosis:
     def _facts(self) -> Iterator[tuple[str, str]]:
         cores = f"{self.cpu.num_cores} core{'s' * (self.cpu.num_cores != 1)}"
         yield "cpu", ", ".join([self.cpu.name, cores, *self.cpu.features])
+        if self.int8 is not None:
+            yield "int8", self.int8.text()
         if self.memory is not None:
             free, total = _size(self.memory.free_bytes), _size(self.memory.total_bytes)
             yield "memory", f"{free} of {total} free"
@@ -130,7 +134,7 @@ def diagnose(*, verify: bool = False) -> Diagnosis:
     engines = tuple(
         _look_at(path.parent, verify=verify) for path in sorted(_ENGINES.glob(f"*/{FILE_NAME}"))
     )
-    notes = [note for engine in engines for note in _engine_notes(engine, cpu, memory, gpus)]
+    notes = [note for engine in engines for note in _engine_notes(engine, memory, gpus)]
     recipes = {path.stem: _look_at_recipe(path.stem) for path in sorted(_RECIPES.glob("*.toml"))}
     wanted = {_DEFAULT, *(Path(engine.folder).name for engine in engines)}
     notes += _recipe_notes(recipes, wanted)
@@ -139,6 +143,7 @@ def diagnose(*, verify: bool = False) -> Diagnosis:
         _versions(),
         _providers(),
         cpu,
+        _int8(),
         memory,
         shutil.disk_usage(_ENGINES if _ENGINES.is_dir() else Path()).free,
         gpus,
@@ -187,16 +192,9 @@ def _cache_bytes(manifest: EngineManifest) -> int:
     return item_bytes * values * manifest.limits.max_rows * manifest.limits.max_tokens
 
 
-def _engine_notes(
-    engine: EngineReport, cpu: Cpu, memory: Memory | None, gpus: Gpus
-) -> Iterator[str]:
+def _engine_notes(engine: EngineReport, memory: Memory | None, gpus: Gpus) -> Iterator[str]:
     if engine.refusal is not None:
         return
-    if engine.precision == "int8" and engine.runtime == "onnxruntime" and cpu.sums_int8 is False:
-        yield (
-            f"{engine.folder}: sums of int8 products may saturate on this processor, which has no "
-            'VNNI; build an engine with precision = "fp32"'
-        )
     if gpus.gpus and not engine.on_gpu:
         if engine.precision == "int8":
             yield (
@@ -292,6 +290,15 @@ def _version(package: str) -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
+
+
+def _int8() -> Int8 | None:
+    try:
+        module = runtime_module("onnxruntime")
+    except ImportError:
+        return None
+    found: Int8 = module.measure_int8()
+    return found
 
 
 def _providers() -> list[str]:

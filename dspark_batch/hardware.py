@@ -19,19 +19,38 @@ _CPU_FEATURES = {
     "i8mm": "int8 matrix product",
 }
 """Flag in `/proc/cpuinfo` -> name, of the features that ONNX Runtime's products gain from."""
-_DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """The processor; `features` and `sums_int8` are known on Linux only."""
+    """The processor; `features` are known on Linux only."""
 
     name: str
     num_cores: int
     """That this process may use."""
     features: tuple[str, ...]
-    sums_int8: bool | None
-    """Whether it sums products of 8-bit numbers without saturating; None where unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Int8:
+    """What a product of int8 does on this processor."""
+
+    exact: bool
+    """Whether signed weights, as they are stored, give exact sums; else they are rewritten."""
+    time_to_fp32: float
+    """Of the product as an engine gets it, relative to one of fp32."""
+    time_to_stored: float
+    """The same relative to weights as they are stored; 1 where those are exact."""
+
+    def text(self) -> str:
+        """In one line."""
+        cost = f"a product takes {self.time_to_fp32:.2f} of the time of fp32"
+        if self.exact:
+            return f"sums are exact with weights as they are stored; {cost}"
+        return (
+            "sums would saturate with weights as they are stored, so engines are opened with "
+            f"unsigned ones, which is exact and takes {self.time_to_stored:.2f} of the time; {cost}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +111,6 @@ def find_cpu() -> Cpu:
         fields.get("model name") or platform.processor() or platform.machine(),
         num_cores(),
         tuple(name for flag, name in _CPU_FEATURES.items() if flag in flags),
-        bool(flags & _DOT_PRODUCTS) if flags else None,
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from statistics import median
 from typing import Any
@@ -23,6 +22,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
+from dspark_batch.hardware import Int8
 from dspark_batch.models.graph import IR_VERSION, OPSET
 
 _PRODUCT, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
@@ -31,28 +31,6 @@ _ROWS = (1, 2, 3, 4, 8, 40)  # kernels differ by the number of rows
 _INNER = 256
 _TIMED = (32, 576, 3072)  # rows, inputs and outputs of a product that is timed
 _REPEATS = 15
-
-
-@dataclass(frozen=True, slots=True)
-class Int8:
-    """What a product of int8 does on this processor."""
-
-    exact: bool
-    """Whether signed weights, as they are stored, give exact sums; else they are rewritten."""
-    time_to_fp32: float
-    """Of the product as an engine gets it, relative to one of fp32."""
-    time_to_stored: float
-    """The same relative to weights as they are stored; 1 where those are exact."""
-
-    def text(self) -> str:
-        """In one line."""
-        cost = f"a product takes {self.time_to_fp32:.2f} of the time of fp32"
-        if self.exact:
-            return f"sums are exact with weights as they are stored; {cost}"
-        return (
-            "sums would saturate with weights as they are stored, so engines are opened with "
-            f"unsigned ones, which is exact and takes {self.time_to_stored:.2f} of the time; {cost}"
-        )
 
 
 @cache
@@ -83,7 +61,7 @@ def remedy(model: onnx.ModelProto) -> None:
         rewrite(model)
 
 
-def measure() -> Int8:
+def measure_int8() -> Int8:
     """Probe and time products, which takes a moment."""
     num_rows, height, width = _TIMED
     rng = np.random.default_rng(0)

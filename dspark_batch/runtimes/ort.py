@@ -21,6 +21,7 @@ from dspark_batch.errors import EngineError
 from dspark_batch.manifest import EngineManifest
 from dspark_batch.runtimes import int8
 from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
+from dspark_batch.runtimes.int8 import measure_int8
 from dspark_batch.runtimes.layout import (
     DRAFT_INPUTS,
     TARGET_INPUTS,
@@ -42,7 +43,15 @@ from dspark_batch.runtimes.ort_devices import (
 from dspark_batch.runtimes.session import ANYWHERE, Draws, Floats, Ints, Placement, Span
 from dspark_batch.types import DraftBlock, VerifyResult
 
-__all__ = ["OrtRuntime", "hardware_key", "open_pair", "providers", "refusal", "uses_gpu"]
+__all__ = [
+    "OrtRuntime",
+    "hardware_key",
+    "measure_int8",
+    "open_pair",
+    "providers",
+    "refusal",
+    "uses_gpu",
+]
 
 _KEPT = ("context", "draft_logits")  # outputs that stay in the runtime's memory
 _HOST = HostMemory()
