@@ -30,11 +30,13 @@ Tensor = Callable[[str], NDArray[Any]]
 Array = NDArray[np.float32]
 Caches = list[NDArray[Any]]
 
-# Largest accepted values. Logits: KL divergence of the next-token distribution from fp32, in nats.
-# Context: error relative to the stream's norm. Invariance: largest difference of a logit.
+# Largest accepted values, a few times what good engines have (int8: a KL of 0.006 for SmolLM2, 0.02
+# for Gemma 3 270M; with sums that saturate it is 0.12). Logits: KL divergence of the next-token
+# distribution from fp32, in nats. Context: error relative to the stream's norm. Invariance: largest
+# difference of a logit.
 LIMITS = {
     "fp32": {"kl": 1e-5, "context_error": 1e-3, "invariance": 1e-2},
-    "int8": {"kl": 0.1, "context_error": 0.1, "invariance": 1e-2},
+    "int8": {"kl": 0.03, "context_error": 0.1, "invariance": 1e-2},
     # In fp16 a sum in another order rounds otherwise; bf16 is checked as its twin in fp32.
     "fp16": {"kl": 1e-3, "context_error": 0.02, "invariance": 0.25},
     "bf16": {"kl": 5e-3, "context_error": 0.05, "invariance": 1e-2},
@@ -45,7 +47,7 @@ LIMITS = {
 # The same of the draft: mean KL divergence of a slot's distribution from the fp32 graph's.
 DRAFT_LIMITS = {
     "fp32": {"draft_kl": 1e-5},
-    "int8": {"draft_kl": 0.1},
+    "int8": {"draft_kl": 0.02},
     "fp16": {"draft_kl": 1e-3},
     "bf16": {"draft_kl": 5e-3},
     "int8-weights": {"draft_kl": 0.1},
@@ -53,6 +55,7 @@ DRAFT_LIMITS = {
 }
 
 _GROUP = 8  # rows of a pass
+_BLOCK = 32  # tokens whose distributions are compared at a time
 
 # Tokens of a row, and of caches as wide as rows beside it would make them: multiples of 64, as the
 # runtime's are.
@@ -344,17 +347,20 @@ def _offender(path: Path, spec: DecoderSpec, tensor: Tensor, row: Sequence[int])
 def divergence(wanted: Array, found: Array) -> float:
     """Mean KL(wanted || found) over tokens, in nats.
 
-    As log E[exp(d - E[d])] with d the differences of the logits and E over the wanted
-    distribution: nothing large cancels, so fp32 does.
+    As log(1 + E[exp(d) - 1 - d]), E over the wanted distribution and d the differences of the
+    logits less their mean under it: nothing large cancels, so fp32 does.
     """
+    total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
-        p = np.exp(wanted - wanted.max(axis=-1, keepdims=True))
-        p /= p.sum(axis=-1, keepdims=True)
-        d = found - wanted
-        d -= np.einsum("tv,tv->t", p, d, dtype=np.float64)[:, None].astype(np.float32)
-        mean = np.einsum("tv,tv->t", p, np.exp(d, out=d), dtype=np.float64)
-        total = p.sum(axis=-1, dtype=np.float64)
-        return float(np.log(mean / total).mean())
+        for begin in range(0, len(wanted), _BLOCK):
+            block = wanted[begin : begin + _BLOCK]
+            p = np.exp(block - block.max(axis=-1, keepdims=True))
+            p /= p.sum(axis=-1, keepdims=True)
+            d = found[begin : begin + _BLOCK] - block
+            d -= (p * d).sum(axis=-1, keepdims=True)
+            p *= np.exp(d) - 1 - d
+            total += float(np.log1p(p.sum(axis=-1, dtype=np.float64)).sum())
+    return total / len(wanted)
 
 
 def _invariance(probe: TargetProbe, prompts: Sequence[Sequence[int]]) -> float:
