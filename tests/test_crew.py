@@ -147,6 +147,7 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
     return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
 
+@pytest.mark.slow
 def test_workers_write_what_one_process_writes(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(60), part_rows=3)
     alone = job.model_copy(update={"output": tmp_path / "alone"})
@@ -167,6 +168,7 @@ def test_workers_write_what_one_process_writes(tmp_path: Path) -> None:
     assert run(job, crew_of(open_engine=open_nothing)).num_run_parts == 0  # nobody is started
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(60), part_rows=3)
     watch = Watch()
@@ -180,6 +182,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     assert result(job).equals(result(alone))
 
 
+@pytest.mark.slow
 def test_an_idle_worker_takes_over_what_a_late_death_leaves(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(8), row_group_size=4, part_rows=4)
     summary = run(job, crew_of(DieOnce(tmp_path / "dead", 2, seconds=1.5)))
@@ -187,6 +190,7 @@ def test_an_idle_worker_takes_over_what_a_late_death_leaves(tmp_path: Path) -> N
     assert summary.num_run_rows == 8
 
 
+@pytest.mark.slow
 def test_without_workers_the_run_stops_early_and_can_be_continued(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(60), part_rows=3)
     summary = run(job, crew_of(die))
@@ -228,6 +232,7 @@ class Term(Watch):
                 os.kill(child.pid, signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_sigterm_lets_the_rows_of_all_workers_end(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(200), part_rows=2)
     watch = Term()
@@ -264,6 +269,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_holds_the_lock(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(400), part_rows=2)
     told = tmp_path / "told"
@@ -299,6 +305,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_each_worker_sees_its_own_gpu(tmp_path: Path) -> None:
     job = job_of(tmp_path, table(60), part_rows=3)
     told = tmp_path / "told"
@@ -344,6 +351,7 @@ def test_gpus_get_a_worker_each_and_cores_are_divided(
     assert crew.gpus == ("GPU-0a", "GPU-1a", "GPU-0a")
 
 
+@pytest.mark.slow
 def test_text_does_not_depend_on_the_number_of_workers(folder: Path, tmp_path: Path) -> None:
     data = table(23).append_column(
         "prompt_token_ids", [[[1 + (i * 7 + j) % 30 for j in range(1 + i)] for i in range(23)]]

@@ -79,6 +79,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_shown_command_runs(workspace: Path) -> None:
     commands = shown_commands()
     assert "dspark-batch export model" in commands

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -15,9 +16,9 @@ from dspark_batch import doctor, hardware
 from dspark_batch.cli import main
 from dspark_batch.engine import COSTS_FILE
 from dspark_batch.errors import EngineError
-from dspark_batch.hardware import Cpu, Gpu, Memory
+from dspark_batch.hardware import Gpu, Memory
 from dspark_batch.manifest import read_manifest
-from dspark_batch.runtimes import ort
+from dspark_batch.runtimes import int8, ort
 
 
 @pytest.fixture(scope="module")
@@ -204,20 +205,31 @@ def test_the_runtime_refuses_what_the_doctor_names(
         ort.open_pair(folder, manifest, 1)
 
 
-def test_int8_without_dot_products_and_rows_that_do_not_fit_are_notes(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = workspace / "engines" / "tiny" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "int8"}))
-    monkeypatch.setattr(doctor, "find_cpu", lambda: Cpu("old", 2, ("AVX2",), False))
+def test_rows_that_do_not_fit_are_a_note(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [engine] = doctor.diagnose().engines
     assert engine.file_bytes is not None
     assert engine.cache_bytes is not None
     free = engine.file_bytes + engine.cache_bytes // 2 + 1
     monkeypatch.setattr(doctor, "find_memory", lambda: Memory(2 * free, free))
-    saturates, too_many = lines()["note"]
-    assert "may saturate" in saturates
+    [too_many] = lines()["note"]
     assert too_many.endswith("--max-rows 2")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_one_line_says_what_int8_does_here_and_what_it_costs(
+    exact: bool, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "sums_exactly", lambda: exact)
+    path = workspace / "engines" / "tiny" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"precision": "int8"}))
+    [line] = lines()["int8"]
+    assert ("unsigned" in line) == (not exact)
+    assert re.search(r"a product takes \d+\.\d\d of the time of fp32$", line)
+    found = doctor.diagnose().to_json()["int8"]
+    assert found["exact"] == exact
+    assert found["time_to_fp32"] > 0
+    assert (found["time_to_stored"] == 1) == exact
+    assert not any("fp32" in note for note in lines().get("note", []))  # nothing to work around
 
 
 def test_two_distributions_of_onnxruntime_are_a_note(

@@ -112,11 +112,13 @@ def assert_graph_is_the_network(graph: DraftGraph, target: Path, draft: Path) ->
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_graph_is_the_torch_network(name: str, tmp_path: Path) -> None:
     assert_graph_is_the_network(*build(tmp_path, CASES[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["vanilla", "rnn"])
 def test_reduced_vocabulary_is_mapped_back(head: str, tmp_path: Path) -> None:
     changes = {"markov_head_type": head}
@@ -126,10 +128,12 @@ def test_reduced_vocabulary_is_mapped_back(head: str, tmp_path: Path) -> None:
     assert set(tokens.ravel().tolist()) <= set(REDUCED.tolist())
 
 
+@pytest.mark.slow
 def test_a_tied_target_lends_its_embedding_as_head(tmp_path: Path) -> None:
     assert_graph_is_the_network(*build(tmp_path, {}, tied=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")])
 def test_a_checkpoint_s_own_tables_are_used(names: tuple[str, ...], tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
@@ -139,6 +143,7 @@ def test_a_checkpoint_s_own_tables_are_used(names: tuple[str, ...], tmp_path: Pa
     assert_graph_is_the_network(*build(tmp_path, {}, extra=extra))
 
 
+@pytest.mark.slow
 def test_an_own_head_over_a_reduced_vocabulary_has_its_rows(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     head = {"lm_head.weight": rng.standard_normal((len(REDUCED), HIDDEN)).astype(np.float32)}
@@ -149,6 +154,7 @@ def test_an_own_head_over_a_reduced_vocabulary_has_its_rows(tmp_path: Path) -> N
         build(tmp_path / "does-not", {}, draft_vocab=REDUCED, extra=head)
 
 
+@pytest.mark.slow
 def test_a_draft_without_query_and_key_norms(tmp_path: Path) -> None:
     assert_graph_is_the_network(*build(tmp_path, {"qk_norm": False}, qk_norm=False))
 
@@ -172,6 +178,7 @@ def test_draws_are_the_inverse_cdf_of_the_uniforms(tmp_path: Path) -> None:
     assert len(set(tokens.ravel().tolist())) > 5
 
 
+@pytest.mark.slow
 def test_filtered_rows_draw_from_the_filtered_distribution(tmp_path: Path) -> None:
     plain_graph, _, _ = build(tmp_path / "plain", {}, draft_vocab=REDUCED)
     graph, _, _ = build(tmp_path / "filtered", {}, draft_vocab=REDUCED)

@@ -231,6 +231,7 @@ def test_a_draft_pass_is_made_for_the_network_s_rows_only(engines: dict[str, Eng
     assert {own for own, _ in seen} >= {0, 1, 2}
 
 
+@pytest.mark.slow
 def test_sampled_rows_have_the_target_s_law(engines: dict[str, Engine]) -> None:
     """Three tokens against their exact law, some proposed by the network, some looked up.
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from dspark_batch.errors import EngineError
 from dspark_batch.manifest import EngineManifest
+from dspark_batch.models.unsigned import reopened
 from dspark_batch.runtimes import int8
 from dspark_batch.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.runtimes.int8 import measure_int8
@@ -102,11 +102,9 @@ def open_session(
     try:
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         graph: str | bytes = str(path)
-        if outputs or (device == "cpu" and not int8.sums_exactly()):
-            model = onnx.load(path, load_external_data=False)
-            model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
-            int8.remedy(model)
-            graph = model.SerializeToString()
+        unsigned = device == "cpu" and not int8.sums_exactly()
+        if outputs or unsigned:
+            graph = reopened(path, outputs=outputs, unsigned=unsigned)
         session = open_on(graph, device, options)
     except EngineError:
         raise
