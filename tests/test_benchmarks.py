@@ -25,6 +25,8 @@ from dspark_batch.engine import Engine, open_engine, read_costs
 from dspark_batch.errors import UsageError
 from dspark_batch.types import Prompt, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 12
 SOURCES = ("even", "odd")
 

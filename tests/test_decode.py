@@ -421,6 +421,7 @@ class Sampled:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spec", "rows"), [("on", 1), ("auto", 3)])
 @pytest.mark.parametrize("scheduler", ["early-stop", "async", "threshold", "whole"])
 def test_sampled_text_has_the_target_s_law_under_every_scheduler(

@@ -99,6 +99,7 @@ def test_an_engine_is_kept_until_something_changes(workspace: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
 
+@pytest.mark.slow
 def test_a_damaged_engine_is_built_again(workspace: Path) -> None:
     folder = export_again(workspace)
     (folder / "draft.onnx").write_bytes(b"")
@@ -207,6 +208,7 @@ def test_an_engine_for_very_short_rows_can_be_built_and_run(tmp_path: Path) -> N
     engine.close()
 
 
+@pytest.mark.slow
 def test_another_drafter_or_source_is_another_engine(workspace: Path) -> None:
     before = read_manifest(export_again(workspace))
     shutil.copytree(workspace / "draft", workspace / "same-weights")
@@ -216,6 +218,7 @@ def test_another_drafter_or_source_is_another_engine(workspace: Path) -> None:
     assert (after.draft.files, after.draft.source) != (before.draft.files, before.draft.source)
 
 
+@pytest.mark.slow
 def test_a_dflash_draft_is_built_and_drafts(tmp_path: Path) -> None:
     target = write_target(tmp_path / "target", target_config("llama"))
     plain_head = {"markov_rank": 0, "enable_confidence_head": False}

@@ -249,6 +249,7 @@ def test_a_recipe_without_weights_makes_an_engine_without_a_draft_graph(exported
     assert max(costs.draft_seconds) < min(map(min, costs.verify_seconds))
 
 
+@pytest.mark.slow
 def test_another_lookup_is_another_engine(exported: Exported) -> None:
     folder, before = exported.folder.parents[1], read_manifest(exported.folder)
     assert read_manifest(export_pair(folder, exported.target, NGRAM)) == before

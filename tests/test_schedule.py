@@ -171,6 +171,7 @@ def seconds(draft: Draft, spec: str, *, rows: int, generations: int = 8, **optio
     return engine.seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
 @pytest.mark.parametrize(
     "draft",
@@ -187,6 +188,7 @@ def test_auto_is_never_much_slower_than_plain_decoding(draft: Draft, rows: int) 
     assert auto <= plain / 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["async", "threshold", "whole"])
 @pytest.mark.parametrize("rows", [1, 5, 32])
 def test_so_it_is_with_the_other_schedulers(scheduler: str, rows: int) -> None:
@@ -195,6 +197,7 @@ def test_so_it_is_with_the_other_schedulers(scheduler: str, rows: int) -> None:
         assert seconds(draft, "auto", rows=rows, scheduler=scheduler) <= plain / 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize("draft", [GOOD, FAIR], ids=["good", "fair"])
 @pytest.mark.parametrize("costs", [COSTS, WIDE], ids=["narrow", "wide"])
@@ -219,6 +222,7 @@ def test_the_comparison_has_something_to_compare() -> None:
         assert least < plain / drafting < most
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     rows=st.sampled_from([1, 2, 5, 16]),

@@ -21,6 +21,8 @@ from dspark_batch.planning.replay import ReplayEngine
 from dspark_batch.planning.rounds import Rounds, read_rounds, record, write_rounds
 from dspark_batch.types import Completion, DraftBlock, Prompt, SamplingParams
 
+pytestmark = pytest.mark.slow
+
 NEW_TOKENS = 40
 CHEAP = CostTable.measured(
     [1, 4], [1, 2, 5], verify_seconds=[[1, 1.1, 1.5], [2, 2.6, 4]], draft_seconds=[0.1, 0.3]

@@ -33,6 +33,8 @@ from dspark_batch.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.types import Completion, Prompt, SamplingParams, VerifyPlan
 from dspark_batch.types import Sequence as Row
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = (385, 1, 300, 17, 310, 5, 64, 256, 9, 257, 2, 41)
 MAX_TOKENS = 392
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
