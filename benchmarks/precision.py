@@ -4,7 +4,8 @@ The first engine (fp32) writes greedy text. Both targets then read prompt and te
 and their next-token distributions over the text are compared: share of equal argmaxes, mean KL
 divergence, largest difference of a logit. Speed is plain decoding of the same prompts, one engine
 after the other; rows whose text comes out otherwise are counted, and the gap of such a row is how
-far below its best token fp32 sees the token that the other engine took.
+far below its best token fp32 sees the token that the other engine took. The first of those texts are
+printed from where they part.
 
 ONNX Runtime runs the graphs of both. Of a TensorRT engine these are what its plans were built from.
 """
@@ -28,7 +29,10 @@ from dspark_batch.errors import UsageError
 from dspark_batch.export.check import TargetProbe, divergence
 from dspark_batch.manifest import read_manifest
 from dspark_batch.runtimes import ort
+from dspark_batch.tokenizer import Tokenizer
 from dspark_batch.workload import Workload, decode_all, read_workload
+
+_SHOWN = 5  # texts
 
 
 @click.command(name="precision", cls=BenchmarkCommand)
@@ -71,6 +75,7 @@ def main(
             decoded = decode_all(engine, workload.prompts, "off")
             found_texts = [list(c.token_ids) for c in decoded.completions]
             texts = texts or found_texts
+            tokenizer = engine.tokenizer
             logits = _logits(engine, workload, texts)
         if not expected:
             expected = logits
@@ -115,7 +120,22 @@ def main(
             ],
         )
     )
+    places = {prompt.row: i for i, prompt in enumerate(workload.prompts)}
+    for difference in differing[:_SHOWN]:
+        both = [all_texts[places[difference.row]] for all_texts in (texts, found_texts)]
+        click.echo(_parting(difference, both, tokenizer))
     click.echo(json.dumps(record | {"engines": lines}))
+
+
+def _parting(difference: Difference, both: Sequence[list[int]], tokenizer: Tokenizer | None) -> str:
+    """The two texts of a row, from a few tokens before they part."""
+    begin, end = max(difference.position - 4, 0), difference.position + 12
+    parts = [ids[begin:end] for ids in both]
+    shown = [repr(tokenizer.decode(ids) if tokenizer else ids) for ids in parts]
+    return (
+        f"row {difference.row}, token {difference.position}, gap {difference.gap:.3f}:\n"
+        f"  reference {shown[0]}\n  candidate {shown[1]}"
+    )
 
 
 def _open(folder: Path, rows: int) -> Engine:

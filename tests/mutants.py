@@ -1,0 +1,173 @@
+"""Breaks the code in one place at a time and says which tests notice.
+
+    python tests/mutants.py                 # what `make quick` catches, a minute each
+    python tests/mutants.py --whole         # what the other tests catch of it, many minutes each
+    python tests/mutants.py --only mask     # those whose name has the word
+
+Every mutant is one replacement in a copy of the working tree; the tests run there, up to three
+failures. It ends with a table, and with exit code 1 if a mutant survived. The last table is in
+docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).parents[1]
+ENOUGH = 3  # failures
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One replacement; `old` occurs once in the file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    Mutant(
+        "acceptance off by one",
+        "dspark_batch/plugin/onnx_body.py",
+        "accepted_else = ArgMax <axis = 1, keepdims = 0> (fails_g_end)",
+        "accepted_g0 = ArgMax <axis = 1, keepdims = 0> (fails_g_end)\n"
+        "            accepted_g1 = Sub (accepted_g0, one)\n"
+        "            accepted_else = Max (accepted_g1, zero)",
+    ),
+    Mutant(
+        "mask off by one",
+        "dspark_batch/models/decoder.py",
+        'b.op("LessOrEqual", self._key_positions, queries)',
+        'b.op("Less", self._key_positions, queries)',
+    ),
+    Mutant(
+        "sliding window off by one",
+        "dspark_batch/models/decoder.py",
+        "b.constant(window - 1)",
+        "b.constant(window)",
+    ),
+    Mutant(
+        "wrong seed position",
+        "dspark_batch/engine.py",
+        "np.array([s.anchor_position for s in sequences]),\n                num=",
+        "np.array([s.slot for s in sequences]),\n                num=",
+    ),
+    Mutant(
+        "a rejected key is kept",
+        "dspark_batch/runtimes/ort.py",
+        "row.num_cached = span.start + num_kept",
+        "row.num_cached = span.start + int(counts[r])",
+    ),
+    Mutant(
+        "the draft misses a token of context",
+        "dspark_batch/runtimes/ort.py",
+        "row.pending.append(results[2][begin : begin + num_kept])",
+        "row.pending.append(results[2][begin : begin + max(num_kept - 1, 1)])",
+    ),
+    Mutant(
+        "a part is renamed before it is synced",
+        "dspark_batch/parts.py",
+        "            file.flush()\n            os.fsync(file.fileno())\n",
+        "            file.flush()\n",
+    ),
+    Mutant(
+        "a shard is skipped on resume",
+        "dspark_batch/runner.py",
+        "        return pending\n",
+        "        return pending[1:] if parts else pending\n",
+    ),
+    Mutant(
+        "a saturating product is not noticed",
+        "dspark_batch/runtimes/int8.py",
+        "            return False\n",
+        "            return True\n",
+    ),
+    Mutant(
+        "an unsigned weight is off by one",
+        "dspark_batch/models/unsigned.py",
+        "np.array(128, np.int16)",
+        "np.array(127, np.int16)",
+    ),
+    Mutant(
+        "weights are mixed, activations are not",
+        "dspark_batch/models/linears.py",
+        'value = b.op("Reshape", mixed, b.constant([0, size]))',
+        'mixed = b.op("Reshape", mixed, b.constant([0, size]))',
+    ),
+    Mutant(
+        "a tap of the layer before",
+        "dspark_batch/models/decoder.py",
+        "context = [streams[i] for i in taps]",
+        "context = [streams[max(i - 1, -1)] for i in taps]",
+    ),
+    Mutant(
+        "a sampled draft is always accepted",
+        "dspark_batch/plugin/onnx_body.py",
+        "chosen_then = Where (hot, drawn, greedy_token)",
+        "chosen_then = Identity (greedy_token)",
+    ),
+)
+
+
+@click.command()
+@click.option("--whole", is_flag=True, help="All tests, not the quick ones.")
+@click.option("--only", default="", help="Mutants whose name has this.")
+def main(whole: bool, only: str) -> None:
+    """Run the mutants that were asked for."""
+    survivors = 0
+    for mutant in MUTANTS:
+        if only in mutant.name:
+            found = caught(mutant, [] if whole else ["--quick"])
+            survivors += not found
+            names = ", ".join(f"`{name}`" for name in found) or "none"
+            click.echo(f"| {mutant.name} | {names} |")
+    sys.exit(survivors > 0)
+
+
+def caught(mutant: Mutant, arguments: list[str]) -> list[str]:
+    """The first tests that fail of a copy of the tree with the mutant in it."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+        files = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for file in files.splitlines():
+            if (ROOT / file).is_file():
+                (copy / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / file, copy / file)
+        path = copy / mutant.file
+        path.write_text(mutated(mutant, path.read_text()))
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--maxfail={ENOUGH}"]
+        command += ["--numprocesses", "logical", "--dist", "loadfile", "-rfE", *arguments]
+        done = subprocess.run(
+            command,
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    pattern = r"^(?:FAILED|ERROR) tests/(test_\w+)\.py(?:::(\w+))?"
+    failed = re.findall(pattern, done.stdout, re.MULTILINE)
+    return sorted({f"{module.removeprefix('test_')}: {test}" for module, test in failed})[:ENOUGH]
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The text with the replacement. Raises ValueError where `old` does not occur once."""
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.name}: {mutant.file} has {mutant.old!r} not once")
+    return text.replace(mutant.old, mutant.new)
+
+
+if __name__ == "__main__":
+    main()
