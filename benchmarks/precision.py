@@ -4,8 +4,8 @@ The first engine (fp32) writes greedy text. Both targets then read prompt and te
 and their next-token distributions over the text are compared: share of equal argmaxes, mean KL
 divergence, largest difference of a logit. Speed is plain decoding of the same prompts, one engine
 after the other; rows whose text comes out otherwise are counted, and the gap of such a row is how
-far below its best token fp32 sees the token that the other engine took. The first of those texts are
-printed from where they part.
+far below its best token fp32 sees the token that the other engine took. The first of those texts
+are printed from where they part.
 
 ONNX Runtime runs the graphs of both. Of a TensorRT engine these are what its plans were built from.
 """
