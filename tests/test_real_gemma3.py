@@ -56,7 +56,7 @@ def engine(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for old, new in (
         ("export/weights/gemma-3-270m.gguf", str(weights)),
         ('precision = "int8"', 'precision = "fp32"'),
-        ("max_rows = 32", "max_rows = 2"),
+        ("max_rows = 32", "max_rows = 16"),
         ("max_tokens = 4096", "max_tokens = 64"),
     ):
         assert old in text

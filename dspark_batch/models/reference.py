@@ -56,15 +56,20 @@ def forward(
         if i in taps:
             streams[i] = decoder.split(stream)
     normed = decoder.normed(stream)
-    observe("lm_head", normed, [decoder.head])
+    observe("lm_head", normed, [head_weight(spec, tensor)])
 
     def head(x: Array) -> Array:
-        return _cap(_product(x, decoder.head), spec.logit_cap)
+        return _cap(_product(x, head_weight(spec, tensor)), spec.logit_cap)
 
     return [
         Forward(row, {i: parts[r] for i, parts in streams.items()}, head)
         for r, row in enumerate(decoder.split(normed))
     ]
+
+
+def head_weight(spec: DecoderSpec, tensor: Tensor) -> NDArray[Any]:
+    """The head `[V, hidden]`, as stored."""
+    return tensor(f"{'model.embed_tokens' if spec.tied_head else 'lm_head'}.weight")
 
 
 def row_blocks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Array]]:
@@ -90,7 +95,8 @@ class _Decoder:
         self._tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
         self._ends = np.cumsum([len(ids) for ids in sequences])[:-1]
         self._positions = np.concatenate([np.arange(len(ids)) for ids in sequences])
-        self._keys_values: dict[int, tuple[Array, Array]] = {}
+        self._lenders = {layer.shares_with for layer in spec.layers}
+        self._keys_values: dict[int, tuple[Array, Array]] = {}  # of layers that others read
 
     def split(self, x: Array) -> list[Array]:
         """`[T, n]` by sequence."""
@@ -124,11 +130,6 @@ class _Decoder:
     def normed(self, x: Array) -> Array:
         """The last stream, ready for the head."""
         return self._norm("model.norm", x)
-
-    @property
-    def head(self) -> NDArray[Any]:
-        """`[V, hidden]`, as stored."""
-        return self._weight("model.embed_tokens" if self._spec.tied_head else "lm_head")
 
     def _weight(self, name: str) -> NDArray[Any]:
         return self._tensor(f"{name}.weight")
@@ -188,9 +189,13 @@ class _Decoder:
                 k = self._norm(f"{name}.k_norm", k)
             if spec.v_norm:
                 v = self._plain_norm(v)
-            self._keys_values[i] = self._rotated(layer, k), v
-        source = i if layer.shares_with is None else layer.shares_with
-        triple = (self._rotated(layer, q), *self._keys_values[source])
+            own = self._rotated(layer, k), v
+            if i in self._lenders:
+                self._keys_values[i] = own
+        else:
+            assert layer.shares_with is not None
+            own = self._keys_values[layer.shares_with]
+        triple = (self._rotated(layer, q), *own)
         rows = zip(*(self.split(part) for part in triple), strict=True)
         mixed = np.concatenate([_mix(spec, layer, *parts) for parts in rows])
         return self._observed(f"{name}.o_proj", mixed.reshape(len(x), -1), [f"{name}.o_proj"])[0]
