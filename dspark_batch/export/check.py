@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
 from dspark_batch.manifest import CacheInfo
+from dspark_batch.models import reference
 from dspark_batch.models.decoder import stream_name
 from dspark_batch.models.reference import Forward, forward
 from dspark_batch.models.spec import DecoderSpec
@@ -208,12 +209,6 @@ class Texts:
         """The rows, run through the reference; `options` are its."""
         return cls(rows, taps, forward(spec, tensor, rows, taps=taps, **options))
 
-    def logits(self, chosen: Sequence[int]) -> list[Array]:
-        """[n, V] of each chosen row; the head is read once for all of them."""
-        parts = [self.expected[r].normed for r in chosen]
-        joined = self.expected[chosen[0]].head(np.concatenate(parts))
-        return np.split(joined, np.cumsum([len(part) for part in parts])[:-1])
-
 
 def check_target(
     path: Path,
@@ -231,12 +226,15 @@ def check_target(
     probe = TargetProbe(path, spec, capacity=max(map(len, texts.rows)) + 8)
     total = sum(map(len, texts.rows))
     found = {"tokens": float(total), "kl": 0.0, "context_error": 0.0, "agreement": 0.0}
+    head = reference.head_weight(spec, tensor)  # read once: of a GGUF file that takes a while
     for group in _groups(texts.rows):
         starts, chosen = [0] * len(group), [texts.rows[r] for r in group]
         capacity = max(map(len, chosen))
         caches = probe.empty(len(group), capacity=capacity)
         logits, context, _ = probe.run(chosen, starts, caches)
-        wanted_logits = texts.logits(group)
+        normed = [texts.expected[r].normed for r in group]
+        ends = np.cumsum([len(part) for part in normed])[:-1]
+        wanted_logits = np.split(reference.logits(spec, head, np.concatenate(normed)), ends)
         parts = zip(group, wanted_logits, logits, context, strict=True)
         for r, wanted, row_logits, row_context in parts:
             share = len(texts.rows[r]) / total

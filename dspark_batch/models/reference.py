@@ -59,7 +59,7 @@ def forward(
     observe("lm_head", normed, [head_weight(spec, tensor)])
 
     def head(x: Array) -> Array:
-        return _cap(_product(x, head_weight(spec, tensor)), spec.logit_cap)
+        return logits(spec, head_weight(spec, tensor), x)
 
     return [
         Forward(row, {i: parts[r] for i, parts in streams.items()}, head)
@@ -70,6 +70,11 @@ def forward(
 def head_weight(spec: DecoderSpec, tensor: Tensor) -> NDArray[Any]:
     """The head `[V, hidden]`, as stored."""
     return tensor(f"{'model.embed_tokens' if spec.tied_head else 'lm_head'}.weight")
+
+
+def logits(spec: DecoderSpec, weight: NDArray[Any], normed: Array) -> Array:
+    """[T, V] from the head's weight and its input `[T, hidden]`."""
+    return _cap(_product(normed, weight), spec.logit_cap)
 
 
 def row_blocks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Array]]:
@@ -223,7 +228,7 @@ def _cap(x: Array, cap: float | None) -> Array:
 def _activate(kind: str, x: Array) -> Array:
     if kind == "silu":
         return np.asarray(x / (1 + np.exp(-x)), dtype=np.float32)
-    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3)
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
     return np.asarray(0.5 * x * (1 + np.tanh(inner)), dtype=np.float32)
 
 
