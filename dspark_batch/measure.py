@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 _REPEATS = 3
+_LONG_SWEEPS = 1.5  # seconds of two sweeps, after which a third would not tell much more
 _CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
 _LONG_CONTEXT = 1024
 _LEAST_LONGER = 4  # times as long as usual, or nothing can be told from it
@@ -177,7 +178,9 @@ def _target_times(
             engine.verify(rows, block, VerifyPlan(lengths))
             return clock() - begin
 
-        sweeps = [[seconds(lengths) for lengths in plans] for _ in range(_REPEATS)]
+        sweeps: list[list[float]] = []
+        while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(map(sum, sweeps)) < _LONG_SWEEPS):
+            sweeps.append([seconds(lengths) for lengths in plans])
     return [min(times) for times in zip(*sweeps, strict=True)]
 
 
