@@ -112,7 +112,7 @@ MUTANTS = (
         "context = [streams[max(i - 1, -1)] for i in taps]",
     ),
     Mutant(
-        "a sampled draft is always accepted",
+        "a sampled row gets the likeliest token",
         "dspark_batch/plugin/onnx_body.py",
         "chosen_then = Where (hot, drawn, greedy_token)",
         "chosen_then = Identity (greedy_token)",
