@@ -37,9 +37,9 @@ static void hide(uint32_t leaf, uint32_t subleaf, uint32_t *a, uint32_t *b, uint
 static void on_fault(int signal_number, siginfo_t *info, void *context) {
     greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
     const unsigned char *code = (const unsigned char *)registers[REG_RIP];
-    (void)signal_number, (void)info;
-    if (code[0] != 0x0f || code[1] != 0xa2) { /* a real fault: let it happen again */
-        signal(SIGSEGV, SIG_DFL);
+    if (info->si_code <= 0 || code[0] != 0x0f || code[1] != 0xa2) {
+        signal(SIGSEGV, SIG_DFL); /* a real fault happens again, one that was sent is sent again */
+        if (info->si_code <= 0) raise(signal_number);
         return;
     }
     uint32_t leaf = registers[REG_RAX], subleaf = registers[REG_RCX], a, b, c, d;
