@@ -25,7 +25,7 @@ from report import BenchmarkCommand, provenance, table
 
 from dspark_batch.engine import Engine, open_engine
 from dspark_batch.errors import UsageError
-from dspark_batch.export.check import TargetProbe
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.measure import ensure_costs
 from dspark_batch.types import Prompt
 from dspark_batch.workload import MODES, decode_all, read_workload

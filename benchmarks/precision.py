@@ -26,7 +26,8 @@ from report import BenchmarkCommand, provenance, table
 
 from dspark_batch.engine import Engine
 from dspark_batch.errors import UsageError
-from dspark_batch.export.check import TargetProbe, divergence
+from dspark_batch.export.check import divergence
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.manifest import read_manifest
 from dspark_batch.runtimes import ort
 from dspark_batch.tokenizer import Tokenizer

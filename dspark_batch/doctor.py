@@ -292,21 +292,23 @@ def _version(package: str) -> str | None:
     return None
 
 
-def _int8() -> Int8 | None:
+def _onnxruntime() -> Any:
+    """The module of ONNX Runtime; None where that is not installed."""
     try:
-        module = runtime_module("onnxruntime")
+        return runtime_module("onnxruntime")
     except ImportError:
         return None
-    found: Int8 = module.measure_int8()
+
+
+def _int8() -> Int8 | None:
+    module = _onnxruntime()
+    found: Int8 | None = module.measure_int8() if module else None
     return found
 
 
 def _providers() -> list[str]:
-    try:
-        module = runtime_module("onnxruntime")
-    except ImportError:
-        return []
-    found: list[str] = module.providers()
+    module = _onnxruntime()
+    found: list[str] = module.providers() if module else []
     return found
 
 

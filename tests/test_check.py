@@ -10,16 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, softmax
-from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
+from slow_draft import SlowDraft
+from tiny import HIDDEN, VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 from tokenizers import Tokenizer as Fast
 from tokenizers import models, pre_tokenizers
 
 from dspark_batch.drafters.dspark import DSparkGraph
+from dspark_batch.drafters.layouts import draft_spec
+from dspark_batch.drafters.reference import ReferenceDraft
+from dspark_batch.drafters.shared import tables
 from dspark_batch.errors import EngineError
 from dspark_batch.export import check, texts
 from dspark_batch.export.check import Texts, check_target, divergence
 from dspark_batch.manifest import read_manifest
-from dspark_batch.models import decoder_spec, linears
+from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder
 from dspark_batch.models.linears import PRECISIONS
@@ -100,35 +104,59 @@ def test_both_graphs_are_checked_on_two_thousand_tokens(tmp_path: Path) -> None:
     assert 0 < parity["kl"] < check.LIMITS["int8"]["kl"]
     assert 0 < parity["draft_kl"] < check.DRAFT_LIMITS["int8"]["draft_kl"]
     assert parity["draft_agreement"] > 0.9
-    assert not list(folder.glob("draft-fp32*"))
 
 
-def test_a_draft_whose_weights_round_badly_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("wrong", "figure"),
+    [
+        ("layers.1.self_attn.v_proj.weight", "draft_kl"),
+        ("markov_head.markov_w1.weight", "draft_kl"),
+        ("confidence_head.proj.bias", "draft_confidence"),
+    ],
+)
+def test_a_draft_that_is_off_is_not_installed(
+    wrong: str, figure: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third row of the draft's weights is lost."""
-    columns = linears.quantize_columns
+    class Wrong(DSparkGraph):
+        def __init__(self, builder: Any, spec: Any, tensor: Any, **options: Any) -> None:
+            def changed(name: str) -> np.ndarray:
+                return tensor(name) + 0.5 * np.float32(name == wrong)
 
-    def scaled(matrix: np.ndarray, *rest: Any) -> tuple[np.ndarray, np.ndarray]:
-        quantized, scales = columns(matrix, *rest)
-        if drafting:
-            quantized[::3] = 0
-        return quantized, scales
+            super().__init__(builder, spec, changed, **options)
 
-    drafting = False
-
-    class Graph(DSparkGraph):
-        def build(self, **options: Any) -> None:
-            nonlocal drafting
-            drafting = True
-            super().build(**options)
-            drafting = False
-
-    monkeypatch.setattr(linears, "quantize_columns", scaled)
-    monkeypatch.setattr("dspark_batch.drafters.dspark.DSparkGraph", Graph)
-    with pytest.raises(EngineError, match=r"draft\.onnx: .* draft_kl is"):
-        export_pair(tmp_path, *pair(tmp_path), precision="int8")
+    monkeypatch.setattr("dspark_batch.drafters.dspark.DSparkGraph", Wrong)
+    with pytest.raises(EngineError, match=rf"draft\.onnx: .* {figure} is"):
+        export_pair(tmp_path, *pair(tmp_path), precision=precision)
     assert not (tmp_path / "engines" / "tiny").exists()
+
+
+def test_the_reference_s_blocks_are_those_of_the_formulas(tmp_path: Path) -> None:
+    """Every block of a row, against a twin in float64 that was written without the package."""
+    target, draft = pair(tmp_path)
+    rng = np.random.default_rng(0)
+    row = rng.integers(1, VOCAB, 23).tolist()
+    context = rng.standard_normal((23, 2 * HIDDEN)).astype(np.float32)
+    with open_weights(target) as theirs, open_weights(draft) as own:
+        spec = draft_spec(own)
+        vocab = np.arange(VOCAB)
+        embed, head = tables(own, theirs, tied=False, vocab=vocab)
+        ours = ReferenceDraft(spec, own.tensor, embed=embed, head=head, vocab=vocab)
+        [blocks] = ours.blocks([row], [context])
+        slow = SlowDraft(
+            draft_config(),
+            {name: own.tensor(name) for name in own.names()},
+            embed=embed,
+            head=head,
+        )
+        gamma = spec.block_size
+        assert len(blocks.tokens) == 22 // gamma
+        for b in range(len(blocks.tokens)):
+            end = (b + 1) * gamma
+            tokens, logits, confidence = slow(context[:end], row[end])
+            assert blocks.tokens[b].tolist() == tokens
+            np.testing.assert_allclose(blocks.logits[b], logits, atol=1e-4)
+            np.testing.assert_allclose(blocks.confidence[b], confidence, atol=1e-4)
 
 
 def test_a_tap_of_another_layer_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from slow_draft import SlowDraft
 from tiny import LAYERS, VOCAB, draft_config, target_config, write_draft, write_target
 
-from dspark_batch.drafters.dspark import CERTAIN
+from dspark_batch.drafters.spec import CERTAIN
 from dspark_batch.errors import EngineError
 
 REDUCED = np.array([1, 2, 5, 7, 11, 12, 20, 28, 33, 39])

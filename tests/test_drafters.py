@@ -23,7 +23,7 @@ from tiny import (
 )
 
 from dspark_batch.algorithm import sampling
-from dspark_batch.drafters.dspark import CERTAIN
+from dspark_batch.drafters.spec import CERTAIN
 from dspark_batch.errors import EngineError
 from dspark_batch.export.pipeline import export
 

@@ -13,7 +13,7 @@ from tiny import HEADS, LAYERS, VOCAB, export_pair, smoothing_factors, target_co
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
-from dspark_batch.export.check import TargetProbe
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.manifest import read_manifest
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.blocks import folded_scores

@@ -14,7 +14,7 @@ from tiny import export_pair, smoothing_factors
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import EngineError
-from dspark_batch.export.check import TargetProbe
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.graph import GraphBuilder

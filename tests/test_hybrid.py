@@ -22,7 +22,7 @@ from dspark_batch.algorithm.costs import CostTable
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.drafters.ngram import longest_match, text_of
 from dspark_batch.engine import Engine, open_engine
-from dspark_batch.export.check import TargetProbe
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.manifest import DraftInfo, read_manifest
 from dspark_batch.schedule import open_schedule
 from dspark_batch.types import Completion, DraftBlock, Prompt, SamplingParams

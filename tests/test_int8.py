@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.engine import open_engine
-from dspark_batch.export.check import TargetProbe
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.manifest import read_manifest
 from dspark_batch.models.graph import FLOAT, INT64, GraphBuilder
 from dspark_batch.models.linears import Linears, hadamard, quantize_columns

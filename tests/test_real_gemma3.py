@@ -12,8 +12,8 @@ import pytest
 
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import Engine, open_engine
-from dspark_batch.export.check import TargetProbe
 from dspark_batch.export.pipeline import export
+from dspark_batch.export.probes import TargetProbe
 from dspark_batch.types import Prompt, SamplingParams
 
 RECIPE = Path(__file__).parents[1] / "export" / "gemma3-270m.toml"

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from dspark_batch.drafters.cells import RoundCells, RowInputs
 from dspark_batch.drafters.markov import MarkovWalk, draw_function
 from dspark_batch.drafters.shared import DraftHead
-from dspark_batch.drafters.spec import DraftSpec
+from dspark_batch.drafters.spec import CERTAIN, DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models.blocks import (
     activate,
@@ -57,7 +57,6 @@ from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWei
 from dspark_batch.models.linears import DOWN_MIX, STREAM_MIX, Activation, Linears
 
 Tensor = Callable[[str], NDArray[Any]]
-CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
 
 
 class DSparkGraph:

@@ -92,6 +92,15 @@ def head(
     return DraftHead(table, stored, rows) if whole else DraftHead(table[vocab])
 
 
+def tables(
+    draft: Weights, target: Weights, *, tied: bool, vocab: NDArray[np.int64]
+) -> tuple[Array, Array]:
+    """The draft's embedding `[V, hidden]` and head `[D, hidden]`, its own or the target's."""
+    name = "embed_tokens.weight"
+    embed = draft.tensor(name) if name in draft.names() else target.tensor(f"model.{name}")
+    return embed, head(draft, target, tied=tied, vocab=vocab, stored={}, rows=None).table
+
+
 def _same(one: Array, other: Array) -> bool:
     return one.shape == other.shape and all(
         np.array_equal(one[begin : begin + _ROWS], other[begin : begin + _ROWS])

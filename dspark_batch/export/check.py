@@ -4,7 +4,7 @@ Three properties of the target, each of which a wrong graph breaks loudly: the l
 `models.reference`; the context output is the residual stream after the layers that the draft
 names (a tap shifted by one layer fails here); and a row's logits depend neither on its neighbours
 nor on how many tokens a call carries, without which speculative text would differ from plain. The
-draft's distributions are those of its twin in fp32.
+draft's blocks are those of `drafters.reference`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.drafters.reference import ReferenceDraft
 from dspark_batch.errors import EngineError
+from dspark_batch.export.probes import Array, DraftProbe, TargetProbe
 from dspark_batch.manifest import CacheInfo
 from dspark_batch.models import reference
 from dspark_batch.models.decoder import stream_name
 from dspark_batch.models.reference import Forward, forward
 from dspark_batch.models.spec import DecoderSpec
-from dspark_batch.runtimes.layout import DRAFT_INPUTS, idle_draws, row_feeds, token_layout
-from dspark_batch.runtimes.ort import float_type, open_session
-from dspark_batch.runtimes.session import Ints
 
 Tensor = Callable[[str], NDArray[Any]]
-Array = NDArray[np.float32]
-Caches = list[NDArray[Any]]
 
 # Largest accepted values, a few times what good engines have (int8: a KL of 0.006 for SmolLM2, 0.02
 # for Gemma 3 270M; with sums that saturate it is 0.12). Logits: KL divergence of the next-token
@@ -45,14 +42,14 @@ LIMITS = {
     "int4-weights": {"kl": 0.6, "context_error": 0.5, "invariance": 0.25},
 }
 
-# The same of the draft: mean KL divergence of a slot's distribution from the fp32 graph's.
+# The same of the draft, by slot; confidence as a probability.
 DRAFT_LIMITS = {
-    "fp32": {"draft_kl": 1e-5},
-    "int8": {"draft_kl": 0.02},
-    "fp16": {"draft_kl": 1e-3},
-    "bf16": {"draft_kl": 5e-3},
-    "int8-weights": {"draft_kl": 0.1},
-    "int4-weights": {"draft_kl": 0.6},
+    "fp32": {"draft_kl": 1e-5, "draft_confidence": 1e-3},
+    "int8": {"draft_kl": 0.02, "draft_confidence": 0.02},
+    "fp16": {"draft_kl": 1e-3, "draft_confidence": 0.01},
+    "bf16": {"draft_kl": 5e-3, "draft_confidence": 0.02},
+    "int8-weights": {"draft_kl": 0.1, "draft_confidence": 0.05},
+    "int4-weights": {"draft_kl": 0.6, "draft_confidence": 0.2},
 }
 
 _GROUP = 8  # rows of a pass
@@ -63,130 +60,6 @@ _BLOCK = 32  # tokens whose distributions are compared at a time
 _SHORT, _CAPACITIES = 48, (64, 128, 512)
 
 
-class TargetProbe:
-    """Runs `target.onnx` on rows from given caches and returns logits and context of all tokens."""
-
-    def __init__(
-        self,
-        path: Path,
-        spec: DecoderSpec | CacheInfo,
-        *,
-        capacity: int,
-        outputs: Sequence[str] = (),
-    ) -> None:
-        """`outputs` are values of the graph that can be fetched too."""
-        self._session = open_session(path, threads=0, outputs=outputs)
-        self._shapes = spec.cache_shapes
-        self._dtype = float_type(self._session, "past_key_0")
-        self._capacity = capacity
-
-    @property
-    def in_half(self) -> bool:
-        """Whether the graph's activations are fp16."""
-        return self._dtype is np.float16
-
-    def empty(self, num_rows: int, *, capacity: int | None = None) -> Caches:
-        """Caches of rows without tokens; their usual capacity is the probe's."""
-        return [
-            np.zeros((num_rows, num_kv_heads, capacity or self._capacity, head_dim), self._dtype)
-            for num_kv_heads, head_dim in self._shapes
-            for _ in ("key", "value")
-        ]
-
-    def run(
-        self, rows: Sequence[Sequence[int]], starts: Sequence[int], caches: Caches
-    ) -> tuple[list[Array], list[Array], Caches]:
-        """Logits [n, V] and context [n, taps * hidden] per row of n tokens, and new caches."""
-        ends = np.cumsum([len(row) for row in rows])[:-1]
-        names = [f"{kind}_{i}" for i in range(len(self._shapes)) for kind in ("key", "value")]
-        outputs = ["logits", "context", *(f"present_{name}" for name in names)]
-        logits, context, *new = self._session.run(outputs, self._feeds(rows, starts, caches))
-        context = context.astype(np.float32)
-        return np.split(logits, ends), np.split(context, ends), new
-
-    def fetch(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> list[NDArray[Any]]:
-        """The values `names` of one pass over whole rows."""
-        feeds = self._feeds(rows, [0] * len(rows), self.empty(len(rows)))
-        found: list[NDArray[Any]] = self._session.run(list(names), feeds)
-        return found
-
-    def _feeds(
-        self, rows: Sequence[Sequence[int]], starts: Sequence[int], caches: Caches
-    ) -> dict[str, NDArray[Any]]:
-        counts = np.array([len(row) for row in rows])
-        ends = np.cumsum(counts)
-        index, cells = token_layout(counts)
-        num_rows, inputs = len(rows), {i.name: i for i in self._session.get_inputs()}
-        vocab_size = inputs["draft_logits"].shape[2]
-        feeds: dict[str, NDArray[Any]] = {
-            "tokens": np.concatenate([np.array(row, np.int64) for row in rows]),
-            "starts": np.array(starts, np.int64),
-            "token_index": index,
-            "cell_index": cells,
-            "logit_tokens": np.arange(ends[-1]),
-            "logit_rows": np.zeros((num_rows, 2), np.int64),
-            "draft_tokens": np.zeros((num_rows, 1), np.int64),
-            "lengths": np.zeros(num_rows, np.int64),
-            "certain": np.zeros(num_rows, np.int64),
-            "draft_logits": np.zeros((num_rows, 1, vocab_size), np.float32),
-            "temperature": np.zeros(num_rows, np.float32),
-            "top_k": np.zeros(num_rows, np.int64),
-            "top_p": np.ones(num_rows, np.float32),
-            "uniforms": np.zeros((num_rows, 2), np.float32),
-        }
-        names = [f"{kind}_{i}" for i in range(len(self._shapes)) for kind in ("key", "value")]
-        feeds.update({f"past_{n}": cache for n, cache in zip(names, caches, strict=True)})
-        return feeds
-
-
-class DraftProbe:
-    """Runs a draft's graph on known context."""
-
-    def __init__(self, path: Path, cache: CacheInfo) -> None:
-        self._session = open_session(path, threads=0, inputs=DRAFT_INPUTS)
-        self._shapes = cache.cache_shapes
-        self._dtype = float_type(self._session, "context")
-        shapes = {value.name: value.shape for value in self._session.get_inputs()}
-        self._block_size = int(shapes["uniforms"][1])
-
-    def rounds(
-        self, rows: Sequence[Sequence[int]], contexts: Sequence[Array]
-    ) -> Iterator[tuple[Ints, Array, Array]]:
-        """Greedy blocks of all rows after each γ tokens: tokens [R, γ], logits and confidence.
-
-        `contexts` [n, taps * hidden] are of the rows' tokens. A row that has no γ more tokens
-        drafts again from where it ended, so that every block has all rows.
-        """
-        gamma, num_rows = self._block_size, len(rows)
-        longest = max(map(len, rows))
-        caches = [
-            np.zeros((num_rows, heads, longest + 2 * gamma + 2, size), self._dtype)
-            for heads, size in self._shapes
-            for _ in ("key", "value")
-        ]
-        taken = np.zeros(num_rows, np.int64)
-        names = [f"{kind}_{i}" for i in range(len(self._shapes)) for kind in ("key", "value")]
-        outputs = ["draft_tokens", "draft_logits", "confidence", *(f"present_{n}" for n in names)]
-        for end in range(gamma, longest, gamma):
-            ends = np.array([min(end, len(row) - 1) for row in rows])
-            counts = ends - taken
-            new = [context[a:b] for context, a, b in zip(contexts, taken, ends, strict=True)]
-            feeds: dict[str, NDArray[Any]] = {
-                "context": np.concatenate(new).astype(self._dtype),
-                "context_tokens": np.arange(counts.sum()),
-                "context_index": token_layout(np.maximum(counts, 1))[0] % max(counts.sum(), 1),
-                "context_starts": taken,
-                "anchors": np.array([row[e] for row, e in zip(rows, ends, strict=True)]),
-                "anchor_positions": ends,
-                **row_feeds(idle_draws(num_rows, gamma)),
-            }
-            feeds |= {f"past_{name}": cache for name, cache in zip(names, caches, strict=True)}
-            tokens, logits, confidence, *caches = self._session.run(outputs, feeds)
-            moved = counts > 0
-            yield tokens[moved], logits[moved], confidence[moved]
-            taken = ends
-
-
 @dataclass(frozen=True, slots=True)
 class Texts:
     """What graphs are checked on."""
@@ -195,6 +68,11 @@ class Texts:
     taps: Sequence[int]
     expected: Sequence[Forward]
     """`reference.forward` of the rows with these taps."""
+
+    def context(self, row: int) -> Array:
+        """[n, taps * hidden] of a row, as the target gives it to a draft."""
+        streams = self.expected[row].streams
+        return np.concatenate([streams[tap] for tap in self.taps], axis=1)
 
     @classmethod
     def of(
@@ -219,6 +97,9 @@ def check_target(
     precision: str,
 ) -> dict[str, float]:
     """Measure parity and invariance of `path`; the figures go into the manifest.
+
+    `tokens` is their number; `kl` in nats, `agreement` of the likeliest tokens, both means over
+    tokens; `context_error` of the tap that is furthest off; `invariance` of a logit.
 
     Raises:
         EngineError: one of the figures is over its limit.
@@ -247,7 +128,7 @@ def check_target(
                 found["context_error"] = max(found["context_error"], error)
     found["invariance"] = _invariance(probe, texts.rows)
     for name, limit in LIMITS[precision].items():
-        if not found.get(name, 0.0) <= limit:
+        if not found[name] <= limit:
             cause = "the weights or this family's graph are wrong"
             if probe.in_half and not np.isfinite(found["kl"]):
                 cause = "fp16 ends at 65504 and this target goes beyond: take --precision bf16"
@@ -261,47 +142,45 @@ def check_target(
 
 
 def check_draft(
-    path: Path,
-    twin: Path,
-    cache: CacheInfo,
-    texts: Texts,
-    *,
-    precision: str,
+    path: Path, cache: CacheInfo, slow: ReferenceDraft, texts: Texts, *, precision: str
 ) -> dict[str, float]:
-    """Compare the draft's graph with `twin`, the same in fp32; the figures go into the manifest.
+    """Compare the draft's graph with `slow`; the figures go into the manifest.
 
-    Both draft after every few tokens of every row, from the streams of the reference. A slot
-    counts as long as both have drafted the same tokens before it: the walk depends on them.
+    `draft_tokens` is the number of slots; the others are means over them: `draft_kl` in nats,
+    `draft_agreement` of drafted tokens, `draft_confidence`, how far it is off as a probability.
+
+    Both draft after every γ tokens of every row, from the streams of the reference. A slot counts
+    as long as both have drafted the same tokens before it: the walk depends on them.
 
     Raises:
-        EngineError: their distributions are further apart than the precision explains.
+        EngineError: one of the figures is over its limit.
     """
     sums = dict.fromkeys(("kl", "agreement", "confidence"), 0.0)
     count = 0
-    probes = [DraftProbe(graph, cache) for graph in (twin, path)]
+    probe = DraftProbe(path, cache)
     for group in _groups(texts.rows):
-        contexts = [
-            np.concatenate([texts.expected[r].streams[tap] for tap in texts.taps], 1) for r in group
-        ]
-        chosen = [texts.rows[r] for r in group]
-        rounds = zip(*(probe.rounds(chosen, contexts) for probe in probes), strict=True)
-        for (wanted, logits, sure), (tokens, found, confidence) in rounds:
-            same = wanted == tokens  # [R, γ]
-            counted = np.logical_and.accumulate(same, axis=1)
-            counted = np.concatenate([np.ones_like(same[:, :1]), counted[:, :-1]], axis=1)
+        rows, contexts = [texts.rows[r] for r in group], [texts.context(r) for r in group]
+        expected = slow.blocks(rows, contexts)
+        for n, (running, tokens, logits, sure) in enumerate(probe.rounds(rows, contexts)):
+            wanted = [expected[r] for r in running]
+            same = np.stack([blocks.tokens[n] for blocks in wanted]) == tokens  # [R, γ]
+            counted = np.ones_like(same)
+            counted[:, 1:] = np.logical_and.accumulate(same, axis=1)[:, :-1]
+            distributions = np.stack([blocks.logits[n] for blocks in wanted])
+            confidence = np.stack([blocks.confidence[n] for blocks in wanted])
             count += int(counted.sum())
-            sums["kl"] += divergence(logits[counted], found[counted]) * int(counted.sum())
+            sums["kl"] += divergence(distributions[counted], logits[counted]) * counted.sum()
             sums["agreement"] += int(same[counted].sum())
-            difference = np.abs(_sigmoid(sure) - _sigmoid(confidence))
+            difference = np.abs(_sigmoid(confidence) - _sigmoid(sure))
             sums["confidence"] += float(difference[counted].sum())
-    parity = {f"draft_{name}": value / max(count, 1) for name, value in sums.items()}
+    parity = {f"draft_{name}": float(value) / max(count, 1) for name, value in sums.items()}
     parity = {"draft_tokens": float(count), **parity}
     for name, limit in DRAFT_LIMITS[precision].items():
         if not parity[name] <= limit:
             raise EngineError(
                 f"{path}: the built graph fails its check: {name} is {parity[name]:.3g}, over "
-                f"{limit:.3g} for {precision} ({parity}), compared with itself in fp32; its "
-                "weights do not stand this precision, nothing was installed"
+                f"{limit:.3g} for {precision} ({parity}); the draft's weights or this layout's "
+                "graph are wrong, nothing was installed"
             )
     return parity
 

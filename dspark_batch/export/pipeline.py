@@ -1,8 +1,9 @@
 """From a recipe to an engine folder, step by step; a folder appears whole or not at all.
 
 open      weights of target and draft             ensures both are readable and fit each other
+read      example texts, by independent forwards  ensures that there is something to check against
 build     target.onnx, draft.onnx, tokenizer      ensures every weight is in a file, once
-check     graph against an independent forward    ensures logits, taps and invariance
+check     graphs against those                    ensures logits, taps, invariance, blocks
 plan      target.plan, draft.plan (TensorRT)      ensures one plugin, sizes that a run needs
 measure   calibration, cost table                 ensures the scheduler knows this machine
 install   manifest, rename                        ensures `run` finds a complete engine
@@ -30,7 +31,8 @@ from numpy.typing import NDArray
 from dspark_batch import __version__
 from dspark_batch.drafters import DRAFTERS, LOOKUPS
 from dspark_batch.drafters.layouts import draft_spec, draft_vocab
-from dspark_batch.drafters.shared import check_fits, embedding, head
+from dspark_batch.drafters.reference import ReferenceDraft
+from dspark_batch.drafters.shared import check_fits, embedding, head, tables
 from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.engine import COSTS_FILE, open_engine
 from dspark_batch.errors import EngineError
@@ -62,7 +64,6 @@ from dspark_batch.weights import Weights, open_weights, sha256_of
 
 Progress = Callable[[str], None]
 _LEAST_POSITIONS = 512
-_TWIN = "draft-fp32"  # the draft's graph as it is checked against; not part of an engine
 
 
 def export(
@@ -156,8 +157,6 @@ class _Export:
             self._build(scratch)
             with self._runnable(scratch) as graphs:
                 parity = self._check(graphs)
-                for path in {*scratch.glob(f"{_TWIN}.*"), *graphs.glob(f"{_TWIN}.*")}:
-                    path.unlink()
                 if self._draft_info is not None:
                     self._measure(graphs, parity)
             if self._plans is not None:
@@ -298,24 +297,20 @@ class _Export:
         builder = GraphBuilder("draft", folder, PRECISIONS[precision].data_type)
         stored, rows = target.head_weights()
         drafter = import_module(DRAFTERS[self._recipe.draft.drafter])
-        tied, vocab = self._spec.tied_head, self._draft_vocab
         drafter.DSparkGraph(builder, self._draft_spec, weights.tensor, precision=precision).build(
             embed=embedding(weights, self._target, builder=builder, stored=embed),
-            head=head(weights, self._target, tied=tied, vocab=vocab, stored=stored, rows=rows),
+            head=head(
+                weights,
+                self._target,
+                tied=self._spec.tied_head,
+                vocab=self._draft_vocab,
+                stored=stored,
+                rows=rows,
+            ),
             draft_vocab=self._draft_vocab,
             max_tokens=reach,
         )
         builder.save()
-        if precision == "fp32":
-            return
-        twin = GraphBuilder(_TWIN, folder)
-        drafter.DSparkGraph(twin, self._draft_spec, weights.tensor, precision="fp32").build(
-            embed=embedding(weights, self._target, builder=twin, stored=embed),
-            head=head(weights, self._target, tied=tied, vocab=vocab, stored={}, rows=None),
-            draft_vocab=self._draft_vocab,
-            max_tokens=reach,
-        )
-        twin.save()
 
     @contextmanager
     def _runnable(self, folder: Path) -> Iterator[Path]:
@@ -354,11 +349,21 @@ class _Export:
             assert self._draft_info is not None
             assert self._draft_info.cache is not None
             self._progress("checking draft.onnx")
-            draft = folder / "draft.onnx"
-            twin = draft if precision == "fp32" else folder / f"{_TWIN}.onnx"
-            cache = self._draft_info.cache
-            parity |= check_draft(draft, twin, cache, self._texts, precision=precision)
+            parity |= check_draft(
+                folder / "draft.onnx",
+                self._draft_info.cache,
+                self._reference_draft(self._draft_spec),
+                self._texts,
+                precision=precision,
+            )
         return parity
+
+    def _reference_draft(self, spec: DraftSpec) -> ReferenceDraft:
+        assert self._draft is not None
+        assert self._draft_vocab is not None
+        vocab = self._draft_vocab
+        embed, table = tables(self._draft, self._target, tied=self._spec.tied_head, vocab=vocab)
+        return ReferenceDraft(spec, self._draft.tensor, embed=embed, head=table, vocab=vocab)
 
     def _measure(self, folder: Path, parity: dict[str, float]) -> None:
         self._write_manifest(folder, parity, runtime="onnxruntime")

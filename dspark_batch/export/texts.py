@@ -75,11 +75,23 @@ PASSAGES = (
     "SELECT customers.name, COUNT(orders.id) AS num_orders\nFROM customers\nLEFT JOIN orders ON "
     "orders.customer_id = customers.id\nWHERE customers.country = 'France'\nGROUP BY "
     "customers.name\nHAVING COUNT(orders.id) > 3\nORDER BY num_orders DESC;",
+    "To make bread you need flour, water, salt and yeast. Mix 500 grams of flour with 350 ml of "
+    "warm water, 10 grams of salt and a little yeast, and knead the dough for ten minutes. Let it "
+    "rise in a warm place until it has doubled, shape a loaf, and bake it at 230 degrees for half "
+    "an hour. It is done when it sounds hollow.",
+    "Q: What does a stack do?\nA: It keeps items in order and gives back the last one first. "
+    "Pushing and popping take constant time.\n\nclass Stack:\n    def __init__(self):\n"
+    "        self.items = []\n\n    def push(self, item):\n        self.items.append(item)\n\n"
+    "    def pop(self):\n        return self.items.pop()",
+    "Climate change has natural and human causes. Volcanoes and the sun play a part, but since the "
+    "middle of the twentieth century most of the warming has come from burning coal, oil and gas, "
+    "which releases carbon dioxide, and from farming, which releases methane. Forests that are cut "
+    "down can no longer store carbon.",
     "La bibliothèque ouvre à neuf heures du matin. Das Museum ist montags geschlossen. El tren a "
     "Sevilla sale a las 17:45 desde el andén número 4. Il prezzo è di 12,50 euro a persona.",
 )
 """Prose, code, tables, other languages: what a target writes; the prompts are what it reads."""
-_LEAST_TOKENS = 2400
+_LEAST_TOKENS = 2400  # that most tokenizers make of the above
 
 
 def example_prompts(tokenizer: Tokenizer | None, *, vocab_size: int) -> list[tuple[int, ...]]:
@@ -107,7 +119,7 @@ def check_rows(
     vocab_size: int,
     most_tokens: int,
 ) -> list[tuple[int, ...]]:
-    """The prompts, the passages and as many seeded random rows as make 2,400 tokens in all.
+    """The prompts, the passages and, if those are fewer, seeded random rows up to 2,400 tokens.
 
     No row is longer than `most_tokens`.
     """

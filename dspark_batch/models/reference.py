@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.models.spec import DecoderSpec, LayerSpec
+from dspark_batch.models.spec import DecoderSpec, LayerSpec, RopeSpec
 
 Array = NDArray[np.float32]
 Tensor = Callable[[str], NDArray[Any]]
@@ -74,7 +74,7 @@ def head_weight(spec: DecoderSpec, tensor: Tensor) -> NDArray[Any]:
 
 def logits(spec: DecoderSpec, weight: NDArray[Any], normed: Array) -> Array:
     """[T, V] from the head's weight and its input `[T, hidden]`."""
-    return _cap(_product(normed, weight), spec.logit_cap)
+    return cap(product(normed, weight), spec.logit_cap)
 
 
 def row_blocks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Array]]:
@@ -125,7 +125,7 @@ class _Decoder:
                 y = self._norm(f"{name}.post_feedforward_layernorm", y)
             x = x + y
             if inputs is not None:
-                gate = _activate(spec.activation, self._apply(f"{name}.per_layer_input_gate", x))
+                gate = activate(spec.activation, self._apply(f"{name}.per_layer_input_gate", x))
                 y = self._apply(f"{name}.per_layer_projection", gate * inputs[:, i])
                 x = x + self._norm(f"{name}.post_per_layer_input_norm", y)
             if spec.layer_scalar:
@@ -143,20 +143,16 @@ class _Decoder:
         return np.asarray(self._weight(name)[self._tokens], dtype=np.float32)
 
     def _apply(self, name: str, x: Array) -> Array:
-        return _product(x, self._weight(name))
+        return product(x, self._weight(name))
 
     def _observed(self, name: str, x: Array, layers: Sequence[str]) -> list[Array]:
         matrices = [self._weight(layer) for layer in layers]
         self._observe(name, x, matrices)
-        return [_product(x, matrix) for matrix in matrices]
+        return [product(x, matrix) for matrix in matrices]
 
     def _norm(self, name: str, x: Array) -> Array:
         scale = np.asarray(self._weight(name), dtype=np.float32)
-        return self._plain_norm(x) * (scale + np.float32(self._spec.norm_offset))
-
-    def _plain_norm(self, x: Array) -> Array:
-        variance = np.mean(np.square(x), axis=-1, keepdims=True)
-        return np.asarray(x / np.sqrt(variance + np.float32(self._spec.epsilon)))
+        return plain_norm(x, self._spec.epsilon) * (scale + np.float32(self._spec.norm_offset))
 
     def _layer_inputs(self, embedded: Array) -> Array:
         """What every layer gets of its own from the tokens, `[T, layers, n]`."""
@@ -177,7 +173,7 @@ class _Decoder:
         x = self._norm(f"{name}.{before}", x)
         wide = [f"{name}.mlp.{part}_proj" for part in ("gate", "up")]
         gate, up = self._observed(f"{name}.mlp.gate_up_proj", x, wide)
-        y = _activate(self._spec.activation, gate) * up
+        y = activate(self._spec.activation, gate) * up
         return self._observed(f"{name}.mlp.down_proj", y, [f"{name}.mlp.down_proj"])[0]
 
     def _attention(self, i: int, layer: LayerSpec, x: Array) -> Array:
@@ -193,7 +189,7 @@ class _Decoder:
             if spec.qk_norm:
                 k = self._norm(f"{name}.k_norm", k)
             if spec.v_norm:
-                v = self._plain_norm(v)
+                v = plain_norm(v, spec.epsilon)
             own = self._rotated(layer, k), v
             if i in self._lenders:
                 self._keys_values[i] = own
@@ -206,14 +202,32 @@ class _Decoder:
         return self._observed(f"{name}.o_proj", mixed.reshape(len(x), -1), [f"{name}.o_proj"])[0]
 
     def _rotated(self, layer: LayerSpec, x: Array) -> Array:
-        cos, sin = layer.rope.tables(int(self._positions.max()) + 1)
-        cos, sin = cos[self._positions, None], sin[self._positions, None]
-        half = x.shape[-1] // 2
-        first, second = x[..., :half], x[..., half:]
-        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        return rotate(layer.rope, x, self._positions)
 
 
-def _product(x: Array, matrix: NDArray[Any]) -> Array:
+def plain_norm(x: Array, epsilon: float) -> Array:
+    """RMSNorm over the last axis, without a weight."""
+    variance = np.mean(np.square(x), axis=-1, keepdims=True)
+    return np.asarray(x / np.sqrt(variance + np.float32(epsilon)))
+
+
+def rotate(rope: RopeSpec, x: Array, positions: NDArray[np.int64]) -> Array:
+    """RoPE of heads `[.., heads, d]` at positions `[..]`: halves turn against each other."""
+    cos, sin = (
+        table[positions][..., None, :] for table in rope.tables(int(positions.max(initial=0)) + 1)
+    )
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def softmax(scores: Array) -> Array:
+    """Over the last axis; -inf is 0."""
+    probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return np.asarray(probs / probs.sum(axis=-1, keepdims=True))
+
+
+def product(x: Array, matrix: NDArray[Any]) -> Array:
     """`[T, in]` times `[out, in]` transposed."""
     y = np.empty((len(x), len(matrix)), np.float32)
     for rows, block in row_blocks(matrix):
@@ -221,11 +235,15 @@ def _product(x: Array, matrix: NDArray[Any]) -> Array:
     return y
 
 
-def _cap(x: Array, cap: float | None) -> Array:
-    return x if cap is None else np.asarray(cap * np.tanh(x / np.float32(cap)), dtype=np.float32)
+def cap(x: Array, limit: float | None) -> Array:
+    """Soft cap; None caps nothing."""
+    if limit is None:
+        return x
+    return np.asarray(limit * np.tanh(x / np.float32(limit)), dtype=np.float32)
 
 
-def _activate(kind: str, x: Array) -> Array:
+def activate(kind: str, x: Array) -> Array:
+    """`silu`, or else GELU by tanh."""
     if kind == "silu":
         return np.asarray(x / (1 + np.exp(-x)), dtype=np.float32)
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)
@@ -241,6 +259,5 @@ def _mix(spec: DecoderSpec, layer: LayerSpec, q: Array, k: Array, v: Array) -> A
     for head in range(spec.num_heads):
         group = head // spec.group(layer)
         scores = np.where(seen, q[:, head] @ k[:, group].T * scale, -np.inf)
-        probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        mixed[:, head] = (probs / probs.sum(axis=-1, keepdims=True)) @ v[:, group]
+        mixed[:, head] = softmax(scores) @ v[:, group]
     return mixed

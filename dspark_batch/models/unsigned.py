@@ -24,7 +24,8 @@ _WEIGHT, _ZERO_POINT = 1, 5  # of the product's inputs
 def reopened(path: Path, *, outputs: Collection[str] = (), unsigned: bool = False) -> bytes:
     """The graph in `path` with values of it as further outputs, and with unsigned weights.
 
-    Its data files stay what they are: a runtime turns the weights as it opens them.
+    Its data files stay what they are: a runtime turns the weights as it opens them. Raises as
+    `rewrite`.
     """
     model = onnx.load(path, load_external_data=False)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
@@ -33,22 +34,28 @@ def reopened(path: Path, *, outputs: Collection[str] = (), unsigned: bool = Fals
     return bytes(model.SerializeToString())
 
 
-def rewrite(model: onnx.ModelProto) -> int:
-    """Make every product of a signed stored weight one of an unsigned one; how many there were.
+def rewrite(model: onnx.ModelProto) -> None:
+    """Make every product of a signed stored weight one of an unsigned one.
 
     The three nodes that turn a weight are folded when a session is opened. A weight of several
-    products is turned once, and products in branches and functions are found too.
+    products is turned once, and products in branches are found too.
+
+    Raises:
+        ValueError: a product whose weight is not stored in the graph, which nothing could turn.
     """
     signed = {
         tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8
     }
+    functions = (node for function in model.functions for node in function.node)
     products = [
         node
-        for node in _nodes(model.graph.node)
-        if node.op_type == _PRODUCT and node.domain == _DOMAIN and node.input[_WEIGHT] in signed
+        for node in _nodes([*model.graph.node, *functions])
+        if node.op_type == _PRODUCT and node.domain == _DOMAIN
     ]
+    if unknown := {node.input[_WEIGHT] for node in products} - signed:
+        raise ValueError(f"int8 products of weights that are not stored: {sorted(unknown)}")
     if not products:
-        return 0
+        return
     shift, zero_point = "int8.shift", "int8.zero_point"
     model.graph.initializer.extend(
         [
@@ -72,7 +79,6 @@ def rewrite(model: onnx.ModelProto) -> int:
     nodes = [*turned, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return len(products)
 
 
 def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
