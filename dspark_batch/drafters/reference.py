@@ -57,25 +57,22 @@ class ReferenceDraft:
         gamma = self._spec.block_size
         ends = [np.arange(gamma, len(row), gamma) for row in rows]
         anchors = [np.asarray(row, np.int64)[e] for row, e in zip(rows, ends, strict=True)]
-        hidden = [
-            self._hidden(context, a, e)
-            for context, a, e in zip(contexts, anchors, ends, strict=True)
-        ]
-        tokens, logits, confidence = self._walk(np.concatenate(hidden), np.concatenate(anchors))
-        splits = np.cumsum([len(e) for e in ends])[:-1]
-        parts = (np.split(found, splits) for found in (tokens, logits, confidence))
+        hidden = self._hidden(contexts, np.concatenate(anchors), ends)
+        tokens, logits, confidence = self._walk(hidden, np.concatenate(anchors))
+        parts = (_split(found, ends) for found in (tokens, logits, confidence))
         return [Blocks(*found) for found in zip(*parts, strict=True)]
 
-    def _hidden(self, context: Array, anchors: Ints, ends: Ints) -> Array:
-        """Normed states of the slots that draft, `[B, γ, hidden]`."""
+    def _hidden(self, contexts: Sequence[Array], anchors: Ints, ends: Sequence[Ints]) -> Array:
+        """Normed states of the slots that draft, of all blocks of all rows: `[B, γ, hidden]`."""
         spec = self._spec
-        taken = self._norm("hidden_norm", self._apply("fc", context))
+        taken = self._norm("hidden_norm", self._apply("fc", np.concatenate(contexts)))
         ids = np.full((len(anchors), spec.num_slots), spec.mask_token_id)
         ids[:, 0] = anchors
         x = np.asarray(self._embed[ids], np.float32) * np.float32(spec.embedding_scale)
         for i in range(spec.num_layers):
             name = f"layers.{i}"
-            y = self._attention(name, self._norm(f"{name}.input_layernorm", x), taken, ends)
+            y = self._norm(f"{name}.input_layernorm", x)
+            y = self._attention(f"{name}.self_attn", y, _split(taken, contexts), ends)
             if spec.sandwich_norms:
                 y = self._norm(f"{name}.post_attention_layernorm", y)
             x = x + y
@@ -88,16 +85,34 @@ class ReferenceDraft:
                 x = x * np.asarray(self._tensor(f"{name}.layer_scalar"), np.float32)
         return self._norm("norm", x)[:, spec.num_slots - spec.block_size :]
 
-    def _attention(self, name: str, x: Array, context: Array, ends: Ints) -> Array:
-        """`[B, slots, hidden]`: a slot sees the context before its block, and the whole block."""
-        spec, name = self._spec, f"{name}.self_attn"
-        num_blocks, num_slots = x.shape[:2]
-        places = ends[:, None] + np.arange(num_slots)
-        q = self._heads(f"{name}.q_proj", x)
-        q = rotate(spec.rope, self._head_norm(f"{name}.q_norm", q), places)
-        keys, values = self._keys_values(name, context, np.arange(len(context)))
-        own_keys, own_values = self._keys_values(name, x, places)
-        seen = np.arange(len(context)) < ends[:, None, None]
+    def _attention(
+        self, name: str, x: Array, contexts: Sequence[Array], ends: Sequence[Ints]
+    ) -> Array:
+        """`[B, slots, hidden]`: a slot sees its row's context before the block, and the block."""
+        spec = self._spec
+        slots = np.arange(spec.num_slots)
+        places = np.concatenate([e[:, None] + slots for e in ends])
+        q = self._head_norm(f"{name}.q_norm", self._heads(f"{name}.q_proj", x))
+        q = rotate(spec.rope, q, places)
+        own = self._keys_values(name, x, places)
+        positions = np.concatenate([np.arange(len(context)) for context in contexts])
+        old = self._keys_values(name, np.concatenate(contexts), positions)
+        rows = zip(
+            _split(q, ends),
+            *(_split(part, ends) for part in own),
+            *(_split(part, contexts) for part in old),
+            ends,
+            strict=True,
+        )
+        mixed = np.concatenate([self._mix(*row) for row in rows])
+        return self._apply(f"{name}.o_proj", mixed.reshape(*x.shape[:2], -1))
+
+    def _mix(
+        self, q: Array, own_keys: Array, own_values: Array, keys: Array, values: Array, ends: Ints
+    ) -> Array:
+        """One row's `[B, slots, heads, d]`, head by head."""
+        spec, num_old = self._spec, len(keys)
+        seen = np.arange(num_old) < ends[:, None, None]
         scale = np.float32(spec.attention_scale or spec.head_dim**-0.5)
         mixed = np.empty_like(q)
         for h in range(spec.num_heads):
@@ -105,10 +120,9 @@ class ReferenceDraft:
             old = np.where(seen, q[:, :, h] @ keys[:, g].T, -np.inf)
             new = q[:, :, h] @ own_keys[:, :, g].transpose(0, 2, 1)
             probs = softmax(np.concatenate([old, new], axis=2) * scale)
-            split = len(context)
-            mixed[:, :, h] = probs[..., :split] @ values[:, g]
-            mixed[:, :, h] += probs[..., split:] @ own_values[:, :, g]
-        return self._apply(f"{name}.o_proj", mixed.reshape(num_blocks, num_slots, -1))
+            mixed[:, :, h] = probs[..., :num_old] @ values[:, g]
+            mixed[:, :, h] += probs[..., num_old:] @ own_values[:, :, g]
+        return mixed
 
     def _keys_values(self, name: str, x: Array, places: Ints) -> tuple[Array, Array]:
         spec = self._spec
@@ -167,7 +181,8 @@ class ReferenceDraft:
         return np.asarray(self._tensor(f"{name}.weight"), np.float32)
 
     def _apply(self, name: str, x: Array) -> Array:
-        return np.asarray(x @ self._weight(name).T)
+        flat = product(x.reshape(-1, x.shape[-1]), self._tensor(f"{name}.weight"))
+        return flat.reshape(*x.shape[:-1], -1)
 
     def _affine(self, name: str, parts: Sequence[Array]) -> Array:
         bias = np.asarray(self._tensor(f"{name}.bias"), np.float32)
@@ -175,6 +190,11 @@ class ReferenceDraft:
 
     def _norm(self, name: str, x: Array) -> Array:
         return plain_norm(x, self._spec.epsilon) * self._weight(name)
+
+
+def _split(x: NDArray[Any], parts: Sequence[Any]) -> list[NDArray[Any]]:
+    """By row: as many as each part has."""
+    return np.split(x, np.cumsum([len(part) for part in parts])[:-1])
 
 
 def _sigmoid(x: Array) -> Array:

@@ -52,7 +52,7 @@ DRAFT_LIMITS = {
     "int4-weights": {"draft_kl": 0.6, "draft_confidence": 0.2},
 }
 
-_GROUP = 8  # rows of a pass
+_GROUP_TOKENS = 256  # of a pass: their logits are what a check holds most of
 _BLOCK = 32  # tokens whose distributions are compared at a time
 
 # Tokens of a row, and of caches as wide as rows beside it would make them: multiples of 64, as the
@@ -187,9 +187,13 @@ def check_draft(
 
 def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indices of rows that run together: of similar length, so that little is padding."""
-    order = sorted(range(len(rows)), key=lambda r: len(rows[r]))
-    for begin in range(0, len(order), _GROUP):
-        yield order[begin : begin + _GROUP]
+    group: list[int] = []
+    for r in sorted(range(len(rows)), key=lambda r: len(rows[r])):
+        if group and (len(group) + 1) * len(rows[r]) > _GROUP_TOKENS:
+            yield group
+            group = []
+        group.append(r)
+    yield group
 
 
 def _distance(found: Array, wanted: Array) -> float:
