@@ -19,12 +19,11 @@ from typing import Any
 import click
 from report import BenchmarkCommand, provenance, table
 
-from dspark_batch.algorithm import metrics
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.bench import MODES, Decoded, Workload, decode_all, read_workload
+from dspark_batch.decode import SamplingParams, SpecCounts
+from dspark_batch.decode.algorithm import metrics
+from dspark_batch.engine import Engine, ensure_costs, open_engine
 from dspark_batch.errors import UsageError
-from dspark_batch.measure import ensure_costs
-from dspark_batch.types import SamplingParams, SpecCounts
-from dspark_batch.workload import MODES, Decoded, Workload, decode_all, read_workload
 
 _ALL = "all"
 _WARM_UP_TOKENS = 8

@@ -18,17 +18,16 @@ import click
 import numpy as np
 from report import BenchmarkCommand, provenance, table
 
-from dspark_batch.algorithm import calibration
+from dspark_batch.bench import new_figure, read_workload, save_figure
+from dspark_batch.decode import Prompt
+from dspark_batch.decode.algorithm import calibration
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import UsageError
-from dspark_batch.measure import observe_rounds
-from dspark_batch.plots import new_figure, save_figure
-from dspark_batch.types import Prompt
-from dspark_batch.workload import read_workload
+from dspark_batch.export import observe_rounds
 
 if TYPE_CHECKING:
-    from dspark_batch.manifest import DraftInfo
-    from dspark_batch.plots import Axes
+    from dspark_batch.bench import Axes
+    from dspark_batch.engine import DraftInfo
 
 _KINDS = {"greedy": 0.0, "sampled": 1.0}  # and their temperature
 _LEAST_ITEMS = 20  # of a bin that is drawn

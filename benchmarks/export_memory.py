@@ -157,7 +157,7 @@ def measure_export(measured: Measured, source: Path, folder: Path, *, precision:
     start = time.monotonic()
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from dspark_batch.cli import main; main()"),
+            *(sys.executable, "-c", "from dspark_batch.cli.commands import main; main()"),
             *("export", str(recipe), "-o", str(output), "--progress", "plain"),
         ],
         stdout=subprocess.DEVNULL,

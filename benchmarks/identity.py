@@ -23,12 +23,11 @@ from numpy.typing import NDArray
 from oracle import Oracle
 from report import BenchmarkCommand, provenance, table
 
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.bench import MODES, decode_all, read_workload
+from dspark_batch.decode import Prompt
+from dspark_batch.engine import Engine, ensure_costs, open_engine
 from dspark_batch.errors import UsageError
-from dspark_batch.export.probes import TargetProbe
-from dspark_batch.measure import ensure_costs
-from dspark_batch.types import Prompt
-from dspark_batch.workload import MODES, decode_all, read_workload
+from dspark_batch.export import TargetProbe
 
 LastLogits = Callable[[Sequence[int]], NDArray[np.float32]]
 """Tokens of a row -> logits [V] of the token that follows them."""

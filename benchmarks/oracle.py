@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.weights.source import resolve_source
+from dspark_batch.models.weights import resolve_source
 
 
 class Oracle:

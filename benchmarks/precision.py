@@ -24,14 +24,11 @@ from identity import Difference, compare
 from numpy.typing import NDArray
 from report import BenchmarkCommand, provenance, table
 
-from dspark_batch.engine import Engine
+from dspark_batch.bench import Workload, decode_all, read_workload
+from dspark_batch.engine import Engine, Tokenizer, read_manifest
+from dspark_batch.engine.runtimes import ort
 from dspark_batch.errors import UsageError
-from dspark_batch.export.check import divergence
-from dspark_batch.export.probes import TargetProbe
-from dspark_batch.manifest import read_manifest
-from dspark_batch.runtimes import ort
-from dspark_batch.tokenizer import Tokenizer
-from dspark_batch.workload import Workload, decode_all, read_workload
+from dspark_batch.export import TargetProbe, divergence
 
 _SHOWN = 5  # texts
 

@@ -10,9 +10,9 @@ from typing import Any
 import click
 
 from dspark_batch.bench import about
+from dspark_batch.bench import table as table
 from dspark_batch.engine import Engine
 from dspark_batch.errors import DSparkError
-from dspark_batch.tables import table as table
 
 _ARGV = "benchmarks.argv"
 _HERE = Path(__file__).parent

@@ -1,6 +1,6 @@
-"""Every error that a person can cause, and the exit code each one becomes.
+"""Every error that a person can cause, and the exit code that it becomes.
 
-    DSparkError                 1   internal
+    DSparkError                 1   internal: a bug of ours
     ├── UsageError              2   a flag, a job file, a recipe
     ├── InputError              3   the prompts: schema, column, file
     ├── RowErrorsExceeded       4   finished, but too many rows failed
@@ -9,17 +9,28 @@
     ├── OutputLocked            7   another run holds the output
     └── StoppedEarly           75   deadline or signal; run the same command again to continue
 
-A message says what happened, where, and the next command to type. `cli` is the only place that
-turns one into an exit code; 130 is Ctrl-C.
+The message says what happened and where. The hint says what to do, best as a command to type. Only
+`cli` turns an error into an exit code; 130 is Ctrl-C.
 """
 
 from __future__ import annotations
 
 
 class DSparkError(Exception):
-    """Base of the tree; raised as such only for a broken invariant."""
+    """Base of the tree; raised as such only for a broken invariant.
+
+    `str()` gives what a terminal shows: the message, and below it the hint.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
 
 
 class UsageError(DSparkError):
@@ -59,6 +70,6 @@ class OutputLocked(DSparkError):
 
 
 class StoppedEarly(DSparkError):
-    """Stopped by a deadline or a signal; what is finished is kept."""
+    """A deadline or a signal ended the run early. What is finished is kept."""
 
     exit_code = 75

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from dspark_batch.drafters.dspark import DSparkGraph
 from dspark_batch.drafters.layouts import draft_spec, draft_vocab
 from dspark_batch.drafters.shared import check_fits, embedding, head
-from dspark_batch.models import decoder_spec
+from dspark_batch.engine.runtimes.ort import float_type, open_session
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder
-from dspark_batch.models.linears import PRECISIONS
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph.builder import GraphBuilder
+from dspark_batch.models.graph.linears import PRECISIONS
 from dspark_batch.models.smoothing import Smoothing
-from dspark_batch.runtimes.ort import float_type, open_session
-from dspark_batch.weights import open_weights
+from dspark_batch.models.weights import open_weights
 
 
 @dataclass

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.types import Completion, FinishReason, Prompt, RowError, SpecCounts
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.types import Completion, FinishReason, Prompt, RowError, SpecCounts
 
 BEGIN = 256
 VOCAB_SIZE = 300

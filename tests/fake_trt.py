@@ -21,8 +21,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dspark_batch.errors import EngineError
-from dspark_batch.manifest import (
+from dspark_batch.engine.manifest import (
     FILE_NAME,
     EngineManifest,
     PlansInfo,
@@ -30,8 +29,9 @@ from dspark_batch.manifest import (
     describe_file,
     read_manifest,
 )
-from dspark_batch.plugin.onnx_body import PLUGIN_VERSION
-from dspark_batch.runtimes.ort import open_session
+from dspark_batch.engine.runtimes.ort import open_session
+from dspark_batch.errors import EngineError
+from dspark_batch.models.plugin.onnx_body import PLUGIN_VERSION
 
 VERSION = "9.8.7"
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dspark_batch.models import decoder_spec
+from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.spec import DecoderSpec
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from verify_calls import Call, Result
 
-from dspark_batch.plugin.launch import OPERANDS, PARAMETERS, SIZES, VerifyCall
-from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.models.plugin.launch import OPERANDS, PARAMETERS, SIZES, VerifyCall
+from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
 
 
 def prepare() -> None:
@@ -90,7 +90,7 @@ def _call(num_rows: int, values: Sequence[Any], block: int, tile: int) -> None:
     """Run the kernel on `values`, its parameters in order."""
     import torch
 
-    from dspark_batch.plugin.triton_kernel import dspark_verify
+    from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
     tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
     with np.errstate(all="ignore"):

@@ -39,7 +39,7 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "acceptance off by one",
-        "dspark_batch/plugin/onnx_body.py",
+        "dspark_batch/models/plugin/onnx_body.py",
         "accepted_else = ArgMax <axis = 1, keepdims = 0> (fails_g_end)",
         "accepted_g0 = ArgMax <axis = 1, keepdims = 0> (fails_g_end)\n"
         "            accepted_g1 = Sub (accepted_g0, one)\n"
@@ -59,49 +59,49 @@ MUTANTS = (
     ),
     Mutant(
         "wrong seed position",
-        "dspark_batch/engine.py",
+        "dspark_batch/engine/engine.py",
         "np.array([s.anchor_position for s in sequences]),\n                num=",
         "np.array([s.slot for s in sequences]),\n                num=",
     ),
     Mutant(
         "the limit is one token late",
-        "dspark_batch/decode.py",
+        "dspark_batch/decode/loop.py",
         "            if not sequence.num_remaining:\n",
         "            if sequence.num_remaining < 0:\n",
     ),
     Mutant(
         "the draft misses a token of context",
-        "dspark_batch/runtimes/ort.py",
+        "dspark_batch/engine/runtimes/ort.py",
         "row.pending.append(results[2][begin : begin + num_kept])",
         "row.pending.append(results[2][begin : begin + max(num_kept - 1, 1)])",
     ),
     Mutant(
         "a part is renamed before it is synced",
-        "dspark_batch/parts.py",
+        "dspark_batch/job/parts.py",
         "            file.flush()\n            os.fsync(file.fileno())\n",
         "            file.flush()\n",
     ),
     Mutant(
         "a shard is skipped on resume",
-        "dspark_batch/runner.py",
+        "dspark_batch/job/runner.py",
         "        return pending\n",
         "        return pending[1:] if parts else pending\n",
     ),
     Mutant(
         "a saturating product is not noticed",
-        "dspark_batch/runtimes/int8.py",
+        "dspark_batch/engine/runtimes/int8.py",
         "            return False\n",
         "            return True\n",
     ),
     Mutant(
         "an unsigned weight is off by one",
-        "dspark_batch/models/unsigned.py",
+        "dspark_batch/models/graph/unsigned.py",
         "np.array(128, np.int16)",
         "np.array(127, np.int16)",
     ),
     Mutant(
         "weights are mixed, activations are not",
-        "dspark_batch/models/linears.py",
+        "dspark_batch/models/graph/linears.py",
         'value = b.op("Reshape", mixed, b.constant([0, size]))',
         'mixed = b.op("Reshape", mixed, b.constant([0, size]))',
     ),
@@ -113,7 +113,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sampled row gets the likeliest token",
-        "dspark_batch/plugin/onnx_body.py",
+        "dspark_batch/models/plugin/onnx_body.py",
         "chosen_then = Where (hot, drawn, greedy_token)",
         "chosen_then = Identity (greedy_token)",
     ),

@@ -17,11 +17,11 @@ from fake_trt import HostDevice
 from interpreted import HostLauncher
 from verify_calls import Call, Result
 
+from dspark_batch.engine.runtimes.plan_file import PlanFile
 from dspark_batch.errors import EngineError
-from dspark_batch.plugin import trt_body
-from dspark_batch.plugin.launch import OPERANDS, Kernel
-from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
-from dspark_batch.runtimes.plan_file import PlanFile
+from dspark_batch.models.plugin import trt_body
+from dspark_batch.models.plugin.launch import OPERANDS, Kernel
+from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
 
 Shapes = dict[str, tuple[int, ...]]
 

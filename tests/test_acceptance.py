@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from dspark_batch.algorithm.acceptance import residual_probs, verify
-from dspark_batch.algorithm.sampling import filtered_probs, sample, softmax, uniforms
-from dspark_batch.types import VerifyResult
+from dspark_batch.decode.algorithm.sampling import filtered_probs, sample, softmax, uniforms
+from dspark_batch.decode.types import VerifyResult
+from dspark_batch.models.plugin.specification import residual_probs, verify
 
 Array = NDArray[Any]
 LARGEST_UNIFORM = np.float32(1 - 2**-24)

@@ -15,8 +15,8 @@ from agreeing import write_agreeing_pair
 from click.testing import CliRunner, Result
 from tiny import VOCAB, export_pair
 
+from dspark_batch.bench.forecast.rounds import read_rounds
 from dspark_batch.cli import main
-from dspark_batch.planning.rounds import read_rounds
 
 pytestmark = pytest.mark.slow
 

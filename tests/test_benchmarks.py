@@ -20,10 +20,12 @@ import throughput
 from click.testing import CliRunner, Result
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch import bench, workload
-from dspark_batch.engine import Engine, open_engine, read_costs
+from dspark_batch.bench import speed as bench
+from dspark_batch.bench import workload
+from dspark_batch.decode.types import Prompt, SamplingParams
+from dspark_batch.engine.costs import read_costs
+from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.errors import UsageError
-from dspark_batch.types import Prompt, SamplingParams
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dspark_batch.algorithm.calibration import (
+from dspark_batch.decode.algorithm.calibration import (
     TEMPERATURE_GRID,
     Rounds,
     apply,

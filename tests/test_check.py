@@ -19,16 +19,16 @@ from dspark_batch.drafters.dspark import DSparkGraph
 from dspark_batch.drafters.layouts import draft_spec
 from dspark_batch.drafters.reference import ReferenceDraft
 from dspark_batch.drafters.shared import tables
+from dspark_batch.engine.manifest import read_manifest
+from dspark_batch.engine.tokenizer import Tokenizer
 from dspark_batch.errors import EngineError
 from dspark_batch.export import check, texts
 from dspark_batch.export.check import Texts, check_target, divergence
-from dspark_batch.manifest import read_manifest
-from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder
-from dspark_batch.models.linears import PRECISIONS
-from dspark_batch.tokenizer import Tokenizer
-from dspark_batch.weights import open_weights
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph.builder import GraphBuilder
+from dspark_batch.models.graph.linears import PRECISIONS
+from dspark_batch.models.weights import open_weights
 
 TAPS = (0, 1)
 

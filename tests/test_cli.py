@@ -17,9 +17,9 @@ from fake_engine import FakeDecode, FakeEngine, FakeStats, FakeTokenizer
 from dspark_batch import __version__
 from dspark_batch import errors as error_tree
 from dspark_batch.cli import main
+from dspark_batch.engine.runtimes.session import ANYWHERE, Placement
 from dspark_batch.errors import DSparkError, EngineError, InputError
-from dspark_batch.job import Job
-from dspark_batch.runtimes.session import ANYWHERE, Placement
+from dspark_batch.job.definition import Job
 
 
 class Fakes:
@@ -72,11 +72,13 @@ class Fakes:
 def fakes(monkeypatch, tmp_path) -> Fakes:
     fakes = Fakes()
     for name, members in {
-        "measure": {"open_engine": fakes.open_engine},
+        "job.opening": {"open_engine": fakes.open_engine},
         "decode": {"decode": lambda *a, **kw: fakes.decode(*a, **kw), "DecodeStats": FakeStats},
-        "manifest": {"read_manifest": fakes.read_manifest},
-        "tokenizer": {"Tokenizer": types.SimpleNamespace(open=fakes.open_tokenizer)},
-        "export.pipeline": {"export": fakes.export},
+        "job.check": {
+            "read_manifest": fakes.read_manifest,
+            "Tokenizer": types.SimpleNamespace(open=fakes.open_tokenizer),
+        },
+        "export": {"export": fakes.export},
     }.items():
         for member, fake in members.items():
             monkeypatch.setattr(f"dspark_batch.{name}.{member}", fake)
@@ -109,7 +111,7 @@ def test_the_shortest_command_writes_beside_the_input(fakes):
 def test_every_flag_reaches_the_job(fakes, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "dspark_batch.runner.run", lambda job, **kw: seen.append((job, kw)) or 1 / 0
+        "dspark_batch.job.run", lambda job, **kw: seen.append((job, kw)) or 1 / 0
     )
     command = (
         "run in.parquet -o out --engine e --prompt-column p --no-chat-template --system s "
@@ -220,7 +222,7 @@ def test_wrong_commands_end_with_code_and_message(fakes, command, code, message)
 
 @pytest.mark.parametrize("source", ["in.parquet", "none.parquet"])
 def test_the_progress_display_is_closed_whatever_happens(fakes, monkeypatch, source):
-    from dspark_batch import progress
+    from dspark_batch.job import progress
 
     closed = []
     monkeypatch.setattr(progress.PlainProgress, "close", lambda self: closed.append(True))

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dspark_batch.algorithm.acceptance import residual_probs, verify
-from dspark_batch.algorithm.calibration import apply
-from dspark_batch.algorithm.sampling import filtered_probs, softmax
-from dspark_batch.algorithm.scheduler import threshold
-from dspark_batch.types import VerifyResult
+from dspark_batch.decode.algorithm.calibration import apply
+from dspark_batch.decode.algorithm.sampling import filtered_probs, softmax
+from dspark_batch.decode.algorithm.scheduler import threshold
+from dspark_batch.decode.types import VerifyResult
+from dspark_batch.models.plugin.specification import residual_probs, verify
 
 Array = NDArray[Any]
 FOLDER = Path(__file__).parents[2] / "shared" / "conformance" / "vanilla"

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from tiny import export_pair
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine, open_engine
-from dspark_batch.types import Prompt, SamplingParams, Sequence, VerifyPlan
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Prompt, SamplingParams, Sequence, VerifyPlan
+from dspark_batch.engine.engine import Engine, open_engine
 
 SHARED = Path(__file__).parents[2] / "shared" / "conformance"
 SETS = sorted(path.parent for path in SHARED.glob("*/manifest.json"))

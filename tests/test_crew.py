@@ -25,18 +25,18 @@ from test_runner import Watch, job_of, names, result, table
 from test_runner import run as run_alone
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch import crew as crew_module
-from dspark_batch import runner
 from dspark_batch.cli import main
-from dspark_batch.crew import Crew, open_crew
+from dspark_batch.decode.types import Completion, Prompt
+from dspark_batch.engine.hardware import Gpu, Gpus, num_cores
 from dspark_batch.errors import DSparkError, EngineError, StoppedEarly, StorageError
-from dspark_batch.hardware import Gpu, Gpus, num_cores
-from dspark_batch.job import Job
-from dspark_batch.measure import open_measured
-from dspark_batch.progress import Progress
-from dspark_batch.status import read_status
-from dspark_batch.summary import Summary
-from dspark_batch.types import Completion, Prompt
+from dspark_batch.job import crew as crew_module
+from dspark_batch.job import runner
+from dspark_batch.job.crew import Crew, open_crew
+from dspark_batch.job.definition import Job
+from dspark_batch.job.opening import open_measured
+from dspark_batch.job.progress import Progress
+from dspark_batch.job.status import read_status
+from dspark_batch.job.summary import Summary
 
 MANIFEST: Any = SimpleNamespace(
     name="fake", draft=None, fingerprint=lambda: FakeEngine().fingerprint
@@ -264,7 +264,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 if __name__ == "__main__":
     from test_crew import Leave, crew_of, run
-    from dspark_batch.job import Job
+    from dspark_batch.job.definition import Job
     run(Job(input=sys.argv[2], part_rows=2), crew_of(Leave(Path(sys.argv[3]), 0.05)))
 """
 
@@ -341,7 +341,9 @@ def test_gpus_get_a_worker_each_and_cores_are_divided(
         assert (crew.threads, crew.gpus) == (threads, (None,) * workers)
     gpus = Gpus(gpus=tuple(Gpu("L4", f"GPU-{i}a", 89, 1, 1) for i in range(2)))
     monkeypatch.setattr(crew_module, "find_gpus", lambda: gpus)
-    monkeypatch.setattr("dspark_batch.runtimes.ort.uses_gpu", lambda manifest, placement: True)
+    monkeypatch.setattr(
+        "dspark_batch.engine.runtimes.ort.uses_gpu", lambda manifest, placement: True
+    )
     crew = crew_for(folder)
     assert crew is not None
     assert (crew.threads, crew.gpus) == (0, ("GPU-0a", "GPU-1a"))
@@ -372,6 +374,6 @@ def test_text_does_not_depend_on_the_number_of_workers(folder: Path, tmp_path: P
 
 
 def test_stats_of_fakes_have_the_phases_of_real_ones() -> None:
-    from dspark_batch.worker import PHASES
+    from dspark_batch.job.worker import PHASES
 
     assert all(hasattr(FakeStats(), f"{phase}_seconds") for phase in PHASES)

@@ -17,12 +17,10 @@ from scipy import stats
 from tiny import VOCAB as VOCAB_SIZE
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch.algorithm.acceptance import verify
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.algorithm.sampling import sample, uniforms
-from dspark_batch.decode import DecodeStats, Slots, decode
-from dspark_batch.engine import Engine, open_engine
-from dspark_batch.types import (
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.algorithm.sampling import sample, uniforms
+from dspark_batch.decode.loop import DecodeStats, Slots, decode
+from dspark_batch.decode.types import (
     Completion,
     DraftBlock,
     ErrorCode,
@@ -33,6 +31,8 @@ from dspark_batch.types import (
     VerifyPlan,
     VerifyResult,
 )
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.models.plugin.specification import verify
 
 VOCAB, STOP, BROKEN = 26, 0, 77
 CHEAP_DRAFT = CostTable.measured(

@@ -17,15 +17,15 @@ import onnxruntime
 import pytest
 from test_engine import export_tiny, make_prompts, run, start, step, stop, texts
 
-from dspark_batch import engine as engine_module
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.engine import engine as engine_module
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.hardware import Gpu, Gpus
+from dspark_batch.engine.manifest import EngineManifest, read_manifest
+from dspark_batch.engine.runtimes import cache, ort, ort_devices
+from dspark_batch.engine.runtimes.memory import DeviceArray, DeviceMemory, HostMemory, Memory
+from dspark_batch.engine.runtimes.session import Placement
 from dspark_batch.errors import EngineError
-from dspark_batch.hardware import Gpu, Gpus
-from dspark_batch.manifest import EngineManifest, read_manifest
-from dspark_batch.models.graph import copy_graph
-from dspark_batch.runtimes import cache, ort, ort_devices
-from dspark_batch.runtimes.memory import DeviceArray, DeviceMemory, HostMemory, Memory
-from dspark_batch.runtimes.session import Placement
+from dspark_batch.models.graph.builder import copy_graph
 
 GPU = Gpu("NVIDIA L4", "GPU-0a", 89, 1, 1)
 ONE_GPU = Gpus(gpus=(GPU,))

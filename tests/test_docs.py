@@ -22,7 +22,7 @@ PAGES = [
     ROOT / "jobs" / "README.md",
     ROOT / "benchmarks" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    ROOT / "dspark_batch" / "cli.py",
+    *sorted((ROOT / "dspark_batch" / "cli").glob("*.py")),
 ]
 
 

@@ -12,13 +12,14 @@ import pytest
 from click.testing import CliRunner
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch import doctor, hardware
+from dspark_batch.cli import diagnosis as doctor
 from dspark_batch.cli import main
-from dspark_batch.engine import COSTS_FILE
+from dspark_batch.engine import hardware
+from dspark_batch.engine.costs import COSTS_FILE
+from dspark_batch.engine.hardware import Gpu, Memory
+from dspark_batch.engine.manifest import read_manifest
+from dspark_batch.engine.runtimes import int8, ort
 from dspark_batch.errors import EngineError
-from dspark_batch.hardware import Gpu, Memory
-from dspark_batch.manifest import read_manifest
-from dspark_batch.runtimes import int8, ort
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +263,7 @@ def test_an_engine_that_a_gpu_can_run_is_measured_against_its_memory(
     gpus = hardware.Gpus(gpus=(Gpu("NVIDIA L4", "GPU-0a", 89, 2, 2),))
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
-    monkeypatch.setattr("dspark_batch.runtimes.ort_devices.find_gpus", lambda: gpus)
+    monkeypatch.setattr("dspark_batch.engine.runtimes.ort_devices.find_gpus", lambda: gpus)
     monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
     found = lines()
     assert "runs here on the GPU" in found["engine"][0]

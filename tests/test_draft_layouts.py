@@ -34,14 +34,14 @@ from tiny import (
     write_target,
 )
 
-from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Prompt, SamplingParams
 from dspark_batch.drafters.layouts import draft_spec
-from dspark_batch.engine import open_engine
+from dspark_batch.engine.engine import open_engine
 from dspark_batch.errors import EngineError
-from dspark_batch.models import decoder_spec
+from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.smoothing import Smoothing
-from dspark_batch.types import Prompt, SamplingParams
-from dspark_batch.weights import open_weights
+from dspark_batch.models.weights import open_weights
 
 REDUCED = np.array([1, 2, 5, 7, 11, 12, 20, 28, 33, 39])
 TABLES = ("embed_tokens.weight", "lm_head.weight")

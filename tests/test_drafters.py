@@ -22,7 +22,7 @@ from tiny import (
     write_target,
 )
 
-from dspark_batch.algorithm import sampling
+from dspark_batch.decode.algorithm import sampling
 from dspark_batch.drafters.spec import CERTAIN
 from dspark_batch.errors import EngineError
 from dspark_batch.export.pipeline import export

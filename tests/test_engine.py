@@ -17,12 +17,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine, open_engine
-from dspark_batch.models import decoder_spec
-from dspark_batch.models.reference import forward
-from dspark_batch.runtimes import ort
-from dspark_batch.types import (
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import (
     Completion,
     DraftBlock,
     FinishReason,
@@ -30,10 +26,14 @@ from dspark_batch.types import (
     SamplingParams,
     VerifyPlan,
 )
-from dspark_batch.types import (
+from dspark_batch.decode.types import (
     Sequence as Row,
 )
-from dspark_batch.weights import open_weights
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.runtimes import ort
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.reference import forward
+from dspark_batch.models.weights import open_weights
 
 TIE = 1e-3  # logits closer than this may swap between two correct forward passes
 LENGTHS = (300, 1, 513, 17, 505, 64, 65, 690, 255, 3, 256, 257)

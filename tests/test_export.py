@@ -14,14 +14,14 @@ from safetensors.numpy import load_file, save_file
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch import __version__
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import open_engine
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import FinishReason, Prompt, SamplingParams
+from dspark_batch.engine.engine import open_engine
+from dspark_batch.engine.manifest import FORMAT, describe_file, read_manifest
 from dspark_batch.errors import EngineError
 from dspark_batch.export import pipeline
-from dspark_batch.manifest import FORMAT, describe_file, read_manifest
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.types import FinishReason, Prompt, SamplingParams
-from dspark_batch.weights import sha256_of
+from dspark_batch.models.weights import sha256_of
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,19 @@ import onnxruntime as ort
 import pytest
 from tiny import HEADS, LAYERS, VOCAB, export_pair, smoothing_factors, target_config, write_target
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import open_engine
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Prompt, SamplingParams
+from dspark_batch.engine.engine import open_engine
+from dspark_batch.engine.manifest import read_manifest
 from dspark_batch.errors import EngineError
 from dspark_batch.export.probes import TargetProbe
-from dspark_batch.manifest import read_manifest
-from dspark_batch.models import decoder_spec
-from dspark_batch.models.blocks import folded_scores
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import FLOAT, GraphBuilder
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph.blocks import folded_scores
+from dspark_batch.models.graph.builder import FLOAT, GraphBuilder
 from dspark_batch.models.reference import forward
 from dspark_batch.models.smoothing import Smoothing
-from dspark_batch.types import Prompt, SamplingParams
-from dspark_batch.weights import open_weights
+from dspark_batch.models.weights import open_weights
 
 LLAMA3 = {
     "rope_type": "llama3",

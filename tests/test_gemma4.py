@@ -11,17 +11,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import export_pair, smoothing_factors
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import open_engine
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Prompt, SamplingParams
+from dspark_batch.engine.engine import open_engine
 from dspark_batch.errors import EngineError
 from dspark_batch.export.probes import TargetProbe
-from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph.builder import GraphBuilder
 from dspark_batch.models.reference import forward
 from dspark_batch.models.smoothing import Smoothing
-from dspark_batch.types import Prompt, SamplingParams
-from dspark_batch.weights import open_weights
+from dspark_batch.models.weights import open_weights
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

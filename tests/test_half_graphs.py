@@ -15,10 +15,11 @@ from tiny import VOCAB, draft_config, target_config, write_draft, write_target
 
 from dspark_batch.errors import EngineError
 from dspark_batch.export.check import Texts, check_target
-from dspark_batch.models import decoder_spec, linears
-from dspark_batch.models.graph import BFLOAT16, FLOAT, FLOAT16, in_fp32
-from dspark_batch.models.linears import Precision, quantize_blocks
-from dspark_batch.weights import open_weights
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph import linears
+from dspark_batch.models.graph.builder import BFLOAT16, FLOAT, FLOAT16, in_fp32
+from dspark_batch.models.graph.linears import Precision, quantize_blocks
+from dspark_batch.models.weights import open_weights
 
 TAPS = (0, 1)
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -17,16 +17,16 @@ from scipy import stats
 from scipy.special import expit
 from tiny import VOCAB, export_pair
 
-from dspark_batch.algorithm import calibration
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.decode.algorithm import calibration
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.schedule import open_schedule
+from dspark_batch.decode.types import Completion, DraftBlock, Prompt, SamplingParams
+from dspark_batch.decode.types import Sequence as Row
 from dspark_batch.drafters.ngram import longest_match, text_of
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.manifest import DraftInfo, read_manifest
 from dspark_batch.export.probes import TargetProbe
-from dspark_batch.manifest import DraftInfo, read_manifest
-from dspark_batch.schedule import open_schedule
-from dspark_batch.types import Completion, DraftBlock, Prompt, SamplingParams
-from dspark_batch.types import Sequence as Row
 
 NEW_TOKENS, GAMMA = 30, 4
 

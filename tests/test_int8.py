@@ -13,13 +13,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch.engine import open_engine
+from dspark_batch.engine.engine import open_engine
+from dspark_batch.engine.manifest import read_manifest
+from dspark_batch.engine.runtimes import int8, ort
 from dspark_batch.export.probes import TargetProbe
-from dspark_batch.manifest import read_manifest
-from dspark_batch.models.graph import FLOAT, INT64, GraphBuilder
-from dspark_batch.models.linears import Linears, hadamard, quantize_columns
-from dspark_batch.models.unsigned import product
-from dspark_batch.runtimes import int8, ort
+from dspark_batch.models.graph.builder import FLOAT, INT64, GraphBuilder
+from dspark_batch.models.graph.linears import Linears, hadamard, quantize_columns
+from dspark_batch.models.graph.unsigned import product
 
 SOURCE = Path(__file__).with_name("without_vnni.c")
 
@@ -182,8 +182,8 @@ def test_without_vnni_sums_saturate_the_probe_sees_it_and_the_engine_is_right(
     program = (
         "import sys, numpy as np\n"
         "from pathlib import Path\n"
-        "from dspark_batch.models.unsigned import product\n"
-        "from dspark_batch.runtimes import int8\n"
+        "from dspark_batch.models.graph.unsigned import product\n"
+        "from dspark_batch.engine.runtimes import int8\n"
         "from test_int8 import logits\n"
         "weights = np.full((64, 8), 127, np.int8)\n"
         "x = np.full((5, 64), 255, np.uint8)\n"

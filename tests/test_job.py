@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dspark_batch.decode.types import SamplingParams
 from dspark_batch.errors import InputError, UsageError
-from dspark_batch.job import RESULT_FIELDS, Job, invalid_params, load_job
-from dspark_batch.types import SamplingParams
+from dspark_batch.job.definition import RESULT_FIELDS, Job, invalid_params, load_job
 
 
 def write(folder: Path, text: str) -> str:

@@ -13,11 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch import measure
-from dspark_batch.algorithm import calibration
-from dspark_batch.engine import Engine, open_engine, read_costs
-from dspark_batch.measure import ensure_costs, measure_costs
-from dspark_batch.types import (
+from dspark_batch.decode.algorithm import calibration
+from dspark_batch.decode.types import (
     DraftBlock,
     Prompt,
     SamplingParams,
@@ -25,6 +22,9 @@ from dspark_batch.types import (
     VerifyPlan,
     VerifyResult,
 )
+from dspark_batch.engine import costs as measure
+from dspark_batch.engine.costs import ensure_costs, measure_costs, read_costs
+from dspark_batch.engine.engine import Engine, open_engine
 
 
 @dataclass

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dspark_batch.algorithm.metrics import (
+from dspark_batch.decode.algorithm.metrics import (
     acceptance_by_position,
     add,
     drafted_rounds,
 )
-from dspark_batch.types import SpecCounts
+from dspark_batch.decode.types import SpecCounts
 
 # Six rounds that verified 13 of 20 draft tokens, and accepted so many of each block.
 ACCEPTED = [0, 3, 1, 3, 0, 2]

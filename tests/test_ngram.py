@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from scipy import stats
 from tiny import VOCAB, export_pair, target_config, write_target
 
-from dspark_batch.algorithm import calibration
 from dspark_batch.cli import main
-from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.decode.algorithm import calibration
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Completion, Prompt, SamplingParams
+from dspark_batch.decode.types import Sequence as Row
 from dspark_batch.drafters.ngram import (
     Round,
     continuation,
@@ -33,13 +35,11 @@ from dspark_batch.drafters.ngram import (
     rounds,
     text_of,
 )
-from dspark_batch.engine import Engine, open_engine
-from dspark_batch.manifest import DraftInfo, LookupInfo, read_manifest
-from dspark_batch.models import decoder_spec
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.manifest import DraftInfo, LookupInfo, read_manifest
+from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.reference import forward
-from dspark_batch.types import Completion, Prompt, SamplingParams
-from dspark_batch.types import Sequence as Row
-from dspark_batch.weights import open_weights
+from dspark_batch.models.weights import open_weights
 
 GAMMA, NEW_TOKENS = 4, 30
 NGRAM = f'drafter = "ngram"\nblock_size = {GAMMA}\nlongest_match = 3'

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch import parquet, parts
+from dspark_batch.decode.types import ErrorCode, FinishReason, RowError, SpecCounts
 from dspark_batch.errors import InputError, StorageError
-from dspark_batch.parquet import PromptFiles, column_values
-from dspark_batch.parts import commit_part, output_schema, read_part
-from dspark_batch.plan import plan_shards
-from dspark_batch.shards import OutputRow, Shard
-from dspark_batch.types import ErrorCode, FinishReason, RowError, SpecCounts
+from dspark_batch.job import parquet, parts
+from dspark_batch.job.parquet import PromptFiles, column_values
+from dspark_batch.job.parts import commit_part, output_schema, read_part
+from dspark_batch.job.shard_plan import plan_shards
+from dspark_batch.job.shards import OutputRow, Shard
 
 WHEN = datetime.datetime(2026, 11, 23, 6, 0, tzinfo=datetime.UTC)
 

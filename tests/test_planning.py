@@ -10,18 +10,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.decode import DecodeStats, decode
+from dspark_batch.bench.forecast.catalogue import DTYPE_BYTES, GPUS, PAIRS
+from dspark_batch.bench.forecast.figures import draw_figures, frontier, queries, throughput
+from dspark_batch.bench.forecast.machines import measured_machine, roofline_machine
+from dspark_batch.bench.forecast.replay import (
+    ReplayEngine,
+    Simulated,
+    Strategy,
+    simulate,
+    strategies,
+)
+from dspark_batch.bench.forecast.roofline import Roofline
+from dspark_batch.bench.forecast.rounds import Block, Rounds, num_matching
+from dspark_batch.bench.forecast.simulation import Simulation, run_simulation
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Sequence as Row
+from dspark_batch.decode.types import VerifyPlan
 from dspark_batch.errors import UsageError
-from dspark_batch.planning.catalogue import DTYPE_BYTES, GPUS, PAIRS
-from dspark_batch.planning.figures import draw_figures, frontier, queries, throughput
-from dspark_batch.planning.machines import measured_machine, roofline_machine
-from dspark_batch.planning.replay import ReplayEngine, Simulated, Strategy, simulate, strategies
-from dspark_batch.planning.roofline import Roofline
-from dspark_batch.planning.rounds import Block, Rounds, num_matching
-from dspark_batch.planning.simulation import Simulation, run_simulation
-from dspark_batch.types import Sequence as Row
-from dspark_batch.types import VerifyPlan
 
 BLOCK = 3
 # A row a millisecond dearer than none, a token half of one; drafts cost 1 ms and 0.2 ms a row.
@@ -358,7 +364,7 @@ def test_without_matplotlib_the_message_names_the_extra(
 
 def test_a_simulation_needs_neither_a_runtime_nor_matplotlib() -> None:
     code = (
-        "import sys, dspark_batch.planning.simulation, dspark_batch.planning.figures\n"
+        "import sys, dspark_batch.bench.forecast.simulation, dspark_batch.bench.forecast.figures\n"
         "heavy = {'onnxruntime', 'pyarrow', 'matplotlib', 'torch', 'click'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dspark_batch.progress import BarProgress, PlainProgress, Progress, RunState, open_progress
+from dspark_batch.job.progress import BarProgress, PlainProgress, Progress, RunState, open_progress
 
 STATE = RunState(
     num_rows=100,

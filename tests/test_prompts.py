@@ -5,11 +5,11 @@ import math
 import pytest
 from fake_engine import BEGIN, FakeEngine, FakeTokenizer
 
-from dspark_batch.columns import PromptColumns, choose_columns
+from dspark_batch.decode.types import ErrorCode, SamplingParams
 from dspark_batch.errors import DSparkError, InputError, UsageError
-from dspark_batch.job import Job
-from dspark_batch.prompts import PromptPreparer, row_seed
-from dspark_batch.types import ErrorCode, SamplingParams
+from dspark_batch.job.columns import PromptColumns, choose_columns
+from dspark_batch.job.definition import Job
+from dspark_batch.job.prompts import PromptPreparer, row_seed
 
 TEXT = PromptColumns("prompt", "prompt", ())
 MESSAGES = PromptColumns("messages", "messages", ())

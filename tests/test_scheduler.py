@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 
-from dspark_batch.algorithm.acceptance import verify
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.algorithm.scheduler import (
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.algorithm.scheduler import (
     Budget,
     early_stop,
     expected_gain,
@@ -24,6 +23,7 @@ from dspark_batch.algorithm.scheduler import (
     global_budget,
     threshold,
 )
+from dspark_batch.models.plugin.specification import verify
 
 Array = NDArray[Any]
 Seconds = Callable[[int, int], float]

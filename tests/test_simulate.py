@@ -13,13 +13,13 @@ import pytest
 from agreeing import write_agreeing_pair
 from tiny import VOCAB, export_pair
 
-from dspark_batch.algorithm.costs import CostTable
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.bench.forecast.replay import ReplayEngine
+from dspark_batch.bench.forecast.rounds import Rounds, read_rounds, record, write_rounds
+from dspark_batch.decode.algorithm.costs import CostTable
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Completion, DraftBlock, Prompt, SamplingParams
+from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.errors import InputError
-from dspark_batch.planning.replay import ReplayEngine
-from dspark_batch.planning.rounds import Rounds, read_rounds, record, write_rounds
-from dspark_batch.types import Completion, DraftBlock, Prompt, SamplingParams
 
 pytestmark = pytest.mark.slow
 

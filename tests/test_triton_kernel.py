@@ -31,11 +31,11 @@ from verify_calls import (
     make_call,
 )
 
-from dspark_batch.algorithm import sampling
+from dspark_batch.decode.algorithm import sampling
 from dspark_batch.errors import EngineError
-from dspark_batch.plugin import launch
-from dspark_batch.plugin.launch import CudaLauncher, Kernel, VerifyCall, compile_kernels
-from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.models.plugin import launch
+from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, VerifyCall, compile_kernels
+from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
 
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
@@ -241,7 +241,7 @@ def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) 
 
 
 def test_the_parameters_are_the_contract_s() -> None:
-    from dspark_batch.plugin.triton_kernel import dspark_verify
+    from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
     assert tuple(launch.OPERANDS) == INPUTS + OUTPUTS
     assert (*INPUTS, *launch.SIZES, *OUTPUTS) == launch.PARAMETERS

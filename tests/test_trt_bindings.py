@@ -18,11 +18,11 @@ from interpreted import prepare
 from test_triton_kernel import has_driver
 from test_trt_plugin import model, profile
 
+from dspark_batch.engine.runtimes import plan_file
+from dspark_batch.engine.runtimes.device import CudaDevice
+from dspark_batch.engine.runtimes.plan_file import ITEM_SIZES
 from dspark_batch.errors import EngineError
-from dspark_batch.plugin.launch import compile_kernels
-from dspark_batch.runtimes import plan_file
-from dspark_batch.runtimes.device import CudaDevice
-from dspark_batch.runtimes.plan_file import ITEM_SIZES
+from dspark_batch.models.plugin.launch import compile_kernels
 
 # Fakes, and what they stand for; names that only a fake has.
 CLASSES = {

@@ -12,16 +12,16 @@ import tiny
 from pydantic import ValidationError
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
+from dspark_batch.engine.manifest import PlansInfo, describe_file, read_manifest
 from dspark_batch.errors import EngineError
 from dspark_batch.export import pipeline, plans
 from dspark_batch.export.plans import DEFAULT_RTX_ARCHS, plans_info
-from dspark_batch.manifest import PlansInfo, describe_file, read_manifest
-from dspark_batch.models import decoder_spec
+from dspark_batch.export.recipe import EngineSection
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import FLOAT16, GraphBuilder
-from dspark_batch.plugin.trt_build import PlanReport, PlanRequest, build_plan
-from dspark_batch.recipe import EngineSection
-from dspark_batch.weights import open_weights
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph.builder import FLOAT16, GraphBuilder
+from dspark_batch.models.plugin.trt_build import PlanReport, PlanRequest, build_plan
+from dspark_batch.models.weights import open_weights
 
 pytest.importorskip("tensorrt_rtx_libs")
 pytest.importorskip("triton")

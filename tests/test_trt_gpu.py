@@ -16,18 +16,18 @@ from test_triton_kernel import has_driver
 from ties import Tokens, assert_same_but_for_ties
 from tiny import VOCAB, draft_config, target_config, write_draft, write_target
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.bench.workload import read_workload
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Prompt, SamplingParams
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.manifest import read_manifest
+from dspark_batch.engine.runtimes import trt
+from dspark_batch.engine.runtimes.device import CudaDevice, find_gpu
+from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.export.pipeline import export
-from dspark_batch.manifest import read_manifest
-from dspark_batch.models import decoder_spec
+from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.reference import forward
-from dspark_batch.runtimes import trt
-from dspark_batch.runtimes.device import CudaDevice, find_gpu
-from dspark_batch.runtimes.trt_runtime import TrtRuntime
-from dspark_batch.types import Prompt, SamplingParams
-from dspark_batch.weights import open_weights
-from dspark_batch.workload import read_workload
+from dspark_batch.models.weights import open_weights
 
 ROOT = Path(__file__).parents[1]
 RTX_ARCHS = (75, 80, 86, 89, 120)

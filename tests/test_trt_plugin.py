@@ -19,13 +19,13 @@ from tiny import VOCAB, target_config, write_target
 from verify_calls import assert_same, make_call, one_node_model
 
 from dspark_batch.errors import EngineError
-from dspark_batch.models import decoder_spec
 from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder
-from dspark_batch.plugin import trt_body
-from dspark_batch.plugin.launch import Kernel, compile_kernels
-from dspark_batch.plugin.onnx_body import INPUTS, OUTPUTS
-from dspark_batch.weights import open_weights
+from dspark_batch.models.families.table import decoder_spec
+from dspark_batch.models.graph.builder import GraphBuilder
+from dspark_batch.models.plugin import trt_body
+from dspark_batch.models.plugin.launch import Kernel, compile_kernels
+from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.models.weights import open_weights
 
 pytest.importorskip("tensorrt_rtx_libs")
 pytest.importorskip("triton")

@@ -12,11 +12,11 @@ from fake_trt import VERSION, HostDevice, fake_trt, write_plans
 from test_triton_kernel import has_driver
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch.engine import open_engine
+from dspark_batch.engine.engine import open_engine
+from dspark_batch.engine.manifest import EngineManifest, describe_file, read_manifest
+from dspark_batch.engine.runtimes import device, trt
+from dspark_batch.engine.runtimes.device import Gpu, find_gpu
 from dspark_batch.errors import EngineError
-from dspark_batch.manifest import EngineManifest, describe_file, read_manifest
-from dspark_batch.runtimes import device, trt
-from dspark_batch.runtimes.device import Gpu, find_gpu
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
 

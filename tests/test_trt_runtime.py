@@ -21,17 +21,17 @@ from agreeing import write_agreeing_pair
 from fake_trt import HostDevice, fake_trt, write_plans
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.decode.loop import DecodeStats, decode
+from dspark_batch.decode.types import Completion, Prompt, SamplingParams, VerifyPlan
+from dspark_batch.decode.types import Sequence as Row
+from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.manifest import describe_file, read_manifest
+from dspark_batch.engine.runtimes import trt, trt_runtime
+from dspark_batch.engine.runtimes.buffers import host_type
+from dspark_batch.engine.runtimes.device import Gpu
+from dspark_batch.engine.runtimes.steps import rounded
+from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.errors import EngineError
-from dspark_batch.manifest import describe_file, read_manifest
-from dspark_batch.runtimes import trt, trt_runtime
-from dspark_batch.runtimes.buffers import host_type
-from dspark_batch.runtimes.device import Gpu
-from dspark_batch.runtimes.steps import rounded
-from dspark_batch.runtimes.trt_runtime import TrtRuntime
-from dspark_batch.types import Completion, Prompt, SamplingParams, VerifyPlan
-from dspark_batch.types import Sequence as Row
 
 pytestmark = pytest.mark.slow
 

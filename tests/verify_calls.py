@@ -17,9 +17,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from dspark_batch.algorithm import acceptance, sampling
-from dspark_batch.models.graph import IR_VERSION, OPSET
-from dspark_batch.plugin import onnx_body
+from dspark_batch.decode.algorithm import sampling
+from dspark_batch.models.graph.builder import IR_VERSION, OPSET
+from dspark_batch.models.plugin import onnx_body
+from dspark_batch.models.plugin import specification as acceptance
 
 BOUNDARY = 1e-4  # distance of a uniform from an acceptance or CDF boundary
 MASS_ROUNDING = 2e-6  # what float32 does to a residual; more of it, the less mass is left

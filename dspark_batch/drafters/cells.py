@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dspark_batch.models.blocks import MASKED
-from dspark_batch.models.graph import GraphBuilder
+from dspark_batch.models.graph import MASKED, GraphBuilder
 
 
 @dataclass(frozen=True, slots=True)

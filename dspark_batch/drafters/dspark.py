@@ -39,7 +39,16 @@ from dspark_batch.drafters.markov import MarkovWalk, draw_function
 from dspark_batch.drafters.shared import DraftHead
 from dspark_batch.drafters.spec import CERTAIN, DraftSpec
 from dspark_batch.errors import EngineError
-from dspark_batch.models.blocks import (
+from dspark_batch.models.graph import (
+    DOWN_MIX,
+    FLOAT,
+    INT64,
+    STREAM_MIX,
+    Activation,
+    Dim,
+    GraphBuilder,
+    Linears,
+    StoredWeight,
     activate,
     attention,
     embedding,
@@ -53,8 +62,6 @@ from dspark_batch.models.blocks import (
     soft_cap,
     unfold_queries,
 )
-from dspark_batch.models.graph import FLOAT, INT64, Dim, GraphBuilder, StoredWeight
-from dspark_batch.models.linears import DOWN_MIX, STREAM_MIX, Activation, Linears
 
 Tensor = Callable[[str], NDArray[Any]]
 

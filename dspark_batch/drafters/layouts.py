@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from dspark_batch.drafters.spec import MARKOV_HEADS, DraftSpec
 from dspark_batch.errors import EngineError
-from dspark_batch.models.spec import activation, rope_from_parameters
-from dspark_batch.weights import Weights
+from dspark_batch.models import activation, rope_from_parameters
+from dspark_batch.models.weights import Weights
 
 Config = Mapping[str, Any]
 

@@ -9,9 +9,7 @@ import onnx
 import onnx.parser
 from numpy.typing import NDArray
 
-from dspark_batch.models.blocks import MASKED, embedding
-from dspark_batch.models.graph import DTYPES
-from dspark_batch.models.linears import Linears
+from dspark_batch.models.graph import DTYPES, MASKED, Linears, embedding
 
 Tensor = Callable[[str], NDArray[Any]]
 

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.algorithm import calibration
-from dspark_batch.manifest import DraftInfo, LookupInfo
-from dspark_batch.types import DraftBlock, Sequence
+from dspark_batch.decode import DraftBlock, Sequence
+from dspark_batch.decode.algorithm import calibration
+from dspark_batch.engine import DraftInfo, LookupInfo
 
 Text = tuple[SequenceOf[int], SequenceOf[int]]
 """Prompt and new tokens of a finished row."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.drafters.spec import CERTAIN, DraftSpec
-from dspark_batch.models.reference import activate, cap, plain_norm, product, rotate, softmax
+from dspark_batch.models import activate, cap, plain_norm, product, rotate, softmax
 
 Array = NDArray[np.float32]
 Ints = NDArray[np.int64]

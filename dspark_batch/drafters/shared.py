@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
+from dspark_batch.models import DecoderSpec
 from dspark_batch.models.graph import FLOAT, GraphBuilder, StoredWeight
-from dspark_batch.models.spec import DecoderSpec
-from dspark_batch.weights import Weights
+from dspark_batch.models.weights import Weights
 
 Array = NDArray[Any]
 _ROWS = 2**12  # of two tables that are compared at a time

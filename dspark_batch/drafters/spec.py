@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dspark_batch.models.spec import RopeSpec
+from dspark_batch.models import RopeSpec
 
 CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
 MARKOV_HEADS = ("vanilla", "gated", "rnn")

@@ -1,1 +1,5 @@
-"""From a recipe to an engine folder: weights, graphs, check, measure, manifest."""
+"""From a recipe to an engine folder: build, check, calibrate, install."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

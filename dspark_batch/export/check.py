@@ -17,14 +17,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.drafters.reference import ReferenceDraft
+from dspark_batch.drafters import ReferenceDraft
+from dspark_batch.engine import CacheInfo
 from dspark_batch.errors import EngineError
 from dspark_batch.export.probes import Array, DraftProbe, TargetProbe
-from dspark_batch.manifest import CacheInfo
-from dspark_batch.models import reference
-from dspark_batch.models.decoder import stream_name
-from dspark_batch.models.reference import Forward, forward
-from dspark_batch.models.spec import DecoderSpec
+from dspark_batch.models import DecoderSpec, Forward, forward, reference, stream_name
 
 Tensor = Callable[[str], NDArray[Any]]
 

@@ -29,17 +29,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch import __version__
-from dspark_batch.drafters import DRAFTERS, LOOKUPS
-from dspark_batch.drafters.layouts import draft_spec, draft_vocab
-from dspark_batch.drafters.reference import ReferenceDraft
-from dspark_batch.drafters.shared import check_fits, embedding, head, tables
-from dspark_batch.drafters.spec import DraftSpec
-from dspark_batch.engine import COSTS_FILE, open_engine
-from dspark_batch.errors import EngineError
-from dspark_batch.export.check import Texts, check_draft, check_target
-from dspark_batch.export.plans import build_plans, plans_info
-from dspark_batch.export.texts import check_rows, example_prompts
-from dspark_batch.manifest import (
+from dspark_batch.drafters import (
+    DRAFTERS,
+    LOOKUPS,
+    DraftSpec,
+    ReferenceDraft,
+    check_fits,
+    draft_spec,
+    draft_vocab,
+    embedding,
+    head,
+    tables,
+)
+from dspark_batch.engine import (
+    COSTS_FILE,
     FILE_NAME,
     FORMAT,
     CacheInfo,
@@ -49,18 +52,23 @@ from dspark_batch.manifest import (
     LookupInfo,
     PlansInfo,
     TargetInfo,
+    Tokenizer,
     describe_file,
+    ensure_costs,
+    open_engine,
     read_manifest,
+    write_tokenizer,
 )
-from dspark_batch.measure import calibrate, ensure_costs
-from dspark_batch.models import decoder_spec
-from dspark_batch.models.decoder import DecoderGraph
-from dspark_batch.models.graph import GraphBuilder, StoredWeight, in_fp32
-from dspark_batch.models.linears import PRECISIONS
-from dspark_batch.models.smoothing import Outliers, Smoothing
-from dspark_batch.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
-from dspark_batch.tokenizer import Tokenizer, write_tokenizer
-from dspark_batch.weights import Weights, open_weights, sha256_of
+from dspark_batch.errors import EngineError
+from dspark_batch.export.calibrate import calibrate
+from dspark_batch.export.check import Texts, check_draft, check_target
+from dspark_batch.export.plans import build_plans, plans_info
+from dspark_batch.export.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
+from dspark_batch.export.texts import check_rows, example_prompts
+from dspark_batch.models import DecoderGraph, Outliers, Smoothing
+from dspark_batch.models.families import decoder_spec
+from dspark_batch.models.graph import PRECISIONS, GraphBuilder, StoredWeight, in_fp32
+from dspark_batch.models.weights import Weights, open_weights, sha256_of
 
 Progress = Callable[[str], None]
 _LEAST_POSITIONS = 512

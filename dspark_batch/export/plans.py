@@ -12,13 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from dspark_batch.engine import PlansInfo, ProfileInfo
+from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS
 from dspark_batch.errors import EngineError
-from dspark_batch.manifest import PlansInfo, ProfileInfo
-from dspark_batch.plugin.launch import local_gpu_arch
-from dspark_batch.plugin.onnx_body import PLUGIN_VERSION
-from dspark_batch.plugin.trt_build import Bounds, PlanReport, PlanRequest, build_plan
-from dspark_batch.recipe import EngineSection
-from dspark_batch.runtimes.session import PREFILL_CHUNK, PREFILL_TOKENS
+from dspark_batch.export.recipe import EngineSection
+from dspark_batch.models.plugin import (
+    PLUGIN_VERSION,
+    Bounds,
+    PlanReport,
+    PlanRequest,
+    build_plan,
+    local_gpu_arch,
+)
 
 Progress = Callable[[str], None]
 Library = Literal["tensorrt", "tensorrt_rtx"]

@@ -9,11 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.manifest import CacheInfo
-from dspark_batch.models.spec import DecoderSpec
-from dspark_batch.runtimes.layout import DRAFT_INPUTS, idle_draws, row_feeds, token_layout
-from dspark_batch.runtimes.ort import float_type, open_session
-from dspark_batch.runtimes.session import Ints
+from dspark_batch.engine import CacheInfo
+from dspark_batch.engine.runtimes import (
+    DRAFT_INPUTS,
+    Ints,
+    float_type,
+    idle_draws,
+    open_session,
+    row_feeds,
+    token_layout,
+)
+from dspark_batch.models import DecoderSpec
 
 Array = NDArray[np.float32]
 Caches = list[NDArray[Any]]

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from dspark_batch.tokenizer import TemplateError, Tokenizer
+from dspark_batch.engine import TemplateError, Tokenizer
 
 TEXTS = (
     "What is the capital of France?",

@@ -28,8 +28,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.models.blocks import (
+from dspark_batch.models.graph import (
+    DOWN_MIX,
+    DTYPES,
+    FLOAT,
+    INT64,
     MASKED,
+    STREAM_MIX,
+    Activation,
+    Dim,
+    GraphBuilder,
+    Linears,
+    StoredWeight,
     activate,
     attention,
     embedding,
@@ -45,11 +55,9 @@ from dspark_batch.models.blocks import (
     tokens_from_rows,
     unfold_queries,
 )
-from dspark_batch.models.graph import DTYPES, FLOAT, INT64, Dim, GraphBuilder, StoredWeight
-from dspark_batch.models.linears import DOWN_MIX, STREAM_MIX, Activation, Linears
+from dspark_batch.models.plugin import onnx_body
 from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
-from dspark_batch.plugin import onnx_body
 
 Tensor = Callable[[str], NDArray[Any]]
 

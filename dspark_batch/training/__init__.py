@@ -1,1 +1,5 @@
-"""Train a draft against a frozen target; the only package that may import torch."""
+"""Train a draft on the target's own answers. The only room that knows torch."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dspark_batch.errors import EngineError
-from dspark_batch.models.spec import RopeSpec, rope_from_parameters
+from dspark_batch.models import RopeSpec, rope_from_parameters
 from dspark_batch.training.draft_config import DraftConfig
 
 

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from dspark_batch import __version__
 from dspark_batch.errors import UsageError
-from dspark_batch.recipe import RECIPE_FOLDER, load_recipe
-from dspark_batch.summary import duration
+from dspark_batch.export import RECIPE_FOLDER, load_recipe
+from dspark_batch.job import duration
+from dspark_batch.models.weights import Weights
 from dspark_batch.training.checkpoint import WEIGHTS, save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import Evaluation
 from dspark_batch.training.recipe import TrainingRecipe
 from dspark_batch.training.responses import Sequences
-from dspark_batch.weights import Weights
 
 CARD, LOG, ENGINE_RECIPE = "README.md", "training.jsonl", "engine.toml"
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dspark_batch.algorithm import calibration
+from dspark_batch.decode.algorithm import calibration
 from dspark_batch.training.anchors import (
     AnchorBatch,
     aligned_target_probs,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dspark_batch.errors import EngineError
-from dspark_batch.models.spec import DecoderSpec
+from dspark_batch.models import DecoderSpec
 from dspark_batch.training.backbone import DraftLayer, RMSNorm
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.target import NamedTensor, tensor

@@ -27,11 +27,9 @@ from filelock import FileLock, Timeout
 
 from dspark_batch.engine import Engine, open_engine
 from dspark_batch.errors import OutputLocked, StoppedEarly, UsageError
-from dspark_batch.export.pipeline import build
-from dspark_batch.plan import difference
-from dspark_batch.progress import Progress
-from dspark_batch.recipe import Recipe
-from dspark_batch.stop import Stop
+from dspark_batch.export import Recipe, build
+from dspark_batch.job import Progress, Stop, difference
+from dspark_batch.models.weights import Weights, open_weights
 from dspark_batch.training.card import Facts, TrainingSummary, write_draft_folder
 from dspark_batch.training.checkpoint import CONFIG, WEIGHTS, load_draft, save_draft
 from dspark_batch.training.draft import DSparkDraft
@@ -42,7 +40,6 @@ from dspark_batch.training.responses import Responses, Sequences
 from dspark_batch.training.start import check_start, resolved_taps, start_draft
 from dspark_batch.training.target import EngineFeatures, TargetTables, context_layer_ids
 from dspark_batch.training.trainer import Trainer
-from dspark_batch.weights import Weights, open_weights
 
 _CAPTURE_ROWS = 4  # more would not run faster, and every row reserves cache
 _HELD_OUT_SHARE = 0.25  # of the memory for features, at most

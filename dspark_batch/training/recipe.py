@@ -15,13 +15,13 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dspark_batch.decode import SamplingParams
 from dspark_batch.errors import InputError, UsageError
+from dspark_batch.export import RECIPE_FOLDER
 from dspark_batch.job import invalid_params
-from dspark_batch.recipe import RECIPE_FOLDER
+from dspark_batch.models.weights import PACKAGE_PREFIX, suggestion
 from dspark_batch.training.losses import LossWeights
 from dspark_batch.training.options import TrainingOptions
-from dspark_batch.types import SamplingParams
-from dspark_batch.weights.source import PACKAGE_PREFIX, suggestion
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]

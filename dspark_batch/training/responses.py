@@ -16,16 +16,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from dspark_batch.columns import choose_columns
 from dspark_batch.decode import DecodeStats, decode
 from dspark_batch.engine import open_engine
 from dspark_batch.errors import InputError, StoppedEarly, UsageError
-from dspark_batch.job import Job
-from dspark_batch.parquet import PromptFiles, column_values, read_columns, write_columns
-from dspark_batch.plan import plan_shards
-from dspark_batch.progress import Progress
-from dspark_batch.prompts import EngineText, PromptPreparer
-from dspark_batch.runner import run
+from dspark_batch.job import (
+    EngineText,
+    Job,
+    Progress,
+    PromptFiles,
+    PromptPreparer,
+    choose_columns,
+    column_values,
+    plan_shards,
+    read_columns,
+    run,
+    write_columns,
+)
 from dspark_batch.training.features import TrainingSequence
 from dspark_batch.training.recipe import (
     HeldOutSection,

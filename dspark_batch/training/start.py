@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_batch.errors import EngineError, InputError
+from dspark_batch.models.weights import Weights
 from dspark_batch.training.backbone import DraftLayer
 from dspark_batch.training.checkpoint import CONFIG, load_draft
 from dspark_batch.training.draft import DSparkDraft
@@ -33,7 +34,6 @@ from dspark_batch.training.initialise import (
 from dspark_batch.training.recipe import DraftSection, TrainingRecipe
 from dspark_batch.training.responses import Sequences
 from dspark_batch.training.target import TargetTables
-from dspark_batch.weights import Weights
 
 # Of a draft from scratch; 16,384 ids are cheap to score and cover most of what targets say.
 _LAYERS, _BLOCK_SIZE, _MARKOV_RANK, _VOCAB_SIZE = 3, 7, 128, 16384

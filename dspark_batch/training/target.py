@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_batch.engine import Engine
-from dspark_batch.models import decoder_spec
-from dspark_batch.models.spec import DecoderSpec
-from dspark_batch.weights import Weights
+from dspark_batch.models import DecoderSpec
+from dspark_batch.models.families import decoder_spec
+from dspark_batch.models.weights import Weights
 
 NamedTensor = Callable[[str], NDArray[Any]]
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dspark_batch.summary import duration
+from dspark_batch.job import duration
 from dspark_batch.training.anchors import AnchorBatch, anchor_batch, sample_anchors
 from dspark_batch.training.checkpoint import save_draft
 from dspark_batch.training.draft import DSparkDraft

@@ -1,0 +1,5 @@
+"""Measured speed of this machine, and forecasts for others (`forecast`)."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,14 @@
+from .plots import Axes as Axes
+from .plots import Figure as Figure
+from .plots import new_figure as new_figure
+from .plots import save_figure as save_figure
+from .speed import PER_ROW as PER_ROW
+from .speed import ROWS as ROWS
+from .speed import about as about
+from .speed import run_bench as run_bench
+from .tables import table as table
+from .workload import MODES as MODES
+from .workload import Decoded as Decoded
+from .workload import Workload as Workload
+from .workload import decode_all as decode_all
+from .workload import read_workload as read_workload

@@ -1,0 +1,2 @@
+from .question import Question as Question
+from .question import forecast as forecast

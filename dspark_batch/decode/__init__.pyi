@@ -1,0 +1,17 @@
+from .loop import DecodeStats as DecodeStats
+from .loop import decode as decode
+from .schedule import Drafting as Drafting
+from .schedule import settled as settled
+from .types import CONFIDENCE_THRESHOLD as CONFIDENCE_THRESHOLD
+from .types import Completion as Completion
+from .types import DraftBlock as DraftBlock
+from .types import ErrorCode as ErrorCode
+from .types import FinishReason as FinishReason
+from .types import Prompt as Prompt
+from .types import RowError as RowError
+from .types import SamplingParams as SamplingParams
+from .types import Sequence as Sequence
+from .types import SpecCounts as SpecCounts
+from .types import Tokens as Tokens
+from .types import VerifyPlan as VerifyPlan
+from .types import VerifyResult as VerifyResult

@@ -1,0 +1,12 @@
+from . import calibration as calibration
+from . import metrics as metrics
+from . import sampling as sampling
+from . import scheduler as scheduler
+from .costs import CostTable as CostTable
+from .costs import VerifyCurve as VerifyCurve
+from .outlook import Outlook as Outlook
+from .sampling import Floats as Floats
+from .sampling import Reals as Reals
+from .sampling import filtered_probs as filtered_probs
+from .sampling import sample as sample
+from .sampling import softmax as softmax

@@ -1,0 +1,243 @@
+"""The heart: an iterator of prompts in, an iterator of completions out, one round at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from dspark_batch.decode.algorithm import metrics
+from dspark_batch.decode.schedule import open_schedule
+from dspark_batch.decode.types import (
+    CONFIDENCE_THRESHOLD,
+    Completion,
+    DraftBlock,
+    ErrorCode,
+    FinishReason,
+    Prompt,
+    RowError,
+    Sequence,
+    SpecCounts,
+    VerifyPlan,
+    VerifyResult,
+)
+
+if TYPE_CHECKING:
+    from dspark_batch.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class DecodeStats:
+    """What decoding did so far; `host_seconds` is what no engine call took."""
+
+    prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    host_seconds: float = 0.0
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+    num_rounds: int = 0
+    """Rounds of the batch; a row's rounds are in `spec`."""
+    num_drafted_rounds: int = 0
+    spec: SpecCounts = field(default_factory=lambda: metrics.add([]))
+    """Totals over the finished rows."""
+
+
+def decode(
+    prompts: Iterable[Prompt],
+    engine: Engine,
+    *,
+    spec: str,
+    scheduler: str | None = None,
+    confidence_threshold: float = CONFIDENCE_THRESHOLD,
+    stats: DecodeStats,
+) -> Iterator[Completion]:
+    """Complete every prompt; completions come as rows finish, exactly one per prompt.
+
+    `spec` says when to draft: `off` (plain decoding), `on` (every round) or `auto` (where it pays).
+    `scheduler` says how much of a block is verified: `early-stop`, `async`, `threshold` (with
+    `confidence_threshold`) or `whole`; None is `early-stop` under `auto`, `whole` under `on`.
+    The text depends on none of it: greedy rows get plain decoding's text, sampled rows its
+    distribution.
+    """
+    slots = Slots(engine, stats)
+    schedule = open_schedule(
+        engine, spec, scheduler=scheduler, confidence_threshold=confidence_threshold
+    )
+    source = iter(prompts)
+    while slots.fill(source):
+        block = slots.draft(schedule.drafts(slots.running))
+        plan = schedule.plan(slots.running, block)
+        result = slots.verify(block, plan)
+        schedule.observe(plan, result)
+        slots.commit(block, plan, result)
+        yield from slots.take_finished()
+    yield from slots.take_finished()
+
+
+class Slots:
+    """The running rows, and the ones that finished in this round."""
+
+    def __init__(self, engine: Engine, stats: DecodeStats) -> None:
+        self.running: list[Sequence] = []
+        self._engine = engine
+        self._stats = stats
+        self._free = list(reversed(range(engine.max_rows)))
+        self._finished: list[Completion] = []
+        self._clock = time.perf_counter()
+
+    def fill(self, prompts: Iterator[Prompt]) -> bool:
+        """Admit and prefill prompts while a slot is free; False when no row is left.
+
+        Repeats while a whole intake ends on its first token, so that no prompt is left behind.
+        """
+        while self._free:
+            admitted: list[Sequence] = []
+            for prompt in prompts:
+                admitted.append(self._admit(prompt))
+                if not self._free:
+                    break
+            if not admitted:
+                break
+            first = self._timed("prefill_seconds", self._engine.prefill, admitted)
+            self._stats.num_prompt_tokens += sum(s.num_prompt_tokens for s in admitted)
+            self.running += admitted
+            for sequence, token in zip(admitted, first.tolist(), strict=True):
+                self._append(sequence, [token])
+            self._retire()
+        return bool(self.running)
+
+    def _admit(self, prompt: Prompt) -> Sequence:
+        sequence = Sequence(
+            prompt=prompt,
+            slot=self._free.pop(),
+            tokens=list(prompt.token_ids),
+            num_prompt_tokens=len(prompt.token_ids),
+            accepted_histogram=[0] * (self._engine.block_size + 1),
+        )
+        self._engine.admit(sequence)
+        return sequence
+
+    def draft(self, rows: list[Sequence]) -> DraftBlock | None:
+        """A block for every running row, empty but for `rows`; None if there are none of them."""
+        if not rows:
+            return None
+        self._stats.num_drafted_rounds += 1
+        chosen = {sequence.slot for sequence in rows}
+        places = [r for r, s in enumerate(self.running) if s.slot in chosen]
+        drafting = [self.running[r] for r in places]
+        block = self._timed("draft_seconds", self._engine.draft, drafting)
+        for sequence, looked_up in zip(drafting, block.looked_up.tolist(), strict=True):
+            if not looked_up:
+                sequence.num_taken = sequence.anchor_position
+        return block.spread(places, len(self.running))
+
+    def verify(self, block: DraftBlock | None, plan: VerifyPlan) -> VerifyResult:
+        """The target's pass."""
+        self._stats.num_rounds += 1
+        return self._timed("verify_seconds", self._engine.verify, self.running, block, plan)
+
+    def commit(self, block: DraftBlock | None, plan: VerifyPlan, result: VerifyResult) -> None:
+        """Append each row's accepted drafts and bonus, up to its first stop."""
+        lengths, counts = plan.lengths.tolist(), result.num_accepted.tolist()
+        looked_up = None if block is None else block.lengths * block.looked_up
+        for r, (sequence, bonus) in enumerate(
+            zip(self.running, result.bonus.tolist(), strict=True)
+        ):
+            sequence.num_rounds += 1
+            sequence.num_draft_tokens += int(block.lengths[r]) if block is not None else 0
+            sequence.num_looked_up_tokens += int(looked_up[r]) if looked_up is not None else 0
+            sequence.num_verified_tokens += lengths[r]
+            sequence.num_accepted_tokens += counts[r]
+            sequence.accepted_histogram[counts[r]] += 1
+            accepted = block.tokens[r, : counts[r]].tolist() if block is not None else []
+            self._append(sequence, [*accepted, bonus])
+        self._retire()
+
+    def take_finished(self) -> list[Completion]:
+        """Completions since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _timed(self, phase: str, call: Callable[..., T], *arguments: object) -> T:
+        """Run an engine call and book its time; what passed since the last one was the host's."""
+        begin = time.perf_counter()
+        self._stats.host_seconds += begin - self._clock
+        result = call(*arguments)
+        self._clock = time.perf_counter()
+        setattr(self._stats, phase, getattr(self._stats, phase) + self._clock - begin)
+        return result
+
+    def _append(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Append tokens until one ends the row: a stop token, a stop string, the limit."""
+        for token in tokens:
+            if token < 0:
+                sequence.finish_reason = FinishReason.ERROR
+                return
+            sequence.tokens.append(token)
+            self._stats.num_new_tokens += 1
+            if token in self._engine.stop_token_ids or self._hits_stop_string(sequence):
+                sequence.finish_reason = FinishReason.STOP
+                return
+            if not sequence.num_remaining:
+                sequence.finish_reason = FinishReason.LENGTH
+                return
+
+    def _hits_stop_string(self, sequence: Sequence) -> bool:
+        """Whether the text now holds a stop string; keeps the text before the first one."""
+        stops = sequence.prompt.params.stop
+        tokenizer = self._engine.tokenizer if stops else None
+        if tokenizer is None:
+            return False
+        # A token adds a character or a part of one (at most four bytes), so the end of the row
+        # shows whether a stop can have come up; only then is the whole text looked at.
+        new = sequence.tokens[sequence.num_prompt_tokens :]
+        window = 4 * max(map(len, stops)) + 8
+        if not any(stop in tokenizer.decode(new[-window:]) for stop in stops):
+            return False
+        text = tokenizer.decode(new)
+        found = [text.find(stop) for stop in stops if stop in text]
+        if found:
+            sequence.text = text[: min(found)]
+        return bool(found)
+
+    def _retire(self) -> None:
+        """Turn ended rows into completions and free their slots."""
+        for sequence in [s for s in self.running if s.finish_reason is not None]:
+            self._engine.release(sequence)
+            self._free.append(sequence.slot)
+            completion = self._complete(sequence)
+            self._stats.spec = metrics.add([self._stats.spec, completion.spec])
+            self._finished.append(completion)
+        self.running = [s for s in self.running if s.finish_reason is None]
+
+    def _complete(self, sequence: Sequence) -> Completion:
+        assert sequence.finish_reason is not None
+        new = sequence.tokens[sequence.num_prompt_tokens :]
+        tokenizer = self._engine.tokenizer
+        text = sequence.text
+        if text is None and tokenizer is not None:
+            text = tokenizer.decode(new)
+        error = None
+        if sequence.finish_reason is FinishReason.ERROR:
+            message = f"the target's logits are not finite after {len(new)} new tokens"
+            error = RowError(ErrorCode.NUMERICAL, "decode", message)
+        return Completion(
+            row=sequence.prompt.row,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            token_ids=tuple(new),
+            text=text if error is None else None,
+            finish_reason=sequence.finish_reason,
+            spec=SpecCounts(
+                sequence.num_rounds,
+                sequence.num_draft_tokens,
+                sequence.num_verified_tokens,
+                sequence.num_accepted_tokens,
+                tuple(sequence.accepted_histogram),
+                sequence.num_looked_up_tokens,
+            ),
+            error=error,
+        )

@@ -1,0 +1,371 @@
+"""Whether a round drafts, for which rows, and how much of it is verified.
+
+Everything is decided by past rounds, measured costs and confidence that `algorithm.scheduler` may
+look at, so no text depends on it. Time is the cost table's: no clock is read, and a run decides
+the same again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.decode.algorithm import CostTable, Outlook, VerifyCurve
+from dspark_batch.decode.algorithm import scheduler as plans
+from dspark_batch.decode.types import (
+    CONFIDENCE_THRESHOLD,
+    DraftBlock,
+    Sequence,
+    VerifyPlan,
+    VerifyResult,
+)
+
+if TYPE_CHECKING:
+    from dspark_batch.engine import Engine
+
+# What `auto` may lose, in plain steps: docs/scheduling.md has the bound that they make.
+_CREDIT = 3.0  # by drafts that seem to pay, and by the first looks
+_SHARE = 0.005  # of every plain step, by looking from then on
+_MOST_SAVED = 8.0  # of what drafting gained
+
+_EVIDENCE = 24  # blocks of this run, without which a promise is the export's
+_LOOKING = 4  # rows that are drafted to look
+_HURDLE = 1.05  # times plain decoding, that drafting must promise to begin with
+_REFRESH = 8  # drafted rounds after which an answer is worked out again
+_PRICED = ("early-stop", "async")  # schedulers that need costs, and confidence to be trusted
+_GRAIN = 16  # cached tokens by which prices are told apart
+
+Confidence = NDArray[np.floating[Any]]
+Lengths = NDArray[np.int64]
+Rule = Callable[[Confidence, Lengths, plans.StepSeconds, Callable[[], Confidence]], Lengths]
+"""Confidence [R, γ], caps [R], prices, and what gives the confidence of two drafts ago -> lengths.
+"""
+
+
+class Schedule(Protocol):
+    """What the loop asks once a round, in this order."""
+
+    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+        """The rows to draft for, maybe none: decided before any token of the round exists."""
+
+    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+        """Verify lengths [R] of the round."""
+
+    def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
+        """Learn from what came of it."""
+
+
+def open_schedule(
+    engine: Engine,
+    spec: str,
+    *,
+    scheduler: str | None = None,
+    confidence_threshold: float = CONFIDENCE_THRESHOLD,
+) -> Schedule:
+    """The schedule of one decode: what `settled` says of these settings."""
+    spec, scheduler = settled(engine, spec, scheduler)
+    if scheduler is None:
+        return Plain()
+    if spec == "auto" or scheduler in _PRICED:
+        assert engine.costs is not None
+        return Weighed(engine, engine.costs, scheduler, confidence_threshold, auto=spec == "auto")
+    return Unweighed(confidence_threshold if scheduler == "threshold" else None)
+
+
+class Drafting(Protocol):
+    """What `settled` asks of an engine."""
+
+    @property
+    def block_size(self) -> int:
+        """γ; 0 without a draft."""
+
+    @property
+    def costs(self) -> object | None:
+        """None where nothing was measured."""
+
+
+def settled(engine: Drafting, spec: str, scheduler: str | None) -> tuple[str, str | None]:
+    """Whether to draft, and how much to verify, with defaults filled in and as the engine allows.
+
+    The scheduler is `early-stop` under `auto` and `whole` under `on`, unless one is given, and
+    None where nothing is drafted. Where no costs were measured nothing can be weighed: then every
+    round drafts, and is verified whole or by the threshold.
+    """
+    if spec == "off" or not engine.block_size:
+        return "off", None
+    scheduler = scheduler or ("early-stop" if spec == "auto" else "whole")
+    if engine.costs is None and (spec == "auto" or scheduler in _PRICED):
+        return "on", "threshold" if scheduler == "threshold" else "whole"
+    return spec, scheduler
+
+
+class Plain:
+    """Never drafts."""
+
+    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+        """See `Schedule`."""
+        return []
+
+    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+        """See `Schedule`."""
+        return VerifyPlan(np.zeros(len(running), np.int64))
+
+    def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
+        """See `Schedule`."""
+
+
+class Unweighed:
+    """Drafts every round, and verifies up to the first confidence below a threshold, or all."""
+
+    def __init__(self, threshold: float | None) -> None:
+        self._threshold = threshold
+
+    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+        """See `Schedule`."""
+        return running
+
+    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+        """See `Schedule`."""
+        assert block is not None
+        limits = _limits(running, block)
+        if self._threshold is None:
+            return VerifyPlan(limits)
+        return VerifyPlan(plans.threshold(block.confidence, limits, self._threshold))
+
+    def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
+        """See `Schedule`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """Seconds of passes over the running rows, by the cost table."""
+
+    costs: CostTable
+    num_rows: int
+    context: float
+    """Cached tokens of a row, on average."""
+    verify: VerifyCurve
+    plain: float
+    """A plain step."""
+
+    @classmethod
+    def of(cls, costs: CostTable, num_rows: int, context: float) -> Prices:
+        """The prices for so many rows with so many cached tokens each."""
+        curve = costs.verify_curve(num_rows, context)
+        return cls(costs, num_rows, context, curve, curve(num_rows, 1))
+
+    def draft(self, num_rows: float, *, num_pending: int = 0) -> float:
+        """A draft pass for `num_rows` of them, which takes in `num_pending` tokens of context."""
+        return self.costs.draft(num_rows, context=self.context, num_pending=num_pending)
+
+    def step(self, num_drafting: float) -> plans.StepSeconds:
+        """Rounds that draft for so many rows; context that piled up before is no part of them."""
+        drafting = self.draft(num_drafting)
+        return lambda num_tokens, longest: drafting + self.verify(num_tokens, longest)
+
+
+class Weighed:
+    """Weighs what verifying brings against what it costs; under `auto` what drafting does, too.
+
+    `auto` keeps an account, in plain steps by the cost table: a round that drafted adds what its
+    tokens would have cost plainly, less what it cost, and every round a `_SHARE`. It drafts for
+    all rows where that pays, for some of them to look whether it does, and only as far as the
+    account allows.
+    """
+
+    def __init__(
+        self, engine: Engine, costs: CostTable, scheduler: str, threshold: float, *, auto: bool
+    ) -> None:
+        self._engine, self._costs, self._auto = engine, costs, auto
+        self._rule = _rules(threshold)[scheduler]
+        self._outlook = Outlook()
+        self._earlier: deque[dict[int, Confidence]] = deque(maxlen=2)
+        self._price_lists: dict[tuple[int, int], Prices] = {}
+        self._account = 0.0
+        self._answers: dict[int, bool] = {}  # by number of rows: whether drafting pays
+        self._num_since_answer = 0
+        self._last_paid = False
+        # Of the round:
+        self._prices = Prices.of(costs, 1, 0.0)
+        self._drafting: list[Sequence] = []
+        self._waiting: dict[int, int] = {}  # by slot: context that the draft pass takes in
+        self._looking = False
+        self._draft_seconds = 0.0
+        self._predicted = 0.0
+
+    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+        """See `Schedule`."""
+        self._prices = self._price_list(running)
+        if not self._outlook.has_blocks:
+            self._outlook.expect(self._prior(running))
+        self._drafting = self._worth_drafting(running) if self._auto else running
+        self._waiting = {s.slot: s.num_pending for s in self._drafting}
+        return self._drafting
+
+    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+        """See `Schedule`."""
+        if block is None:
+            return VerifyPlan(np.zeros(len(running), np.int64))
+        proposed = np.arange(block.confidence.shape[1]) < block.lengths[:, None]
+        confidence = np.where(proposed, block.confidence, 0.0)
+        passing = self._passing(running, block)
+        waited = sum(self._waiting[s.slot] for s in passing)
+        self._draft_seconds = self._prices.draft(len(passing), num_pending=waited)
+        step = self._prices.step(len(passing))
+        rule = _early_stop if self._looking else self._rule
+        plan = VerifyPlan(
+            rule(
+                self._believed(confidence, rule),
+                _limits(running, block),
+                step,
+                lambda: self._believed(self._confidence_before(running), rule),
+            )
+        )
+
+        self._earlier.append(dict(zip((s.prompt.row for s in running), confidence, strict=True)))
+        self._predicted = plans.expected_gain(confidence, plan.lengths)
+        tokens = len(running) + self._outlook.trust * self._predicted
+        paid = tokens / step(plan.num_tokens, plan.longest) > len(running) / self._prices.plain
+        self._last_paid = paid and len(self._drafting) == len(running)
+        drafted = {s.slot for s in self._drafting}
+        self._outlook.see(
+            confidence[[s.slot in drafted for s in running]], num_passing=len(passing)
+        )
+        return plan
+
+    def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
+        """See `Schedule`."""
+        if not self._drafting:
+            return
+        num_accepted = int(result.num_accepted.sum())
+        self._outlook.learn(predicted=self._predicted, accepted=num_accepted)
+        prices = self._prices
+        plainly = prices.plain * (prices.num_rows + num_accepted) / prices.num_rows
+        spent = self._draft_seconds + prices.verify(plan.num_tokens, plan.longest)
+        self._account += (plainly - spent) / prices.plain
+        self._num_since_answer += 1
+        if self._looking or self._num_since_answer >= _REFRESH:
+            self._answers.clear()
+            self._num_since_answer = 0
+
+    def _passing(self, running: list[Sequence], block: DraftBlock) -> list[Sequence]:
+        """The rows that a draft pass was made for: where a lookup proposes, none is.
+
+        Which those are follows from the rows' past, so a plan may depend on it.
+        """
+        looked_up = {s.slot for s, own in zip(running, block.looked_up, strict=True) if own}
+        return [s for s in self._drafting if s.slot not in looked_up]
+
+    def _believed(self, confidence: Confidence, rule: Rule) -> Confidence:
+        """What a rule gets to see: if it weighs, no more than this run has reason to trust."""
+        return self._outlook.trusted(confidence) if rule in (_early_stop, _async) else confidence
+
+    def _worth_drafting(self, running: list[Sequence]) -> list[Sequence]:
+        """All rows if drafting pays, some to look whether it does, or none: what is affordable."""
+        self._account = min(self._account + _SHARE, _MOST_SAVED)
+        knows = self._outlook.num_seen >= _EVIDENCE
+        pays = knows and (self._pays(running) or self._last_paid)
+        self._looking = not pays
+        credit = _CREDIT if pays or not knows else 0.0
+        affordable = (self._account + credit) * self._prices.plain
+        rows = sorted(running, key=lambda s: s.num_pending)
+        if self._looking:
+            rows = rows[:_LOOKING]
+            return rows if self._price(rows) <= affordable else []
+        # Context that waits may be more than can be paid at once: then some rows begin.
+        while rows and self._price(rows) > affordable:
+            rows.pop()
+        return rows
+
+    def _pays(self, running: list[Sequence]) -> bool:
+        """Whether the last blocks, played through again with so many rows, beat plain decoding."""
+        num_rows = len(running)
+        if num_rows not in self._answers:
+            step = self._prices.step(num_rows * self._outlook.share_passing)
+            limits = np.full(num_rows, self._engine.block_size)
+            rounds = self._outlook.rounds(num_rows)
+            tokens = seconds = 0.0
+            seen = [self._believed(confidence, self._rule) for confidence in rounds]
+            for j, confidence in enumerate(rounds):
+                before = partial(seen.__getitem__, j - 2)
+                plan = VerifyPlan(self._rule(seen[j], limits, step, before))
+                gain = self._outlook.trust * plans.expected_gain(confidence, plan.lengths)
+                tokens += num_rows + gain
+                seconds += step(plan.num_tokens, plan.longest)
+            # Every token is context for the draft some day; what waits now is spread over the
+            # tokens that its rows may still get.
+            waiting = sum(s.num_pending for s in running)
+            share = waiting / sum(s.num_remaining for s in running)
+            seconds += tokens * (1.0 + share) * self._costs.intake_seconds
+            hurdle = 1.0 if len(self._drafting) == num_rows else _HURDLE
+            self._answers[num_rows] = tokens / seconds > hurdle * num_rows / self._prices.plain
+        return self._answers[num_rows]
+
+    def _price(self, rows: list[Sequence]) -> float:
+        """Seconds of a draft pass for these rows, their context that waits included."""
+        return self._prices.draft(len(rows), num_pending=sum(s.num_pending for s in rows))
+
+    def _price_list(self, running: list[Sequence]) -> Prices:
+        grain = sum(s.anchor_position for s in running) // (_GRAIN * len(running))
+        key = (len(running), grain)
+        if key not in self._price_lists:
+            context = (grain + 0.5) * _GRAIN
+            self._price_lists[key] = Prices.of(self._costs, len(running), context)
+        return self._price_lists[key]
+
+    def _confidence_before(self, running: list[Sequence]) -> Confidence:
+        """[R, γ] of each row two drafts ago, or what is usual for a row that did not draft then."""
+        earlier = self._earlier[0] if len(self._earlier) == 2 else {}
+        usual = self._outlook.mean
+        return np.array([earlier.get(s.prompt.row, usual) for s in running])
+
+    def _prior(self, running: list[Sequence]) -> NDArray[np.float64]:
+        """[γ] conditional acceptance that the export found for rows like these."""
+        engine = self._engine
+        by_row = [
+            engine.sampled_acceptance if s.prompt.params.temperature > 0 else engine.acceptance
+            for s in running
+        ]
+        return np.asarray(np.mean(by_row, axis=0))
+
+
+def _limits(running: list[Sequence], block: DraftBlock) -> Lengths:
+    """[R] draft tokens that may be verified: a row needs as many as remain less the bonus."""
+    remaining = np.array([s.num_remaining for s in running], np.int64)
+    return np.minimum(remaining - 1, block.lengths)
+
+
+def _early_stop(
+    confidence: Confidence,
+    limits: Lengths,
+    step: plans.StepSeconds,
+    earlier: Callable[[], Confidence],
+) -> Lengths:
+    return plans.early_stop(confidence, limits, step)
+
+
+def _async(
+    confidence: Confidence,
+    limits: Lengths,
+    step: plans.StepSeconds,
+    earlier: Callable[[], Confidence],
+) -> Lengths:
+    return plans.fill(confidence, limits, plans.global_budget(earlier(), limits, step))
+
+
+def _rules(threshold: float) -> dict[str, Rule]:
+    """The schedulers by name."""
+    return {
+        "early-stop": _early_stop,
+        "async": _async,
+        "threshold": lambda confidence, limits, step, earlier: plans.threshold(
+            confidence, limits, threshold
+        ),
+        "whole": lambda confidence, limits, step, earlier: limits,
+    }

@@ -1,0 +1,11 @@
+from .layouts import draft_spec as draft_spec
+from .layouts import draft_vocab as draft_vocab
+from .reference import ReferenceDraft as ReferenceDraft
+from .shared import check_fits as check_fits
+from .shared import embedding as embedding
+from .shared import head as head
+from .shared import tables as tables
+from .spec import DraftSpec as DraftSpec
+from .table import DRAFTERS as DRAFTERS
+from .table import LOOKUPS as LOOKUPS
+from .table import Lookup as Lookup

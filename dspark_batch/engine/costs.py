@@ -1,0 +1,223 @@
+"""The cost table of this machine: measured with the engine itself, and kept beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.decode import DraftBlock, Prompt, SamplingParams, VerifyPlan
+from dspark_batch.decode import Sequence as Row
+from dspark_batch.decode.algorithm import CostTable
+
+if TYPE_CHECKING:
+    from dspark_batch.engine.engine import Engine
+
+COSTS_FILE = "costs.json"
+
+logger = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+_REPEATS = 3
+_LONG_SWEEPS = 1.5  # seconds of two sweeps, after which a third would not tell much more
+_CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
+_LONG_CONTEXT = 1024
+_LEAST_LONGER = 4  # times as long as usual, or nothing can be told from it
+_MOST_CACHED = 16384  # tokens of all rows together, when contexts are long
+_INTAKE_ROWS, _INTAKE_TOKENS = 4, 64  # that the draft takes in at once, to tell what that costs
+
+
+def measure_costs(
+    engine: Engine, *, context_tokens: int = _CONTEXT_TOKENS, clock: Clock = time.perf_counter
+) -> CostTable:
+    """Time target and draft passes over grids of rows, tokens and context.
+
+    Every time is the least over sweeps in which all passes of a size take turns: what else runs on
+    the machine for a while only adds, and is in one sweep of each, not in all sweeps of one. So do
+    allocations, which are in the first.
+    """
+    widest = engine.block_size + 1
+    rows = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < engine.max_rows] + [engine.max_rows]
+    per_row = sorted({min(n, widest) for n in (1, 2, 4, 8)} | {widest})
+    context = min(context_tokens, engine.max_tokens // 2)
+    uniform, lone = [], []
+    for num_rows in rows:
+        first = np.arange(num_rows) == 0
+        plans = [np.full(num_rows, width - 1) for width in per_row]
+        plans += [first * (width - 1) for width in (2, widest)]
+        found = _target_times(engine, context, plans, clock)
+        uniform.append(found[: len(per_row)])
+        lone.append(np.interp(per_row, (1, 2, widest), [found[0], *found[len(per_row) :]]))
+    slopes = _context_slopes(engine, rows, context, np.array(uniform), clock)
+    draft_seconds, intake, taken = _draft_times(engine, rows, context, clock)
+    return CostTable.measured(
+        rows,
+        per_row,
+        verify_seconds=uniform,
+        lone_seconds=lone,
+        draft_seconds=draft_seconds,
+        intake_seconds=intake,
+        context_tokens=context,
+        context_seconds=slopes,
+        draft_context_seconds=taken,
+    )
+
+
+def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
+    """Give the engine this machine's cost table, measured now if none goes as far, and keep it.
+
+    A folder that cannot be written keeps nothing; then every run measures.
+    """
+    known = engine.costs.rows[-1] if engine.costs else 0
+    if known >= engine.max_rows or not engine.block_size:
+        return
+    progress("measuring the cost table of this machine")
+    engine.costs = measure_costs(engine)
+    try:
+        write_costs(engine.folder, engine.hardware_key, engine.costs)
+    except OSError as problem:
+        logger.warning("the cost table is not kept: %s", problem)
+
+
+def _context_slopes(
+    engine: Engine,
+    rows: Sequence[int],
+    context: int,
+    usual: NDArray[np.float64],
+    clock: Clock,
+) -> list[tuple[float, float]]:
+    """[rows] what a cached token more of every row adds to `usual` [rows, widths] target passes.
+
+    Of plain steps and of the widest pass, at three sizes; those between lie between. Empty where
+    rows cannot be long; sizes whose caches would be too large get those of the largest one
+    measured, in proportion.
+    """
+    room = {
+        n: min(_LONG_CONTEXT, _MOST_CACHED // n, engine.max_tokens - usual.shape[1]) for n in rows
+    }
+    able = [n for n in rows if room[n] >= _LEAST_LONGER * context]
+    if not able:
+        return []
+    # Attention costs by rows: few sizes tell those between. From many rows to few, because contexts
+    # get longer on the way, so that every buffer has just its size.
+    measured = sorted({able[0], able[len(able) // 2], able[-1]}, reverse=True)
+    found: dict[int, tuple[float, float]] = {}
+    for num_rows in measured:
+        plain, *_, whole = usual[list(rows).index(num_rows)]
+        plans = [np.full(num_rows, extra) for extra in (0, engine.block_size)]
+        long_plain, long_whole = _target_times(engine, room[num_rows], plans, clock)
+        longer = room[num_rows] - context
+        slope = max(long_plain - plain, 0.0) / longer
+        found[num_rows] = (slope, max((long_whole - whole) / longer, slope))
+    grid = sorted(found)
+    plain_slopes, whole_slopes = zip(*(found[n] for n in grid), strict=True)
+
+    def at(num_rows: int, slopes: Sequence[float]) -> float:
+        return float(np.interp(num_rows, grid, slopes)) * max(num_rows / grid[-1], 1.0)
+
+    return [(at(n, plain_slopes), at(n, whole_slopes)) for n in rows]
+
+
+def _target_times(
+    engine: Engine, context: int, plans: Sequence[NDArray[np.int64]], clock: Clock
+) -> list[float]:
+    """Least seconds of target passes with these lengths [R], over sweeps in which all take turns.
+
+    Rows stand at `context` without having been prefilled: what the caches hold does not matter to
+    the time, only how far they reach.
+    """
+
+    tokens = np.zeros((len(plans[0]), engine.block_size), np.int64)
+    with _standing(engine, len(plans[0]), context) as rows:
+
+        def seconds(lengths: NDArray[np.int64]) -> float:
+            block = DraftBlock(tokens, tokens.astype(np.float32), lengths)
+            begin = clock()
+            engine.verify(rows, block, VerifyPlan(lengths))
+            return clock() - begin
+
+        sweeps: list[list[float]] = []
+        while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(map(sum, sweeps)) < _LONG_SWEEPS):
+            sweeps.append([seconds(lengths) for lengths in plans])
+    return [min(times) for times in zip(*sweeps, strict=True)]
+
+
+@contextmanager
+def _standing(engine: Engine, num_rows: int, context: int) -> Iterator[list[Row]]:
+    """Rows with `context` cached tokens, and an anchor after them."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, engine.vocab_size, (num_rows, context + 1)).tolist()
+    rows = [
+        Row(
+            Prompt(slot, tuple(tokens), SamplingParams()),
+            slot=slot,
+            tokens=tokens,
+            num_prompt_tokens=len(tokens),
+        )
+        for slot, tokens in enumerate(prompts)
+    ]
+    for row in rows:
+        engine.admit(row)
+    try:
+        yield rows
+    finally:
+        for row in rows:
+            engine.release(row)
+
+
+def _draft_times(
+    engine: Engine, rows: Sequence[int], context: int, clock: Clock
+) -> tuple[list[float], float, float]:
+    """Median seconds of draft passes [rows] at `context`, and what a token of context adds: one
+    that the pass takes in, and one that was taken in before.
+    """
+
+    def times(num_rows: int, num_prefilled: int, *, number: int) -> list[float]:
+        """Of passes in a row; each but the first takes in one token of each row."""
+        found = []
+        with _standing(engine, num_rows, num_prefilled) as running:
+            if num_prefilled:
+                engine.prefill(running)
+            for _ in range(number):
+                begin = clock()
+                engine.draft_pass(running)
+                found.append(clock() - begin)
+                engine.verify(running, None, VerifyPlan(np.zeros(num_rows, np.int64)))
+        return found
+
+    usual = {n: median(times(n, 0, number=_REPEATS + 1)[1:]) for n in rows}
+    some = max(n for n in rows if n <= _INTAKE_ROWS)
+    fresh = [times(some, _INTAKE_TOKENS, number=1)[0] for _ in range(_REPEATS + 1)][1:]
+    intake = max(median(fresh) - usual[some], 0.0) / (some * (_INTAKE_TOKENS + 1))
+    most = min(_LONG_CONTEXT, engine.max_tokens // 2)
+    taken = max(median(times(1, most, number=2 * _REPEATS)[1:]) - usual[1], 0.0) / most
+    return [usual[n] + n * taken * context for n in rows], intake, taken
+
+
+def read_costs(folder: Path, key: str) -> CostTable | None:
+    """The table measured on hardware `key`; None if there is none, or one of an older form."""
+    path = folder / COSTS_FILE
+    tables = json.loads(path.read_bytes()) if path.exists() else {}
+    try:
+        return CostTable.from_json(tables[key])
+    except KeyError:
+        return None
+
+
+def write_costs(folder: Path, key: str, costs: CostTable) -> None:
+    """Add or replace the table of hardware `key`."""
+    path = folder / COSTS_FILE
+    tables = json.loads(path.read_bytes()) if path.exists() else {}
+    tables[key] = costs.to_json()
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(tables, indent=1) + "\n")
+    scratch.replace(path)

@@ -1,0 +1,5 @@
+"""Runtimes: what executes the graphs of an engine. `table` names them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

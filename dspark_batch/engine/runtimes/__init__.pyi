@@ -1,0 +1,16 @@
+from . import ort as ort
+from .layout import DRAFT_INPUTS as DRAFT_INPUTS
+from .layout import idle_draws as idle_draws
+from .layout import row_feeds as row_feeds
+from .layout import token_layout as token_layout
+from .ort import float_type as float_type
+from .ort import open_session as open_session
+from .session import ANYWHERE as ANYWHERE
+from .session import PREFILL_CHUNK as PREFILL_CHUNK
+from .session import PREFILL_TOKENS as PREFILL_TOKENS
+from .session import Draws as Draws
+from .session import Ints as Ints
+from .session import Placement as Placement
+from .session import Runtime as Runtime
+from .session import Span as Span
+from .table import runtime_module as runtime_module

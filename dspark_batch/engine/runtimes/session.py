@@ -1,0 +1,95 @@
+"""The border to a runtime: steps over flattened tokens and row spans, never a cache tensor.
+
+A runtime owns the KV caches. `engine` names rows by slot and says where each row's tokens start;
+rolling back is starting lower next time. Context (the target's hidden states for the draft) stays
+with the runtime too: a step leaves it there, `keep` says which of its tokens were committed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.decode import DraftBlock, VerifyResult
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+PREFILL_TOKENS = 512  # of all rows in one prefill pass
+PREFILL_CHUNK = 256  # of one row in it
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of one row in a step: they take positions `start .. start + len(tokens) - 1`."""
+
+    slot: int
+    start: int
+    tokens: Ints
+    certain: bool = False
+    """Whether the drafts among them are no draft of the runtime's, but were proposed for sure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Per-row sampling of a step: `temperature`, `top_k`, `top_p` [R] and uniforms [R, γ + 1]."""
+
+    temperature: Floats
+    top_k: Ints
+    top_p: Floats
+    uniforms: Floats
+
+    def of(self, rows: list[int]) -> Draws:
+        """The draws of these rows."""
+        return Draws(
+            self.temperature[rows], self.top_k[rows], self.top_p[rows], self.uniforms[rows]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What a machine decides about execution, and not the engine."""
+
+    device: str = "auto"
+    """`cpu`, `cuda`, or what the runtime finds best."""
+    threads: int = 0
+    """Of each graph on the CPU; 0 lets the runtime choose."""
+
+
+ANYWHERE = Placement()
+
+
+class Runtime(Protocol):
+    """An opened pair of graphs with caches for a fixed number of slots."""
+
+    def admit(self, slot: int) -> None:
+        """Begin a row: its caches are empty."""
+
+    def release(self, slot: int) -> None:
+        """End a row."""
+
+    def draft(self, slots: list[int], anchors: Ints, draws: Draws) -> DraftBlock:
+        """Propose a block per row, from the context of every token verified so far.
+
+        `anchors` [R] are the rows' last committed tokens. The confidence is raw: logits [R, γ].
+        """
+
+    def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
+        """One target pass over `spans`, of which the last `lengths[r]` tokens are drafts.
+
+        They are those of the row's last draft, unless its span is certain. Length 0 is plain
+        decoding, or prefill when the span is a piece of the prompt. Everything but the rejected
+        drafts counts as committed from here on.
+        """
+
+    def context(self, spans: list[Span]) -> list[Floats]:
+        """One target pass over known tokens: the context `[n, taps * hidden]` of each span.
+
+        As a step of prefill, but what the draft would take in comes back instead: for training.
+        """
+
+    def close(self) -> None:
+        """Free sessions and caches."""

@@ -1,0 +1,282 @@
+"""Recipes: what an engine is built from (`export/*.toml`).
+
+Unknown keys are errors with a suggestion, so a typing error cannot silently mean a default.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from dspark_batch.drafters import LOOKUPS
+from dspark_batch.errors import UsageError
+from dspark_batch.models.weights import PACKAGE_PREFIX, suggestion
+
+RECIPE_FOLDER = "export"
+NO_DRAFT = "none"
+
+Text = Annotated[str, Field(min_length=1)]
+_OF_MATCHES = {"shortest_match", "longest_match"}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TargetSection(_Section):
+    """`[target]`: the model whose distribution the output must have."""
+
+    weights: Text
+    """A GGUF file, a Hugging Face folder or `package:DISTRIBUTION/path`; see `weights`."""
+    license: str | None = None
+    """SPDX expression of the weights; goes into the manifest."""
+
+
+class DraftSection(_Section):
+    """`[draft]`: what proposes. A network, by the method it was trained for, a lookup, or both."""
+
+    drafter: Text = "dspark"
+    """`none` for an engine that never drafts."""
+    weights: Text | None = None
+    """As for the target; a lookup has none."""
+    block_size: Annotated[int, Field(ge=1)] = 7
+    """γ of a lookup; a network brings its own."""
+    lookup: Text = "ngram"
+    """What proposes in a network's place where the row says again what it said; or `none`."""
+    shortest_match: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of the row that must have occurred before, for a lookup to propose what followed.
+
+    None: one, or two beside a network, which does better than a match of one.
+    """
+    longest_match: Annotated[int, Field(ge=1)] = 8
+    """Longer matches are preferred up to here."""
+
+    @model_validator(mode="after")
+    def _fits_the_drafter(self) -> Self:
+        given = self.model_fields_set - {"drafter"}
+        if self.drafter == NO_DRAFT:
+            wrong = given
+        elif self.drafter in LOOKUPS:
+            wrong = given & {"weights", "lookup"}
+        else:
+            wrong = given & {"block_size"}
+            if self.weights is None:
+                raise PydanticCustomError("draft", "weights is missing")
+            if self.lookup not in (*LOOKUPS, NO_DRAFT):
+                known = ", ".join([*LOOKUPS, NO_DRAFT])
+                message = f"lookup = {self.lookup!r} is not known; known: {known}"
+                raise PydanticCustomError("draft", "{text}", {"text": message})
+            if self.lookup == NO_DRAFT and given & _OF_MATCHES:
+                message = f"{min(given & _OF_MATCHES)} is for a lookup, and lookup is 'none'"
+                raise PydanticCustomError("draft", "{text}", {"text": message})
+        if wrong:
+            message = f"{sorted(wrong)[0]} is not for drafter {self.drafter!r}"
+            raise PydanticCustomError("draft", "{text}", {"text": message})
+        if self.matches[0] > self.matches[1]:
+            message = "shortest_match is above longest_match"
+            if self.shortest_match is None:
+                message = f"longest_match is below {self.matches[0]}, the shortest"
+            raise PydanticCustomError("draft", "{text}", {"text": message})
+        return self
+
+    @property
+    def lookup_drafter(self) -> str | None:
+        """The lookup that proposes, alone or beside a network; None where there is none."""
+        if self.drafter in LOOKUPS:
+            return self.drafter
+        return None if self.lookup == NO_DRAFT else self.lookup
+
+    @property
+    def matches(self) -> tuple[int, int]:
+        """Tokens of the shortest and the longest match."""
+        usual = 1 if self.drafter in LOOKUPS else 2
+        return usual if self.shortest_match is None else self.shortest_match, self.longest_match
+
+
+_FOR_TENSORRT = ("fp16", "bf16", "int8-weights", "int4-weights")
+# The first is the default.
+PRECISIONS_BY_RUNTIME = {
+    "onnxruntime": ("fp32", "int8"),
+    "tensorrt-rtx": _FOR_TENSORRT,
+    "tensorrt": _FOR_TENSORRT,
+}
+
+
+class EngineSection(_Section):
+    """`[engine]`: what is built and measured."""
+
+    runtime: Text = "onnxruntime"
+    precision: Text
+    """One of `PRECISIONS_BY_RUNTIME`; the first where none is given."""
+    gpu_archs: Annotated[tuple[int, ...], Field(strict=False)] = ()
+    """Compute capabilities times ten (89 is sm_89) that TensorRT builds for; empty: its choice."""
+    weight_streaming: bool = False
+    """Build plans whose weights may stay on the host where the GPU has no room for all of them."""
+    max_rows: Annotated[int, Field(ge=1)] = 32
+    """Concurrent rows that the cost table is measured for."""
+    max_tokens: Annotated[int, Field(ge=2)] = 2048
+    """Prompt and new tokens of one row."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_precision(cls, values: Any) -> Any:
+        runtime = values.get("runtime", "onnxruntime")
+        if not isinstance(runtime, str) or runtime not in PRECISIONS_BY_RUNTIME:
+            known = ", ".join(PRECISIONS_BY_RUNTIME)
+            message = f"runtime = {runtime!r} is not known; known: {known}"
+            raise PydanticCustomError("engine", "{text}", {"text": message})
+        return {"precision": PRECISIONS_BY_RUNTIME[runtime][0], **values}
+
+    @model_validator(mode="after")
+    def _fits_the_runtime(self) -> Self:
+        known = PRECISIONS_BY_RUNTIME[self.runtime]
+        message = None
+        if self.precision not in known:
+            listed = ", ".join(known)
+            message = (
+                f"precision {self.precision!r} is not for {self.runtime}; choose from {listed}"
+            )
+        elif self.gpu_archs and self.runtime == "onnxruntime":
+            message = "gpu_archs is not for onnxruntime, whose graphs are of no GPU"
+        elif self.weight_streaming and self.runtime == "onnxruntime":
+            message = "weight_streaming is not for onnxruntime"
+        if message:
+            raise PydanticCustomError("engine", "{text}", {"text": message})
+        return self
+
+
+class Recipe(_Section):
+    """One recipe file. A target without a draft of its own gets a lookup, which costs nothing."""
+
+    target: TargetSection
+    draft: DraftSection | None = DraftSection(drafter="ngram")
+    """None (in a file: drafter `none`): the engine decodes plainly."""
+    engine: EngineSection = EngineSection.model_validate({})
+    path: Path = Field(exclude=True)
+    """The file it was read from; no key of it."""
+
+    @field_validator("draft")
+    @classmethod
+    def _none_is_none(cls, draft: DraftSection | None) -> DraftSection | None:
+        return None if draft is None or draft.drafter == NO_DRAFT else draft
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, which is also its engine's: `model` for `export/model.toml`."""
+        return self.path.stem
+
+    def with_engine(
+        self, *, runtime: str | None, precision: str | None, gpu_archs: tuple[int, ...]
+    ) -> Recipe:
+        """With other settings of the engine, None or empty as they are.
+
+        Another runtime has precisions of its own, and its default where none is given.
+        """
+        values = self.engine.model_dump()
+        if runtime is not None and runtime != self.engine.runtime:
+            del values["precision"], values["gpu_archs"], values["weight_streaming"]
+        given = {"runtime": runtime, "precision": precision, "gpu_archs": gpu_archs or None}
+        values |= {name: value for name, value in given.items() if value is not None}
+        try:
+            engine = EngineSection.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(_problem(detail) for detail in error.errors())
+            raise UsageError(f"{self.path}: {problems}") from error
+        return self.model_copy(update={"engine": engine})
+
+    @property
+    def target_source(self) -> str:
+        """What to give to `open_weights`; `UsageError` where nothing is there."""
+        return self._source(self.target.weights, "target")
+
+    @property
+    def draft_source(self) -> str | None:
+        """What to give to `open_weights`, None without weights; `UsageError` as above."""
+        weights = self.draft.weights if self.draft else None
+        return None if weights is None else self._source(weights, "draft")
+
+    def _source(self, weights: str, section: str) -> str:
+        """A package source as it is, a path looked up from the workspace, then from the recipe."""
+        if weights.startswith(PACKAGE_PREFIX):
+            return weights
+        folder = self.path.resolve().parent
+        bases = [folder.parent, folder] if folder.name == RECIPE_FOLDER else [folder]
+        candidates = list(dict.fromkeys(base / Path(weights).expanduser() for base in bases))
+        for candidate in candidates:
+            if candidate.exists():
+                return str(candidate)
+        raise UsageError(
+            f"{self.path}: [{section}] weights are not there; looked for "
+            + " and ".join(str(candidate) for candidate in candidates)
+        )
+
+
+def load_recipe(path_or_name: str) -> Recipe:
+    """Read a recipe by path, or by name from `export/` in the current folder.
+
+    `UsageError` names the file and every wrong key, or the recipes there are.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.suffix != ".toml" and len(path.parts) == 1:
+        path = Path(RECIPE_FOLDER, f"{path_or_name}.toml")
+    if not path.is_file():
+        raise UsageError(_no_recipe(path))
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    problems = []
+    if "path" in table:
+        problems.append(_unknown_key(("path",)))
+        del table["path"]
+    try:
+        recipe = Recipe.model_validate({**table, "path": path})
+    except ValidationError as error:
+        problems += [_problem(detail) for detail in error.errors()]
+    if problems:
+        raise UsageError(f"{path}: " + "; ".join(problems))
+    return recipe
+
+
+def _no_recipe(path: Path) -> str:
+    there = sorted(file.stem for file in path.parent.glob("*.toml"))
+    if not there:
+        return f"no recipe {path}, and no other in {path.parent}/; run from the workspace folder"
+    listed = ", ".join(there)
+    return f"no recipe {path}{suggestion(path.stem, there)}; recipes in {path.parent}/: {listed}"
+
+
+def _problem(detail: Any) -> str:
+    location = tuple(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(location)
+    if detail["type"] in ("draft", "engine"):  # of no single key
+        return f"[{detail['type']}] {detail['msg']}"
+    where = f"[{location[0]}] " if len(location) > 1 else ""
+    if detail["type"] == "missing":
+        is_table = len(location) == 1
+        return f"[{location[0]}] is missing" if is_table else f"{where}{location[1]} is missing"
+    return f"{where}{location[-1]} = {detail['input']!r}: {detail['msg']}"
+
+
+def _unknown_key(location: tuple[str, ...]) -> str:
+    sections: dict[str, type[BaseModel]] = {
+        "target": TargetSection,
+        "draft": DraftSection,
+        "engine": EngineSection,
+    }
+    if len(location) == 1:
+        return f"unknown key {location[0]}{suggestion(location[0], sections)}"
+    section, key = location[0], location[-1]
+    return f"[{section}] unknown key {key}{suggestion(key, sections[section].model_fields)}"

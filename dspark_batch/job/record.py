@@ -1,0 +1,113 @@
+"""The run record: what was run, with what, on what, and what came of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from dspark_batch import __version__
+from dspark_batch.decode import Drafting, settled
+from dspark_batch.errors import StoppedEarly, StorageError
+from dspark_batch.job.definition import Job
+from dspark_batch.job.output import OutputFolder, now
+from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.summary import Summary
+
+_PACKAGES = ("numpy", "onnxruntime", "pyarrow", "tokenizers")
+
+
+class RecordedEngine(Drafting, Protocol):
+    """What a record says of an engine."""
+
+    @property
+    def name(self) -> str:
+        """That of its recipe."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """Facts that decide what text comes out."""
+
+
+class RunRecord:
+    """`run/record.json`: written when the run begins and when it ends, however it ends."""
+
+    def __init__(
+        self, output: OutputFolder, plan: JobPlan, engine: RecordedEngine, *, argv: Sequence[str]
+    ) -> None:
+        self.summary: Summary | None = None
+        """Set it before the end of a run that came to its end."""
+        self._output = output
+        self._values: dict[str, Any] = {
+            "state": "running",
+            "argv": list(argv),
+            "started_at": now(),
+            "finished_at": None,
+            "host": socket.gethostname(),
+            "platform": platform.platform(),
+            "versions": _versions(),
+            "engine": {
+                "folder": str(plan.job.engine),
+                "name": engine.name,
+                "block_size": engine.block_size,
+                "fingerprint": dict(engine.fingerprint),
+            },
+            "input": [
+                {
+                    "path": str(file.path),
+                    "size": file.size,
+                    "sha256": file.sha256,
+                    "num_rows": sum(file.row_groups),
+                }
+                for file in plan.files.files
+            ],
+            "job": plan.job.model_dump(mode="json"),
+            "schedule": _schedule(plan.job, engine),
+            "num_input_rows": plan.num_rows,
+            "num_planned_parts": len(plan.shards),
+            "error": None,
+            "summary": None,
+        }
+
+    def __enter__(self) -> Self:
+        self._output.write_record(self._values)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._values["finished_at"] = now()
+        if self.summary is not None:
+            stopped = isinstance(self.summary.failure, StoppedEarly)
+            self._values["state"] = "stopped" if stopped else "finished"
+            self._values["error"] = str(self.summary.failure) if self.summary.failure else None
+            self._values["summary"] = self.summary.to_json()
+            self._output.write_record(self._values)
+            return
+        self._values["state"] = "interrupted" if kind is KeyboardInterrupt else "failed"
+        self._values["error"] = f"{kind.__name__}: {error}" if kind else None
+        with suppress(StorageError):  # the error on its way says more than a full disk here
+            self._output.write_record(self._values)
+
+
+def _schedule(job: Job, engine: Drafting) -> dict[str, Any]:
+    """How the run drafts and verifies, whatever was left to defaults."""
+    spec, scheduler = settled(engine, job.spec, job.scheduler)
+    threshold = job.confidence_threshold if scheduler == "threshold" else None
+    return {"spec": spec, "scheduler": scheduler, "confidence_threshold": threshold}
+
+
+def _versions() -> dict[str, str]:
+    """Read from the installed packages' metadata: nothing is imported for it."""
+    versions = {"dspark_batch": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions

@@ -1,0 +1,64 @@
+"""How far an output folder is, read from its files; never locks, never waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dspark_batch.errors import UsageError
+from dspark_batch.job.output import OutputFolder
+from dspark_batch.job.summary import Counts, rows_line
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is in an output folder."""
+
+    folder: Path
+    state: str
+    """Of the last run: `running` (or killed), `finished`, `stopped`, `interrupted`, `failed`."""
+    num_parts: int
+    num_planned_parts: int
+    num_input_rows: int
+    counts: Counts
+    """Of the parts that are there."""
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object."""
+        return {
+            "output": str(self.folder / "data"),
+            "state": self.state,
+            "num_parts": self.num_parts,
+            "num_planned_parts": self.num_planned_parts,
+            "num_input_rows": self.num_input_rows,
+            **self.counts.to_json(),
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        return [
+            f"last run  {self.state}",
+            f"parts     {self.num_parts:,} of {self.num_planned_parts:,}",
+            f"rows      {self.counts.num_rows:,} of {self.num_input_rows:,}: "
+            f"{rows_line(self.counts)}",
+            f"output    {self.folder / 'data'}",
+        ]
+
+
+def read_status(folder: Path) -> Status:
+    """Read the record and the footers. Raises `UsageError` where no run has written."""
+    output = OutputFolder(folder)
+    record = output.read_record()
+    if record is None:
+        raise UsageError(f"{folder} is not the output of a run")
+    parts = output.parts()
+    counts = sum((part.counts for part in parts), start=Counts())
+    return Status(
+        folder,
+        record["state"],
+        len(parts),
+        record["num_planned_parts"],
+        record["num_input_rows"],
+        counts,
+    )

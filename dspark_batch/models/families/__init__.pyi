@@ -1,0 +1,1 @@
+from .table import decoder_spec as decoder_spec

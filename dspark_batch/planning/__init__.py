@@ -1,1 +1,0 @@
-"""Planning for hardware that is not here: recorded rounds replayed against a cost model."""

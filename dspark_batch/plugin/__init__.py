@@ -1,1 +1,0 @@
-"""The verification op: one contract, a body per runtime."""

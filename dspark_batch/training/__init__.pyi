@@ -1,0 +1,1 @@
+from .pipeline import train as train
