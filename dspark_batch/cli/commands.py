@@ -29,7 +29,7 @@ _DRAFTS_FOLDER = _EXPORT_FOLDER / "drafts"
 
 
 class _Commands(click.Group):
-    """Every error of ours becomes one line on stderr and its exit code; Ctrl-C becomes 130."""
+    """Prints an error of ours with its hint and exits with its code; Ctrl-C is 130."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Keep the arguments as they were typed."""
@@ -41,7 +41,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DSparkError as exc:
-            click.echo(f"error: {' '.join(str(exc).split())}", err=True)
+            click.echo(f"error: {exc}", err=True)
             ctx.exit(exc.exit_code)
         except KeyboardInterrupt:
             click.echo("interrupted; finished parts are kept", err=True)
