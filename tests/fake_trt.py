@@ -21,6 +21,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dspark_batch.engine.hardware import Gpu, Gpus
 from dspark_batch.engine.manifest import (
     FILE_NAME,
     EngineManifest,
@@ -31,10 +32,15 @@ from dspark_batch.engine.manifest import (
 )
 from dspark_batch.engine.runtimes.ort import open_session
 from dspark_batch.errors import EngineError
-from dspark_batch.models.plugin.onnx_body import PLUGIN_VERSION
+from dspark_batch.models.plugin.contract import PLUGIN_VERSION
 
 VERSION = "9.8.7"
 TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}
+
+
+def fake_gpus(arch: int) -> Gpus:
+    """A machine with one GPU."""
+    return Gpus((Gpu("Fake", "GPU-0", arch, 0, 0),), "580", "13.0")
 
 
 class HostDevice:

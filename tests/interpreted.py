@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from verify_calls import Call, Result
 
-from dspark_batch.models.plugin.launch import OPERANDS, PARAMETERS, SIZES, VerifyCall
-from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.models.plugin.contract import INPUT_NAMES, OPERANDS, OUTPUT_NAMES
+from dspark_batch.models.plugin.launch import PARAMETERS, SIZES, VerifyCall
 
 
 def prepare() -> None:
@@ -30,24 +30,11 @@ def interpret(call: Call, block: int = 16, tile: int | None = None) -> Result:
     """Run a call, `tile` rows a program. Default: the largest power of two that divides them."""
     num_rows, num_drafts = call.draft_tokens.shape
     _, block_size, draft_vocab_size = call.draft_logits.shape
-    results = [np.full(num_rows, -7, np.int64) for _ in OUTPUTS]
-    operands = [np.ascontiguousarray(call.feeds[name]) for name in INPUTS]
+    results = [np.full(num_rows, -7, np.int64) for _ in OUTPUT_NAMES]
+    operands = [np.ascontiguousarray(call.feeds[name]) for name in INPUT_NAMES]
     sizes = (*call.logits.shape, draft_vocab_size, num_drafts, block_size)
     _run([*operands, *results], sizes, block, tile or num_rows & -num_rows)
     return results[0], results[1]
-
-
-def interpret_as_quick_plugin(
-    call: Call, grid: int, sizes: Sequence[int], block: int = 16
-) -> Result:
-    """Run a call with parameters in the order of TensorRT: inputs, `sizes`, outputs.
-
-    `grid` is of programs for one row; here each takes as many as it can.
-    """
-    inputs = [np.ascontiguousarray(call.feeds[name]) for name in INPUTS]
-    outputs = [np.full(len(call.lengths), -7, np.int64) for _ in OUTPUTS]
-    _call(grid, [*inputs, *sizes, *outputs], block, tile=grid & -grid)
-    return outputs[0], outputs[1]
 
 
 class HostLauncher:
@@ -58,17 +45,16 @@ class HostLauncher:
 
     def __call__(self, call: VerifyCall, stream: int) -> None:
         rows, drafts, gamma = call.num_rows, call.num_drafts, call.block_size
-        shapes = {
-            "logits": (call.num_logits, call.vocab_size),
-            "logit_rows": (rows, drafts + 1),
-            "draft_tokens": (rows, drafts),
-            "draft_logits": (rows, gamma, call.draft_vocab_size),
-            "draft_vocab": (call.draft_vocab_size,),
-            "uniforms": (rows, gamma + 1),
+        sizes_of = {
+            "R": rows,
+            "N": call.num_logits,
+            "V": call.vocab_size,
+            "D": call.draft_vocab_size,
         }
+        sizes_of |= {"K": drafts, "K1": drafts + 1, "G": gamma, "G1": gamma + 1}
         arrays = [
-            _at(address, shapes.get(name, (rows,)), "f4" if kind == "*fp32" else "i8")
-            for (name, kind), address in zip(OPERANDS.items(), call.pointers, strict=True)
+            _at(address, tuple(sizes_of[size] for size in operand.shape), operand.dtype)
+            for operand, address in zip(OPERANDS.values(), call.pointers, strict=True)
         ]
         sizes = tuple(getattr(call, name) for name in SIZES)
         _run(arrays, sizes, block=16, tile=1)

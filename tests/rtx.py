@@ -20,8 +20,8 @@ from verify_calls import Call, Result
 from dspark_batch.engine.runtimes.plan_file import PlanFile
 from dspark_batch.errors import EngineError
 from dspark_batch.models.plugin import trt_body
-from dspark_batch.models.plugin.launch import OPERANDS, Kernel
-from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.models.plugin.contract import INPUT_NAMES, OPERANDS, OUTPUT_NAMES
+from dspark_batch.models.plugin.launch import Kernel
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -130,17 +130,19 @@ def enqueue(call: Call, stream: int) -> tuple[Result, list[int]]:
     creator = trt_body.register(trt, [kernel], make_launcher=lambda _: launcher)
     plugin = creator.create_plugin("", trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD)
     plugin = plugin.attach_to_context(None)
-    results = [np.full(len(call.lengths), -7, np.int64) for _ in OUTPUTS]
-    arrays = [*(np.ascontiguousarray(call.feeds[name]) for name in INPUTS), *results]
+    results = [np.full(len(call.lengths), -7, np.int64) for _ in OUTPUT_NAMES]
+    arrays = [*(np.ascontiguousarray(call.feeds[name]) for name in INPUT_NAMES), *results]
     tensors = []
     for name, array in zip(OPERANDS, arrays, strict=True):
         tensor = trt.PluginTensorDesc()
         tensor.dims = trt.Dims(array.shape)
-        tensor.type = trt.DataType.FLOAT if OPERANDS[name] == "*fp32" else trt.DataType.INT64
+        tensor.type = (
+            trt.DataType.FLOAT if OPERANDS[name].dtype == "float32" else trt.DataType.INT64
+        )
         tensor.format = trt.TensorFormat.LINEAR
         tensors.append(tensor)
     addresses = [array.ctypes.data for array in arrays]
-    n = len(INPUTS)
+    n = len(INPUT_NAMES)
     plugin.enqueue(tensors[:n], tensors[n:], addresses[:n], addresses[n:], 0, stream)
     return (results[0], results[1]), launcher.streams
 

@@ -183,13 +183,13 @@ class World:
             self.logit_rows(drafts),
             drafts,
             lengths,
+            np.full(num_rows, self.certain is not None),
             self.draft_logits[draft_rows],
             self.draft_vocab,
             np.full(num_rows, self.temperature),
             np.full(num_rows, self.top_k),
             np.full(num_rows, self.top_p),
             draws.astype(np.float32),
-            certain=self.certain is not None,
         )
 
 
@@ -353,6 +353,7 @@ def test_many_rows_emit_the_target_law(lengths: int | str) -> None:
         rows,
         tokens,
         planned,
+        np.zeros(num_rows, np.int64),
         draft_logits,
         draft_vocab,
         *filters,
@@ -383,10 +384,11 @@ def random_round(
     rng = np.random.default_rng(seed)
     num_logits = num_rows * (block_size + 1)
     return {
-        "target_logits": rng.normal(size=(num_logits, vocab_size)).astype(np.float32),
+        "logits": rng.normal(size=(num_logits, vocab_size)).astype(np.float32),
         "logit_rows": rng.permutation(num_logits).reshape(num_rows, block_size + 1),
         "draft_tokens": rng.integers(0, 3, size=(num_rows, block_size)),
         "lengths": rng.integers(0, block_size + 1, size=num_rows),
+        "certain": np.zeros(num_rows, np.int64),
         "draft_logits": rng.normal(size=(num_rows, block_size, 3)).astype(np.float32),
         "draft_vocab": np.array([2, 0, 1]),
         "temperature": rng.choice([0.0, 0.7, 1.0], size=num_rows),
@@ -403,7 +405,7 @@ def test_greedy_accepts_the_longest_matching_prefix_then_the_argmax() -> None:
     operands["uniforms"][:] = LARGEST_UNIFORM
     result = verify(**operands)
     for row in range(400):
-        best = operands["target_logits"][operands["logit_rows"][row]].argmax(axis=1)
+        best = operands["logits"][operands["logit_rows"][row]].argmax(axis=1)
         accepted = 0
         while (
             accepted < operands["lengths"][row]
@@ -423,10 +425,10 @@ def test_padding_never_matters() -> None:
     operands["draft_tokens"][beyond] = 10**6
     operands["draft_logits"][beyond] = np.nan
     operands["uniforms"][:, :4][beyond] = np.nan
-    used = np.zeros(len(operands["target_logits"]), dtype=bool)
+    used = np.zeros(len(operands["logits"]), dtype=bool)
     used[operands["logit_rows"][:, :1]] = True
     used[operands["logit_rows"][:, 1:][~beyond]] = True
-    operands["target_logits"][~used] = np.nan
+    operands["logits"][~used] = np.nan
     for padding_row in (int(np.flatnonzero(~used)[0]), -1, 10**9):
         operands["logit_rows"][:, 1:][beyond] = padding_row
         padded = verify(**operands)
@@ -437,7 +439,7 @@ def test_padding_never_matters() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     operands = random_round(2)
     together = verify(**operands)
-    shared = ("target_logits", "draft_vocab")
+    shared = ("logits", "draft_vocab")
     for row in range(0, 64, 5):
         alone = verify(**{k: v if k in shared else v[row : row + 1] for k, v in operands.items()})
         assert alone.num_accepted[0] == together.num_accepted[row]
@@ -450,11 +452,11 @@ def test_a_draft_equal_to_the_target_is_accepted_in_full_and_extended() -> None:
     operands["temperature"][:] = 0.7
     operands["top_k"][:], operands["top_p"][:] = 0, 1
     operands["draft_vocab"] = np.arange(3)
-    operands["draft_logits"] = operands["target_logits"][operands["logit_rows"][:, :4]]
+    operands["draft_logits"] = operands["logits"][operands["logit_rows"][:, :4]]
     result = verify(**operands)
     assert (result.num_accepted == 4).all()
     last = filtered_probs(
-        operands["target_logits"][operands["logit_rows"][:, 4]],
+        operands["logits"][operands["logit_rows"][:, 4]],
         operands["temperature"],
         operands["top_k"],
         operands["top_p"],
@@ -469,7 +471,7 @@ def test_a_token_that_the_filters_exclude_is_rejected_even_at_u_zero() -> None:
     operands["lengths"][:] = 1
     operands["uniforms"][:] = 0
     result = verify(**operands)
-    best = operands["target_logits"][operands["logit_rows"][:, 0]].argmax(axis=1)
+    best = operands["logits"][operands["logit_rows"][:, 0]].argmax(axis=1)
     matches = best == operands["draft_tokens"][:, 0]
     assert 0 < matches.sum() < 64
     np.testing.assert_array_equal(result.num_accepted, matches)
@@ -483,7 +485,7 @@ def test_a_non_finite_target_logit_marks_its_row_and_no_other(value: float) -> N
     marked = np.zeros(64, dtype=bool)
     for row in range(0, 64, 3):
         needed = row % 5
-        operands["target_logits"][operands["logit_rows"][row, needed], 1] = value
+        operands["logits"][operands["logit_rows"][row, needed], 1] = value
         marked[row] = needed <= operands["lengths"][row]
     assert marked.any()
     assert not marked[::3].all()
@@ -501,7 +503,7 @@ def test_non_finite_draft_logits_are_rejected_and_the_target_decides() -> None:
     operands["draft_logits"][:, 0, 1] = np.nan
     result = verify(**operands)
     target = filtered_probs(
-        operands["target_logits"][operands["logit_rows"][:, 0]],
+        operands["logits"][operands["logit_rows"][:, 0]],
         operands["temperature"],
         operands["top_k"],
         operands["top_p"],
@@ -520,7 +522,7 @@ def test_a_block_of_size_zero_is_plain_decoding() -> None:
     operands = random_round(9, block_size=0)
     result = verify(**operands)
     target = filtered_probs(
-        operands["target_logits"][operands["logit_rows"][:, 0]],
+        operands["logits"][operands["logit_rows"][:, 0]],
         operands["temperature"],
         operands["top_k"],
         operands["top_p"],

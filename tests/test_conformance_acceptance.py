@@ -69,10 +69,11 @@ def replay(recorded: dict[str, Array], *, temperature: float, bonus_uniform: flo
         np.arange(num_rounds * (BLOCK_SIZE + 1)).reshape(num_rounds, -1),
         recorded["draft_tokens"],
         recorded["proposal_len"],
+        np.zeros(num_rounds, np.int64),
         recorded["draft_logits"],
         np.arange(vocab_size),
         np.full(num_rounds, temperature),
-        np.zeros(num_rounds),
+        np.zeros(num_rounds, np.int64),
         np.ones(num_rounds),
         np.concatenate([acceptance, bonus], axis=1),
     )

@@ -412,10 +412,11 @@ class Sampled:
             np.arange(4 * num_rows).reshape(num_rows, 4),
             tokens,
             plan.lengths,
+            np.zeros(num_rows, np.int64),
             np.log(self.proposed[before[:, :3]]).astype(np.float32),
             np.arange(3),
             ones,
-            0 * ones,
+            np.zeros(num_rows, np.int64),
             ones,
             self._uniforms(sequences)[:, 3:],
         )

@@ -195,7 +195,7 @@ def test_costs_of_a_gpu_and_of_a_number_of_threads_are_kept_apart(
 @pytest.mark.parametrize(
     ("precision", "found", "words"),
     [
-        ("int8", ONE_GPU, "no kernels for precision 'int8' on the device cuda"),
+        ("int8", ONE_GPU, "no int8 kernels for cuda"),
         ("fp32", Gpus(problem="no NVIDIA driver"), "no GPU to run on: no NVIDIA driver"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_device_that_was_asked_for_is_never_replaced(
     with_gpu(monkeypatch, found=found)
     problem = ort.refusal(folder, manifest_of(folder, precision), CUDA)
     assert problem is not None
-    assert words in problem
+    assert words in str(problem)
 
 
 def test_onnxruntime_for_the_cpu_refuses_cuda(folder: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_broken_manifest_is_a_line(workspace: Path, text: str) -> None:
     ("change", "reason"),
     [
         ({"runtime": "abacus"}, "no runtime 'abacus'"),
-        ({"runtime": "tensorrt-rtx"}, "describes no plans"),
+        ({"runtime": "tensorrt-rtx"}, "describes no plan files"),
     ],
 )
 def test_an_engine_that_cannot_run_here_says_why(
@@ -201,7 +201,7 @@ def test_the_runtime_refuses_what_the_doctor_names(
     monkeypatch.setattr(ort.ort, "__version__", "1.20.1")
     problem = ort.refusal(folder, manifest)
     assert problem is not None
-    assert "pip install 'onnxruntime>=1.28'" in problem
+    assert "pip install 'onnxruntime>=1.28'" in str(problem)
     with pytest.raises(EngineError, match=r"1\.20\.1"):
         ort.open_pair(folder, manifest, 1)
 

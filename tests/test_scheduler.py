@@ -171,10 +171,11 @@ def first_tokens(rule: Rule) -> Array:
         np.tile([0, 1, 1], (num_rows, 1)),
         tokens,
         np.array(by_token)[tokens[:, 0]],
+        np.zeros(num_rows, np.int64),
         np.zeros((num_rows, 2, 2), dtype=np.float32),
         np.arange(2),
         np.ones(num_rows),
-        np.zeros(num_rows),
+        np.zeros(num_rows, np.int64),
         np.ones(num_rows),
         draws,
     )

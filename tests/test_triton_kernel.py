@@ -35,7 +35,7 @@ from dspark_batch.decode.algorithm import sampling
 from dspark_batch.errors import EngineError
 from dspark_batch.models.plugin import launch
 from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, VerifyCall, compile_kernels
-from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
+from dspark_batch.models.plugin.contract import INPUT_NAMES, OUTPUT_NAMES
 
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
@@ -243,8 +243,8 @@ def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) 
 def test_the_parameters_are_the_contract_s() -> None:
     from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
-    assert tuple(launch.OPERANDS) == INPUTS + OUTPUTS
-    assert (*INPUTS, *launch.SIZES, *OUTPUTS) == launch.PARAMETERS
+    assert tuple(launch.OPERANDS) == INPUT_NAMES + OUTPUT_NAMES
+    assert (*INPUT_NAMES, *launch.SIZES, *OUTPUT_NAMES) == launch.PARAMETERS
     assert dspark_verify.arg_names == [*launch.PARAMETERS, "ROWS", "BLOCK"]
     assert len(launch.PARAMETER_TYPES) == 13 + 5 + launch.HIDDEN_POINTERS
 
@@ -417,8 +417,8 @@ def run_on_gpu(call: Call) -> Result:
     )
     num_rows, num_drafts = call.draft_tokens.shape
     _, gamma, draft_vocab_size = call.draft_logits.shape
-    results = [np.full(num_rows, -7, np.int64) for _ in OUTPUTS]
-    arrays = [*(np.ascontiguousarray(call.feeds[name]) for name in INPUTS), *results]
+    results = [np.full(num_rows, -7, np.int64) for _ in OUTPUT_NAMES]
+    arrays = [*(np.ascontiguousarray(call.feeds[name]) for name in INPUT_NAMES), *results]
     addresses = [checked(driver.cuMemAlloc(max(array.nbytes, 1))) for array in arrays]
     for address, array in zip(addresses, arrays, strict=True):
         if array.nbytes:
@@ -427,7 +427,7 @@ def run_on_gpu(call: Call) -> Result:
     launcher = CudaLauncher(compile_kernels([10 * major + minor]))
     launcher(VerifyCall(tuple(map(int, addresses)), *sizes), stream=0)
     checked(driver.cuStreamSynchronize(0))
-    for address, result in zip(addresses[-len(OUTPUTS) :], results, strict=True):
+    for address, result in zip(addresses[-len(OUTPUT_NAMES) :], results, strict=True):
         checked(driver.cuMemcpyDtoH(result.ctypes.data, address, result.nbytes))
     for address in addresses:
         checked(driver.cuMemFree(address))

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from fake_trt import fake_gpus
 from pydantic import ValidationError
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
+from dspark_batch.engine.hardware import Gpus
 from dspark_batch.engine.manifest import PlansInfo, describe_file, read_manifest
 from dspark_batch.errors import EngineError
 from dspark_batch.export import pipeline, plans
@@ -283,7 +285,8 @@ def test_plans_whose_weights_may_stay_on_the_host(
 
 
 def archs(here: int | None, monkeypatch: pytest.MonkeyPatch, **values: Any) -> tuple[int, ...]:
-    monkeypatch.setattr(plans, "local_gpu_arch", lambda: here)
+    gpus = fake_gpus(here) if here else Gpus(problem="none")
+    monkeypatch.setattr(plans, "find_gpus", lambda: gpus)
     monkeypatch.setattr(plans, "_library_version", lambda *_: "11.4")
     found = plans_info(section(**values), block_size=4)
     assert found is not None

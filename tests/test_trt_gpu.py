@@ -22,7 +22,7 @@ from dspark_batch.decode.types import Prompt, SamplingParams
 from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.manifest import read_manifest
 from dspark_batch.engine.runtimes import trt
-from dspark_batch.engine.runtimes.device import CudaDevice, find_gpu
+from dspark_batch.engine.runtimes.device import CudaDevice, usable_gpus
 from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.export.pipeline import export
 from dspark_batch.models.families.table import decoder_spec
@@ -37,7 +37,7 @@ TIES = {"fp16": 2e-1, "bf16": 1.0}  # against the fp32 of ONNX Runtime
 
 def runtime() -> str:
     """What builds for the GPU that is there."""
-    arch = find_gpu().arch
+    arch = usable_gpus().gpus[0].arch
     for name, archs in (("tensorrt_rtx", RTX_ARCHS), ("tensorrt", (arch,))):
         if arch in archs and importlib.util.find_spec(name):
             return name.replace("_", "-")

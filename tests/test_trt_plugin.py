@@ -23,8 +23,8 @@ from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.graph.builder import GraphBuilder
 from dspark_batch.models.plugin import trt_body
+from dspark_batch.models.plugin.contract import INPUT_NAMES, OUTPUT_NAMES
 from dspark_batch.models.plugin.launch import Kernel, compile_kernels
-from dspark_batch.models.plugin.onnx_body import INPUTS, OUTPUTS
 from dspark_batch.models.weights import open_weights
 
 pytest.importorskip("tensorrt_rtx_libs")
@@ -55,7 +55,7 @@ def profile() -> tuple[rtx.Shapes, rtx.Shapes, rtx.Shapes]:
             "draft_vocab": (DRAFT_VOCAB,),
             "uniforms": (rows, GAMMA + 1),
         }
-        return {name: known.get(name, (rows,)) for name in INPUTS if name != "draft_vocab"}
+        return {name: known.get(name, (rows,)) for name in INPUT_NAMES if name != "draft_vocab"}
 
     return shapes(1, 0), shapes(4, GAMMA), shapes(8, GAMMA)
 
@@ -90,7 +90,7 @@ def test_the_parser_takes_the_plugin_and_the_engine_keeps_the_kernel(
         "get_fields_to_serialize",
     ):
         assert callback in built.callbacks, callback
-    for position in range(len(INPUTS) + len(OUTPUTS)):
+    for position in range(len(INPUT_NAMES) + len(OUTPUT_NAMES)):
         assert f"supports_format_combination {position} True" in built.callbacks
     assert "enqueue" not in built.callbacks
     assert built.plan is not None
@@ -143,7 +143,7 @@ def test_outputs_have_a_row_each(process: Executor) -> None:
             if dim.dim_param:
                 dim.dim_value = sizes[dim.dim_param]
     built = process.submit(rtx.build, bytes(fixed.SerializeToString()), KERNELS).result()
-    assert built.outputs == dict.fromkeys(OUTPUTS, ((3,), "INT64"))
+    assert built.outputs == dict.fromkeys(OUTPUT_NAMES, ((3,), "INT64"))
 
 
 def test_without_the_plugin_the_parser_expands_the_function() -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_trt import VERSION, HostDevice, fake_trt, write_plans
+from fake_trt import VERSION, HostDevice, fake_gpus, fake_trt, write_plans
 from test_triton_kernel import has_driver
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.engine.engine import open_engine
+from dspark_batch.engine.hardware import Gpus
 from dspark_batch.engine.manifest import EngineManifest, describe_file, read_manifest
 from dspark_batch.engine.runtimes import device, trt
-from dspark_batch.engine.runtimes.device import Gpu, find_gpu
 from dspark_batch.errors import EngineError
 
 LIBRARIES = ("tensorrt", "tensorrt_rtx")
@@ -36,7 +37,7 @@ def planned(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     write_plans(folder)
     host = HostDevice()
     module = fake_trt(host, folder, native_graphs=True)
-    monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 89, "13.0"))
+    monkeypatch.setattr(trt, "usable_gpus", lambda: fake_gpus(89))
     monkeypatch.setattr(trt, "CudaDevice", lambda: host)
     monkeypatch.setattr(trt.trt_body, "import_library", lambda _: module)
     assert trt.refusal(folder, read_manifest(folder)) is None
@@ -50,8 +51,8 @@ def refused(folder: Path, manifest: Any = None) -> str:
     assert problem is not None
     with pytest.raises(EngineError) as raised:
         trt.open_pair(folder, manifest, 4)
-    assert str(raised.value) == problem
-    return problem
+    assert str(raised.value) == str(problem)
+    return str(problem)
 
 
 def changed(folder: Path, **plans: Any) -> Any:
@@ -61,9 +62,9 @@ def changed(folder: Path, **plans: Any) -> Any:
 
 
 def test_another_gpu_is_refused(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 120, "13.0"))
+    monkeypatch.setattr(trt, "usable_gpus", lambda: fake_gpus(120))
     problem = refused(planned)
-    assert "built for sm_89, and Fake is sm_120" in problem
+    assert "built for sm_89, but Fake is sm_120" in problem
     assert (
         "dspark-batch export tiny --runtime tensorrt-rtx --precision fp32 --force --gpu-arch 120"
         in problem
@@ -72,7 +73,7 @@ def test_another_gpu_is_refused(planned: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_another_library_is_refused(planned: Path) -> None:
     problem = refused(planned, changed(planned, library_version="1.2.3"))
-    assert f"built by tensorrt_rtx 1.2.3, and {VERSION} is installed" in problem
+    assert f"built by tensorrt_rtx 1.2.3, but {VERSION} is installed" in problem
     assert 'pip install "tensorrt-rtx-cu13==1.2.3"' in problem
 
 
@@ -84,7 +85,7 @@ def test_another_plugin_is_refused(planned: Path) -> None:
 
 def test_an_engine_without_plans_is_refused(planned: Path) -> None:
     manifest = read_manifest(planned).model_copy(update={"plans": None})
-    assert "describes no plans" in refused(planned, manifest)
+    assert "describes no plan files" in refused(planned, manifest)
 
 
 @pytest.mark.parametrize("name", ["target.plan", "draft.plan"])
@@ -93,7 +94,7 @@ def test_a_missing_or_truncated_plan_is_refused(planned: Path, name: str) -> Non
     path.write_bytes(path.read_bytes()[:-5])
     assert f"{path} has " in refused(planned, manifest)
     path.unlink()
-    assert f"{path} is missing; build the engine again: dspark" in refused(planned, manifest)
+    assert f"{path} is missing\n\nhint: build the engine again: dspark" in refused(planned, manifest)
 
 
 def test_a_changed_plan_is_refused(planned: Path) -> None:
@@ -149,7 +150,7 @@ def test_a_machine_without_a_driver_is_named(exported: Path, tmp_path: Path, lib
     folder = tmp_path / "engine"
     shutil.copytree(exported, folder)
     write_plans(folder, library=library)
-    with pytest.raises(EngineError, match=r"no NVIDIA driver.*nvidia-smi.*dspark-batch export"):
+    with pytest.raises(EngineError, match=r"(?s)no NVIDIA driver.*nvidia-smi.*dspark-batch export"):
         open_engine(folder)
     with pytest.raises(EngineError, match=r"no NVIDIA driver"):
         trt.hardware_key(read_manifest(folder))
@@ -157,58 +158,34 @@ def test_a_machine_without_a_driver_is_named(exported: Path, tmp_path: Path, lib
 
 def test_a_missing_library_is_named(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 89, "13.0"))
+    monkeypatch.setattr(trt, "usable_gpus", lambda: fake_gpus(89))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     manifest = changed(planned, library="tensorrt")
-    assert '; try: pip install "dspark-batch[tensorrt]"' in refused(planned, manifest)
+    assert 'pip install "dspark-batch[tensorrt]"' in refused(planned, manifest)
 
 
 def test_the_key_of_measured_costs_names_the_gpu(planned: Path) -> None:
     assert trt.hardware_key(read_manifest(planned)) == "Fake, sm_89, CUDA 13.0"
 
 
-class Cudart:
-    """`cuda.bindings.runtime` on a machine of another kind."""
-
-    def __init__(self, real: Any, *, driver: int, status: int = 0, count: int = 1) -> None:
-        self.cudaError_t, self.cudaGetErrorString = real.cudaError_t, real.cudaGetErrorString
-        self._properties = real.cudaDeviceProp()
-        self._driver, self._status, self._count = driver, status, count
-
-    def cudaDriverGetVersion(self) -> tuple[int, int]:
-        return 0, self._driver
-
-    def cudaGetDeviceCount(self) -> tuple[int, int]:
-        return self._status, self._count
-
-    def cudaGetDeviceProperties(self, device: int) -> tuple[int, Any]:
-        assert device == 0
-        return 0, self._properties
-
-
 @pytest.mark.parametrize(
-    ("machine", "problem"),
+    ("found", "problem"),
     [
-        ({"driver": 0}, "no NVIDIA driver on this machine"),
-        ({"driver": 12040, "status": 35}, "driver is for CUDA 12.4, and this program needs"),
-        ({"driver": 13000, "status": 100}, "the NVIDIA driver shows no GPU"),
-        ({"driver": 13000, "count": 0}, "the NVIDIA driver shows no GPU"),
-        ({"driver": 13000, "status": 999}, "the GPU does not answer: unknown error"),
+        (Gpus(problem="no NVIDIA driver (libnvidia-ml)"), "no NVIDIA driver"),
+        (replace(fake_gpus(89), gpus=(), problem="the driver shows none"), "the driver shows none"),
+        (replace(fake_gpus(89), cuda="12.4"), "driver is for CUDA 12.4, and TensorRT needs"),
     ],
 )
-def test_a_machine_without_a_usable_gpu_is_named(machine: Any, problem: str) -> None:
-    cudart = pytest.importorskip("cuda.bindings.runtime")
-    with pytest.raises(EngineError, match=rf"{problem}.*nvidia-smi"):
-        find_gpu(Cudart(cudart, **machine))
-
-
-def test_a_gpu_is_described() -> None:
-    cudart = Cudart(pytest.importorskip("cuda.bindings.runtime"), driver=13010)
-    assert find_gpu(cudart) == Gpu("", 0, "13.1")
+def test_a_machine_without_a_usable_gpu_is_named(
+    found: Gpus, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "find_gpus", lambda: found)
+    with pytest.raises(EngineError, match=problem) as raised:
+        device.usable_gpus()
+    assert "nvidia-smi" in str(raised.value.hint)
 
 
 def test_missing_bindings_are_named(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trt, "find_gpu", device.find_gpu)
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     problem = refused(planned)
-    assert "cuda-bindings is not installed; try: pip install" in problem
+    assert "cuda-bindings is not installed\n\nhint: pip install" in problem

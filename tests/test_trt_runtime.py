@@ -18,7 +18,7 @@ import onnx
 import pytest
 import tiny
 from agreeing import write_agreeing_pair
-from fake_trt import HostDevice, fake_trt, write_plans
+from fake_trt import HostDevice, fake_gpus, fake_trt, write_plans
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.decode.loop import DecodeStats, decode
@@ -28,7 +28,6 @@ from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.manifest import describe_file, read_manifest
 from dspark_batch.engine.runtimes import trt, trt_runtime
 from dspark_batch.engine.runtimes.buffers import host_type
-from dspark_batch.engine.runtimes.device import Gpu
 from dspark_batch.engine.runtimes.steps import rounded
 from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.errors import EngineError
@@ -57,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         found.module.__dict__["Runtime"].device = found.device
         return found.device
 
-    monkeypatch.setattr(trt, "find_gpu", lambda: Gpu("Fake", 89, "13.0"))
+    monkeypatch.setattr(trt, "usable_gpus", lambda: fake_gpus(89))
     monkeypatch.setattr(trt, "CudaDevice", device)
     return found
 

@@ -28,7 +28,7 @@ from verify_calls import (
 
 from dspark_batch.decode.algorithm import sampling
 from dspark_batch.models.graph.builder import OPSET
-from dspark_batch.models.plugin import onnx_body
+from dspark_batch.models.plugin import contract
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_row_does_not_depend_on_its_company(body: Body) -> None:
     together = body(call)
     for r in range(40):
         one = slice(r, r + 1)
-        own = {name: getattr(call, name)[one] for name in onnx_body.INPUTS}
+        own = {name: getattr(call, name)[one] for name in contract.INPUT_NAMES}
         own |= {"logits": call.logits, "draft_vocab": call.draft_vocab}
         alone = body(Call(**own))
         assert (alone[0][0], alone[1][0]) == (together[0][r], together[1][r])
@@ -178,15 +178,15 @@ def test_graphs_pass_the_checker_and_use_standard_ops_only(tmp_path: Path) -> No
         assert {(o.domain, o.version) for o in model.opset_import} == {("", OPSET), ("dspark", 1)}
         assert {node.domain for node in model.graph.node} == {"", "dspark"}
         assert {(f.domain, f.name) for f in model.functions} == {
-            ("dspark", "Draw" if name == "draft.onnx" else onnx_body.OP_TYPE)
+            ("dspark", "Draw" if name == "draft.onnx" else contract.OP_TYPE)
         }
         for function in model.functions:
             assert {node.domain for node in function.node} == {""}
     model = onnx.load(folder / "target.onnx", load_external_data=False)
-    nodes = [node for node in model.graph.node if node.op_type == onnx_body.OP_TYPE]
+    nodes = [node for node in model.graph.node if node.op_type == contract.OP_TYPE]
     assert len(nodes) == 1
     attributes = {a.name: helper.get_attribute_value(a) for a in nodes[0].attribute}
     assert attributes == {"plugin_namespace": b"dspark", "plugin_version": b"1"}
-    assert len(nodes[0].input) == len(onnx_body.INPUTS)
+    assert len(nodes[0].input) == len(contract.INPUT_NAMES)
     vocab = next(i for i in model.graph.initializer if i.name == "draft_vocab")
     assert list(vocab.dims) == [VOCAB]

@@ -1,6 +1,6 @@
 """Calls of the verification op, its specification's answer, and what rounding may change of it.
 
-Every body of the op is compared with `algorithm.acceptance.verify` on these, decision by decision.
+Every body of the op is compared with `specification.verify` on these, decision by decision.
 Greedy decisions must be equal. A sampled decision may differ only where its uniform lies on a
 boundary of float32: `on_boundary` recomputes the row in float64 and proves it.
 """
@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import helper
 
 from dspark_batch.decode.algorithm import sampling
 from dspark_batch.models.graph.builder import IR_VERSION, OPSET
-from dspark_batch.models.plugin import onnx_body
-from dspark_batch.models.plugin import specification as acceptance
+from dspark_batch.models.plugin import contract, onnx_body, specification
 
 BOUNDARY = 1e-4  # distance of a uniform from an acceptance or CDF boundary
 MASS_ROUNDING = 2e-6  # what float32 does to a residual; more of it, the less mass is left
@@ -47,59 +46,37 @@ class Call:
 
     @property
     def feeds(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in onnx_body.INPUTS}
+        return {name: getattr(self, name) for name in contract.INPUT_NAMES}
 
     def specified(self) -> Result:
-        num_drafts = self.draft_tokens.shape[1]
-        found = acceptance.verify(
-            self.logits,
-            self.logit_rows,
-            self.draft_tokens,
-            self.lengths,
-            self.draft_logits[:, :num_drafts],
-            self.draft_vocab,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            np.concatenate([self.uniforms[:, :num_drafts], self.uniforms[:, -1:]], axis=1),
-            certain=self.certain,
-        )
+        found = specification.verify(**self.feeds)
         return found.num_accepted, found.bonus
 
 
 def one_node_model(*, vocab: int | str = "V", draft_vocab: int | str = "D") -> onnx.ModelProto:
     """A graph of nothing but the op, with its function body and plugin attributes."""
-    integer = {"logit_rows", "draft_tokens", "lengths", "certain", "draft_vocab", "top_k"}
-    shapes: dict[str, list[int | str]] = {
-        "logits": ["N", vocab],
-        "logit_rows": ["R", "K1"],
-        "draft_tokens": ["R", "K"],
-        "draft_logits": ["R", "G", draft_vocab],
-        "draft_vocab": [draft_vocab],
-        "uniforms": ["R", "G1"],
-    }
-    inputs = [
-        helper.make_tensor_value_info(
-            name,
-            TensorProto.INT64 if name in integer else TensorProto.FLOAT,
-            shapes.get(name, ["R"]),
-        )
-        for name in onnx_body.INPUTS
-    ]
-    outputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, ["R"]) for name in onnx_body.OUTPUTS
-    ]
+    sizes: dict[str, int | str] = {"V": vocab, "D": draft_vocab}
+    inputs, outputs = (
+        [
+            helper.make_tensor_value_info(
+                operand.name,
+                helper.np_dtype_to_tensor_dtype(np.dtype(operand.dtype)),
+                [sizes.get(size, size) for size in operand.shape],
+            )
+            for operand in operands
+        ]
+        for operands in (contract.INPUTS, contract.OUTPUTS)
+    )
     node = helper.make_node(
-        onnx_body.OP_TYPE,
-        onnx_body.INPUTS,
-        onnx_body.OUTPUTS,
-        domain=onnx_body.DOMAIN,
-        plugin_namespace=onnx_body.DOMAIN,
-        plugin_version=onnx_body.PLUGIN_VERSION,
+        contract.OP_TYPE,
+        contract.INPUT_NAMES,
+        contract.OUTPUT_NAMES,
+        domain=contract.DOMAIN,
+        **contract.ATTRIBUTES,
     )
     return helper.make_model(
         helper.make_graph([node], "verify", inputs, outputs),
-        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(onnx_body.DOMAIN, 1)],
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(contract.DOMAIN, 1)],
         functions=[onnx_body.verify_function()],
         ir_version=IR_VERSION,
     )

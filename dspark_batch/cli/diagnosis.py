@@ -171,7 +171,8 @@ def _look_at(folder: Path, *, verify: bool) -> EngineReport:
     on_gpu = measured = None
     try:
         module = runtime_module(manifest.runtime)
-        refusal = module.refusal(folder, manifest)
+        found = module.refusal(folder, manifest)
+        refusal = None if found is None else "; ".join(filter(None, (found.message, found.hint)))
         if refusal is None:
             on_gpu = module.uses_gpu(manifest)
             if manifest.draft is not None:

@@ -12,17 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from dspark_batch.engine import PlansInfo, ProfileInfo
+from dspark_batch.engine import find_gpus, PlansInfo, ProfileInfo
 from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS
 from dspark_batch.errors import EngineError
 from dspark_batch.export.recipe import EngineSection
 from dspark_batch.models.plugin import (
-    PLUGIN_VERSION,
+    contract,
     Bounds,
     PlanReport,
     PlanRequest,
     build_plan,
-    local_gpu_arch,
 )
 
 Progress = Callable[[str], None]
@@ -67,7 +66,7 @@ def plans_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
                 tokens=(1, prompt_tokens, prompt_tokens),
             ),
         },
-        plugin_version=PLUGIN_VERSION,
+        plugin_version=contract.PLUGIN_VERSION,
         weight_streaming=engine.weight_streaming,
     )
 
@@ -88,7 +87,8 @@ def _library_version(library: Library, runtime: str) -> str:
 
 
 def _gpu_archs(engine: EngineSection) -> tuple[int, ...]:
-    here, wanted = local_gpu_arch(), engine.gpu_archs
+    gpus, wanted = find_gpus().gpus, engine.gpu_archs
+    here = gpus[0].arch if gpus else None
     if engine.runtime == "tensorrt":
         if here is None:
             raise EngineError(
@@ -163,7 +163,7 @@ def build_plans(
 
 
 def _target_sizes(profile: ProfileInfo, block_size: int) -> Mapping[str, Bounds]:
-    """Sizes by the names of `models/decoder.py` and `plugin/onnx_body.py`."""
+    """Sizes by the names of `models/decoder.py` and `plugin/contract.py`."""
     gamma, rows = max(block_size, 1), profile.rows
     # A row has logits of its last tokens only: of a prompt's chunk of the last one.
     logits = min(profile.tokens, (1, rows[1] * (gamma + 1), rows[2] * (gamma + 1)), key=max)

@@ -11,7 +11,7 @@ Inputs, for R rows with T tokens in all, S the most tokens of one row, C the cac
                                   kv and d may differ by i, which counts the layers with keys and
                                   values of their own
 
-and those of `plugin.onnx_body` (N rows of logits). A cell of padding writes keys beyond its row's
+and those of `plugin.contract` (N rows of logits). A cell of padding writes keys beyond its row's
 length, where they are masked and later overwritten, so C >= max(starts) + S must hold. Outputs:
 
     num_accepted, bonus  int64 [R]
@@ -55,11 +55,12 @@ from dspark_batch.models.graph import (
     tokens_from_rows,
     unfold_queries,
 )
-from dspark_batch.models.plugin import onnx_body
+from dspark_batch.models.plugin import contract, onnx_body
 from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
 
 Tensor = Callable[[str], NDArray[Any]]
+_TYPES = {"float32": FLOAT, "int64": INT64}
 
 
 def stream_name(layer: int) -> str:
@@ -358,26 +359,19 @@ class DecoderGraph:
         b.function(onnx_body.verify_function())
         if draft_vocab is None:  # nothing is drawn from a draft: one token stands for none
             draft_vocab = np.zeros(1, np.int64)
-        inputs = [
-            self._logits,
-            b.input("logit_rows", INT64, ["R", "K1"]),
-            b.input("draft_tokens", INT64, ["R", "K"]),
-            b.input("lengths", INT64, ["R"]),
-            b.input("certain", INT64, ["R"]),
-            b.input("draft_logits", FLOAT, ["R", "G", len(draft_vocab)]),
-            b.weight("draft_vocab", draft_vocab.astype(np.int64)),
-            b.input("temperature", FLOAT, ["R"]),
-            b.input("top_k", INT64, ["R"]),
-            b.input("top_p", FLOAT, ["R"]),
-            b.input("uniforms", FLOAT, ["R", "G1"]),
-        ]
-        num_accepted, bonus = b.ops(
-            onnx_body.OP_TYPE,
-            *inputs,
-            outputs=2,
-            domain=onnx_body.DOMAIN,
-            plugin_namespace=onnx_body.DOMAIN,
-            plugin_version=onnx_body.PLUGIN_VERSION,
+        sizes = {"D": len(draft_vocab)}
+        of_graph = {"logits": self._logits, "draft_vocab": "draft_vocab"}
+        b.weight("draft_vocab", draft_vocab.astype(np.int64))
+        for name in contract.FED:
+            operand = contract.OPERANDS[name]
+            shape = [sizes.get(size, size) for size in operand.shape]
+            b.input(name, _TYPES[operand.dtype], shape)
+        results = b.ops(
+            contract.OP_TYPE,
+            *(of_graph.get(name, name) for name in contract.INPUT_NAMES),
+            outputs=len(contract.OUTPUTS),
+            domain=contract.DOMAIN,
+            **contract.ATTRIBUTES,
         )
-        b.output(num_accepted, "num_accepted", INT64, ["R"])
-        b.output(bonus, "bonus", INT64, ["R"])
+        for result, operand in zip(results, contract.OUTPUTS, strict=True):
+            b.output(result, operand.name, _TYPES[operand.dtype], operand.shape)

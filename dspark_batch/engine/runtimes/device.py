@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.engine import Gpus, find_gpus
 from dspark_batch.errors import EngineError
 
 Bytes = NDArray[np.uint8]
-_PIP = 'try: pip install "dspark-batch[tensorrt-rtx]"'
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What engines depend on: the name, the architecture times ten, CUDA of the driver."""
-
-    name: str
-    arch: int
-    driver_cuda: str
+_LEAST_CUDA = 13
 
 
 class Device(Protocol):
@@ -192,43 +183,30 @@ def import_cudart() -> Any:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise EngineError(f"cuda-bindings is not installed; {_PIP}") from error
+        raise EngineError(
+            "cuda-bindings is not installed", hint='pip install "dspark-batch[tensorrt-rtx]"'
+        ) from error
     return runtime
 
 
-def find_gpu(cudart: Any = None) -> Gpu:
-    """The first visible GPU.
+def usable_gpus() -> Gpus:
+    """The GPUs that a program started here sees: at least one, with a driver that is new enough.
 
     Raises:
-        EngineError: cuda-bindings, the driver or a GPU is missing, or the driver is too old.
+        EngineError: there is none, or its driver is too old.
     """
-    cudart = cudart or import_cudart()
-    version = int(cudart.cudaDriverGetVersion()[1] or 0)
-    driver_cuda = f"{version // 1000}.{version % 1000 // 10}"
-    if version == 0:
+    found = find_gpus()
+    if not found.gpus:
         raise EngineError(
-            "no NVIDIA driver on this machine; engines for TensorRT are built without one, but run "
-            "only where nvidia-smi shows a GPU; for an engine that runs here: dspark-batch export "
-            "model --runtime onnxruntime"
+            f"no GPU to run TensorRT engines on: {found.problem}",
+            hint="look with nvidia-smi, or build an engine for the CPU: dspark-batch export model",
         )
-    status, count = cudart.cudaGetDeviceCount()
-    names = cudart.cudaError_t
-    if int(status) == int(names.cudaErrorInsufficientDriver):
+    if int((found.cuda or "0").split(".")[0]) < _LEAST_CUDA:
         raise EngineError(
-            f"the NVIDIA driver is for CUDA {driver_cuda}, and this program needs CUDA 13; install "
-            "driver 580 or newer and look at it with: nvidia-smi"
+            f"the NVIDIA driver is for CUDA {found.cuda}, and TensorRT needs CUDA {_LEAST_CUDA}",
+            hint="install driver 580 or newer, and look with nvidia-smi",
         )
-    if int(status) == int(names.cudaErrorNoDevice) or (int(status) == 0 and not count):
-        raise EngineError(
-            "the NVIDIA driver shows no GPU; look with: nvidia-smi, and at CUDA_VISIBLE_DEVICES"
-        )
-    if int(status) == 0:
-        status, found = cudart.cudaGetDeviceProperties(0)
-    if int(status) != 0:
-        problem = _described(cudart, status)
-        raise EngineError(f"the GPU does not answer: {problem}; look with: nvidia-smi")
-    name = found.name.decode() if isinstance(found.name, bytes) else str(found.name)
-    return Gpu(name, 10 * found.major + found.minor, driver_cuda)
+    return found
 
 
 def _described(cudart: Any, status: Any) -> str:

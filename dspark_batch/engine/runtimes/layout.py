@@ -13,15 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.engine.runtimes.session import Draws, Ints, Span
+from dspark_batch.models.plugin import contract
 
-ROW_INPUTS = ("temperature", "top_k", "top_p", "uniforms")
 TARGET_INPUTS = (
-    *("tokens", "starts", "token_index", "cell_index", "logit_tokens", "logit_rows"),
-    *("draft_tokens", "lengths", "certain", "draft_logits", *ROW_INPUTS),
+    *("tokens", "starts", "token_index", "cell_index", "logit_tokens"),
+    *contract.FED,
 )
 DRAFT_INPUTS = (
     *("context", "context_tokens", "context_index", "context_starts"),
-    *("anchors", "anchor_positions", *ROW_INPUTS),
+    *("anchors", "anchor_positions"),
+    *contract.SAMPLING,
 )
 
 Feeds = dict[str, NDArray[Any]]
@@ -57,12 +58,7 @@ def target_feeds(spans: Sequence[Span], lengths: Ints, draws: Draws) -> Feeds:
 
 def row_feeds(draws: Draws) -> Feeds:
     """The inputs that say how a row samples."""
-    return {
-        "temperature": draws.temperature,
-        "top_k": draws.top_k,
-        "top_p": draws.top_p,
-        "uniforms": draws.uniforms,
-    }
+    return {name: getattr(draws, name) for name in contract.SAMPLING}
 
 
 def idle_draws(num_rows: int, num_uniforms: int) -> Draws:

@@ -62,14 +62,10 @@ _MAX_PENDING = 16384  # context tokens kept before the draft takes them in
 def open_pair(
     folder: Path, manifest: EngineManifest, max_rows: int, placement: Placement = ANYWHERE
 ) -> OrtRuntime:
-    """Open the graphs of an engine folder for `max_rows` concurrent rows.
-
-    Raises:
-        EngineError: they cannot run here; see `refusal`.
-    """
+    """See `RuntimeModule`."""
     problem = refusal(folder, manifest, placement)
     if problem is not None:
-        raise EngineError(problem)
+        raise problem
     device = chosen_device(manifest.precision, placement.device)
     return OrtRuntime(
         folder, manifest, max_rows, threads=placement.threads, memory=memory_of(device)

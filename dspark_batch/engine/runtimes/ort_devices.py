@@ -22,31 +22,33 @@ that an export writes: it decodes with the graphs of TensorRT's precisions to ca
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def refusal(folder: Path, manifest: EngineManifest, placement: Placement = ANYWHERE) -> str | None:
-    """Why the graphs of this engine cannot run here, with what mends it; None if they do."""
+def refusal(
+    folder: Path, manifest: EngineManifest, placement: Placement = ANYWHERE
+) -> EngineError | None:
+    """See `RuntimeModule`."""
     version = tuple(int(word) for word in ort.__version__.split(".")[:2] if word.isdigit())
     if version < _OLDEST:
-        return (
-            f"{folder}: ONNX Runtime {ort.__version__} does not know all operators of the graphs; "
-            f"install a newer one: pip install 'onnxruntime>={_OLDEST[0]}.{_OLDEST[1]}'"
+        return EngineError(
+            f"{folder}: ONNX Runtime {ort.__version__} does not know all operators of the graphs",
+            hint=f"pip install 'onnxruntime>={_OLDEST[0]}.{_OLDEST[1]}'",
         )
     device = chosen_device(manifest.precision, placement.device)
     if device == "cpu":
         return None
     if manifest.precision not in _CUDA_PRECISIONS:
-        return (
-            f"{folder}: ONNX Runtime has no kernels for precision {manifest.precision!r} on the "
-            f"device {device}; run it with --device cpu, or set [engine] precision to "
-            f"{' or '.join(_CUDA_PRECISIONS)} and build it again: "
-            f"dspark-batch export {manifest.name} --force"
+        return EngineError(
+            f"{folder}: ONNX Runtime has no {manifest.precision} kernels for {device}",
+            hint=f"run with --device cpu, or set precision = "
+            f'"{_CUDA_PRECISIONS[0]}" in the [engine] table of the recipe and build it again: '
+            f"dspark-batch export {manifest.name} --force",
         )
     if _PROVIDERS[device] not in providers():
-        return (
-            f"{folder}: the installed ONNX Runtime is for the CPU; install the other one: "
-            "pip uninstall -y onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        return EngineError(
+            f"{folder}: the installed ONNX Runtime is the one for CPUs",
+            hint="pip uninstall -y onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'",
         )
     problem = find_gpus().problem
-    return None if problem is None else f"{folder}: no GPU to run on: {problem}"
+    return None if problem is None else EngineError(f"{folder}: no GPU to run on: {problem}")
 
 
 def chosen_device(precision: str, wanted: str = "auto") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +13,15 @@ from dspark_batch.engine.runtimes.layout import DRAFT_INPUTS, TARGET_INPUTS, Fee
 from dspark_batch.engine.runtimes.plan_file import PlanFile
 from dspark_batch.engine.runtimes.session import Floats
 from dspark_batch.errors import EngineError
+from dspark_batch.models.plugin import contract
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A graph as this program feeds it: its inputs and outputs, the caches aside.
 
-    Sizes have letters. R rows, S tokens of a row, T of all rows, N with logits, K drafts of a row,
-    L = K + 1, U uniforms of a row; for the draft P context tokens of a row, N of all rows.
+    Sizes have names. R rows, S tokens of a row, T of all rows, and those of the verification op's
+    contract; for the draft P context tokens of a row, N of all rows.
     """
 
     name: str
@@ -28,11 +29,15 @@ class Graph:
     outputs: tuple[str, ...]
     sizes: dict[str, tuple[str, int]]
     """The input that shows a size, and the axis."""
-    shapes: dict[str, str]
+    shapes: dict[str, tuple[str, ...]]
     """Of the inputs that the host sends with every step."""
 
 
-_ROW_SHAPES = {"temperature": "R", "top_k": "R", "top_p": "R", "uniforms": "RU"}
+def _shapes(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Of operands of the verification op."""
+    return {name: contract.OPERANDS[name].shape for name in names}
+
+
 TARGET = Graph(
     name="target",
     inputs=TARGET_INPUTS,
@@ -45,16 +50,12 @@ TARGET = Graph(
         "K": ("draft_tokens", 1),
     },
     shapes={
-        "tokens": "T",
-        "starts": "R",
-        "token_index": "RS",
-        "cell_index": "T",
-        "logit_tokens": "N",
-        "logit_rows": "RL",
-        "draft_tokens": "RK",
-        "lengths": "R",
-        "certain": "R",
-        **_ROW_SHAPES,
+        "tokens": ("T",),
+        "starts": ("R",),
+        "token_index": ("R", "S"),
+        "cell_index": ("T",),
+        "logit_tokens": ("N",),
+        **_shapes(name for name in contract.FED if name != "draft_logits"),
     },
 )
 DRAFT = Graph(
@@ -63,12 +64,12 @@ DRAFT = Graph(
     outputs=("draft_tokens", "confidence", "draft_logits"),
     sizes={"R": ("anchors", 0), "P": ("context_index", 1), "N": ("context_tokens", 0)},
     shapes={
-        "context_tokens": "N",
-        "context_index": "RP",
-        "context_starts": "R",
-        "anchors": "R",
-        "anchor_positions": "R",
-        **_ROW_SHAPES,
+        "context_tokens": ("N",),
+        "context_index": ("R", "P"),
+        "context_starts": ("R",),
+        "anchors": ("R",),
+        "anchor_positions": ("R",),
+        **_shapes(contract.SAMPLING),
     },
 )
 
@@ -129,7 +130,9 @@ class Model:
                     letter: max(min(padded[letter], bounds[letter][1]), bounds[letter][0])
                     for letter in wanted
                 }
-                sizes["U"] = self.num_uniforms
+                sizes["G1"] = self.num_uniforms
+                if "K" in sizes:
+                    sizes["K1"] = sizes["K"] + 1
                 return Step(profile, first, sizes)
         return None
 
@@ -140,9 +143,9 @@ def pad(feeds: Feeds, graph: Graph, sizes: dict[str, int]) -> Feeds:
     A row's last index is repeated for its padding, so that it gets no values of another row's.
     """
     found: Feeds = {}
-    for name, letters in graph.shapes.items():
+    for name, dimensions in graph.shapes.items():
         array = feeds[name]
-        shape = tuple(sizes[letter] for letter in letters)
+        shape = tuple(sizes[size] for size in dimensions)
         wide = np.full(shape, 1.0 if name == "top_p" else 0, array.dtype)
         wide[tuple(map(slice, array.shape))] = array
         if name in ("token_index", "logit_rows", "context_index"):

@@ -1,4 +1,4 @@
-"""The door to TensorRT: opens the plans of an engine folder, or says why they cannot run here."""
+"""TensorRT and TensorRT-RTX as a runtime (`table.RuntimeModule`)."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from dspark_batch.engine import EngineManifest, PlansInfo
-from dspark_batch.engine.runtimes.device import CudaDevice, find_gpu
+from dspark_batch.engine.runtimes.device import CudaDevice, import_cudart, usable_gpus
 from dspark_batch.engine.runtimes.session import ANYWHERE, Placement
 from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.errors import EngineError
-from dspark_batch.models.plugin import PLUGIN_VERSION, trt_body
+from dspark_batch.models.plugin import contract, trt_body
 
 
 def open_pair(
     folder: Path, manifest: EngineManifest, max_rows: int, placement: Placement = ANYWHERE
 ) -> TrtRuntime:
-    """Open the plans of an engine folder for `max_rows` concurrent rows.
-
-    Raises:
-        EngineError: they cannot run here; see `refusal`.
-    """
+    """See `RuntimeModule`."""
     problem = refusal(folder, manifest, placement)
     if problem is not None:
-        raise EngineError(problem)
+        raise problem
     assert manifest.plans is not None
     trt = trt_body.import_library(manifest.plans.library)
     trt_body.register(trt)
@@ -36,64 +32,67 @@ def open_pair(
 
 
 def uses_gpu(manifest: EngineManifest, placement: Placement = ANYWHERE) -> bool:
-    """Plans execute nowhere else."""
+    """See `RuntimeModule`: TensorRT runs nowhere else."""
     return True
 
 
 def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> str:
-    """What a measured cost holds for: the GPU and CUDA of its driver; the plans fix the rest."""
-    gpu = find_gpu()
-    return f"{gpu.name}, sm_{gpu.arch}, CUDA {gpu.driver_cuda}"
+    """See `RuntimeModule`: the GPU and its driver's CUDA; the plan files fix the rest."""
+    found = usable_gpus()
+    return f"{found.gpus[0].name}, sm_{found.gpus[0].arch}, CUDA {found.cuda}"
 
 
-def refusal(folder: Path, manifest: EngineManifest, placement: Placement = ANYWHERE) -> str | None:
-    """Why the plans of this engine cannot run on this machine, with what mends it; None if they do.
-
-    That files are those of the export is for `read_manifest` to say, which compares their hashes.
-    """
+def refusal(
+    folder: Path, manifest: EngineManifest, placement: Placement = ANYWHERE
+) -> EngineError | None:
+    """See `RuntimeModule`. `read_manifest` compares the files with their hashes, this does not."""
     if placement.device == "cpu":
-        return f"{folder}: plans of TensorRT execute on GPUs alone; leave out --device cpu"
+        return EngineError(
+            f"{folder}: TensorRT engines run on GPUs only", hint="leave out --device cpu"
+        )
     plans = manifest.plans
-    again = manifest.export_command
+    again = f"build the engine again: {manifest.export_command}"
     if plans is None:
-        return f"{folder}: the manifest describes no plans; build the engine again: {again}"
+        return EngineError(f"{folder}: the manifest describes no plan files", hint=again)
     try:
-        gpu = find_gpu()
+        gpu = usable_gpus().gpus[0]
+        import_cudart()
         library = trt_body.import_library(plans.library)
     except EngineError as problem:
-        return f"{folder}: {problem}"
+        return EngineError(f"{folder}: {problem.message}", hint=problem.hint)
     if gpu.arch not in plans.gpu_archs:
         there = ", ".join(f"sm_{arch}" for arch in plans.gpu_archs)
-        return (
-            f"{folder}: built for {there}, and {gpu.name} is sm_{gpu.arch}; "
-            f"build it for this GPU: {again} --gpu-arch {gpu.arch}"
+        return EngineError(
+            f"{folder}: built for {there}, but {gpu.name} is sm_{gpu.arch}",
+            hint=f"build it for this GPU: {manifest.export_command} --gpu-arch {gpu.arch}",
         )
     return _outdated(folder, manifest, plans, library, again)
 
 
 def _outdated(
     folder: Path, manifest: EngineManifest, plans: PlansInfo, library: Any, again: str
-) -> str | None:
+) -> EngineError | None:
     if library.__version__ != plans.library_version:
         package = f"{plans.library.replace('_', '-')}-cu13"
-        return (
-            f"{folder}: built by {plans.library} {plans.library_version}, and "
-            f"{library.__version__} is installed; install that version: "
-            f'pip install "{package}=={plans.library_version}", or build the engine again: {again}'
+        return EngineError(
+            f"{folder}: built by {plans.library} {plans.library_version}, but "
+            f"{library.__version__} is installed",
+            hint=f'pip install "{package}=={plans.library_version}", or {again}',
         )
-    if plans.plugin_version != PLUGIN_VERSION:
-        return (
-            f"{folder}: built with version {plans.plugin_version} of the verification plugin, and "
-            f"this program has version {PLUGIN_VERSION}; build the engine again: {again}"
+    if plans.plugin_version != contract.PLUGIN_VERSION:
+        return EngineError(
+            f"{folder}: built with version {plans.plugin_version} of the verification plugin, but "
+            f"this program has version {contract.PLUGIN_VERSION}",
+            hint=again,
         )
-    with_graph = manifest.draft is not None and manifest.draft.cache is not None
-    for name in ("target.plan", "draft.plan") if with_graph else ("target.plan",):
+    has_network = manifest.draft is not None and manifest.draft.has_network
+    for name in ("target.plan", "draft.plan") if has_network else ("target.plan",):
         path, expected = folder / name, manifest.files.get(name)
         if expected is None or not path.exists():
-            return f"{path} is missing; build the engine again: {again}"
+            return EngineError(f"{path} is missing", hint=again)
         if path.stat().st_size != expected.bytes:
-            return (
-                f"{path} has {path.stat().st_size} of {expected.bytes} bytes; copy it again, or "
-                f"build the engine again: {again}"
+            return EngineError(
+                f"{path} has {path.stat().st_size} of {expected.bytes} bytes",
+                hint=f"copy it again, or {again}",
             )
     return None

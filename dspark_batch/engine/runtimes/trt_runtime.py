@@ -240,7 +240,7 @@ class TrtRuntime:
         model, sizes = self._target, step.sizes
         feeds = target_feeds(spans, lengths, draws)
         feeds["uniforms"] = widened(draws.uniforms, model.num_uniforms)
-        given = pad(feeds, TARGET, sizes | {"L": sizes["K"] + 1})
+        given = pad(feeds, TARGET, sizes)
         shapes: dict[str, Shape] = {name: array.shape for name, array in given.items()}
         addresses = self._sent.send(given, model.plan)
         shapes["draft_logits"] = (sizes["R"], self._block_size, self._draft_vocab_size)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dspark_batch.errors import EngineError
+from dspark_batch.models.plugin.contract import INPUT_NAMES, OPERANDS, OUTPUT_NAMES
 
 KERNEL_NAME = "dspark_verify"
 BLOCK = 2048  # tokens that a program reads at a time
@@ -20,25 +21,10 @@ NUM_WARPS = 16
 # newest that its assembler knows, which an older driver refuses.
 PTX_VERSIONS = {75: 80, 80: 80, 86: 80, 89: 80, 90: 80, 100: 87, 120: 87}
 ARCHS = tuple(PTX_VERSIONS)
-# The contract's operands and results.
-OPERANDS = {
-    "logits": "*fp32",
-    "logit_rows": "*i64",
-    "draft_tokens": "*i64",
-    "lengths": "*i64",
-    "certain": "*i64",
-    "draft_logits": "*fp32",
-    "draft_vocab": "*i64",
-    "temperature": "*fp32",
-    "top_k": "*i64",
-    "top_p": "*fp32",
-    "uniforms": "*fp32",
-    "num_accepted": "*i64",
-    "bonus": "*i64",
-}
 SIZES = ("num_logits", "vocab_size", "draft_vocab_size", "num_drafts", "block_size")
-# The kernel's parameters in order. Quick plugins of TensorRT have the sizes before the results.
-PARAMETERS = (*tuple(OPERANDS)[:-2], *SIZES, *tuple(OPERANDS)[-2:])
+PARAMETERS = (*INPUT_NAMES, *SIZES, *OUTPUT_NAMES)
+"""The kernel's, in order."""
+_POINTERS = {"float32": "*fp32", "int64": "*i64"}
 # Triton appends two pointers to scratch memory. This kernel uses none, so they are null.
 HIDDEN_POINTERS = 2
 PARAMETER_TYPES = (
@@ -55,12 +41,13 @@ class Kernel:
     num_threads: int
     shared_bytes: int
     cubin: bytes
-    ptx: str = ""  # what the cubin was assembled from; only a quick plugin needs it
+    ptx: str = ""
+    """What the cubin was assembled from; empty for a kernel that is read from an engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyCall:
-    """One call: device addresses in the order of `OPERANDS`, and the sizes R, N, V, D, K and γ."""
+    """One call: device addresses of the inputs and outputs, and the sizes R, N, V, D, K and γ."""
 
     pointers: tuple[int, ...]
     num_rows: int
@@ -105,7 +92,8 @@ def _compile(arch: int) -> Kernel:
         ) from error
     from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
-    signature = {name: OPERANDS.get(name, "i32") for name in PARAMETERS}
+    signature = dict.fromkeys(PARAMETERS, "i32")
+    signature |= {name: _POINTERS[operand.dtype] for name, operand in OPERANDS.items()}
     signature |= {"ROWS": "constexpr", "BLOCK": "constexpr"}
     with triton.knobs.compilation.scope():
         # Line information names the folders of this machine.
@@ -185,16 +173,6 @@ class CudaLauncher:
                 f"only; build the engine for sm_{arch}"
             )
         return self._kernels[arch]
-
-
-def local_gpu_arch() -> int | None:
-    """Compute capability of this machine's first GPU, times ten; None without one."""
-    try:
-        driver = _cuda_driver()
-        device = _checked(driver.cuDeviceGet(0))
-    except EngineError:
-        return None
-    return _arch_of(driver, device)
 
 
 def _arch_of(driver: Any, device: Any) -> int:

@@ -1,20 +1,4 @@
-"""`dspark::DSparkVerify` as a model-local ONNX function of standard ops.
-
-Contract (the same for every body; `algorithm.acceptance.verify` is the specification). R rows,
-K >= 0 draft columns of this round, N rows of logits, V vocabulary, D draft vocabulary:
-
-    logits        float [N, V]     the target's logits of the tokens in this pass
-    logit_rows    int64 [R, K+1]   row of `logits` for the anchor and each draft token; padding: any
-    draft_tokens  int64 [R, K]     in the target's vocabulary; padding: any
-    lengths       int64 [R]        ℓ <= K: draft tokens that count
-    certain       int64 [R]        1: proposed with probability 1, whatever `draft_logits` are
-    draft_logits  float [R, γ, D]  what the draft sampled from, γ >= K
-    draft_vocab   int64 [D]        draft id -> target id
-    temperature   float [R]        0 is greedy
-    top_k, top_p  int64, float [R] filters of the target's distribution; 0 and 1 filter nothing
-    uniforms      float [R, γ+1]   column j decides on draft j, the last one draws the bonus
- -> num_accepted  int64 [R]        accepted draft tokens
-    bonus         int64 [R]        the target's own token after them; -1 if logits are not finite
+"""The verification op as a model-local ONNX function of standard ops (`contract`).
 
 Greedy rows cost one ArgMax: everything about probabilities is in a branch that runs only when some
 row samples, and the filters in a branch of it. The largest logit is taken off before the division
@@ -26,30 +10,21 @@ from __future__ import annotations
 import onnx
 import onnx.parser
 
-DOMAIN = "dspark"
-OP_TYPE = "DSparkVerify"
-PLUGIN_VERSION = "1"
-INPUTS = (
-    "logits",
-    "logit_rows",
-    "draft_tokens",
-    "lengths",
-    "certain",
-    "draft_logits",
-    "draft_vocab",
-    "temperature",
-    "top_k",
-    "top_p",
-    "uniforms",
+from dspark_batch.models.plugin.contract import (
+    ATTRIBUTES,
+    DOMAIN,
+    INPUT_NAMES,
+    MIN_RESIDUAL_MASS,
+    OP_TYPE,
+    OUTPUT_NAMES,
 )
-OUTPUTS = ("num_accepted", "bonus")
 
 # Candidates that are sorted first; only a row whose filter reaches further sorts the vocabulary.
 _CANDIDATES = 256
 
 _BODY = f"""
 <domain: "{DOMAIN}", opset_import: ["" : 24]>
-{OP_TYPE} <plugin_namespace, plugin_version> ({", ".join(INPUTS)}) => ({", ".join(OUTPUTS)})
+{OP_TYPE} <{", ".join(ATTRIBUTES)}> ({", ".join(INPUT_NAMES)}) => ({", ".join(OUTPUT_NAMES)})
 {{
     zero = Constant <value_int = 0> ()
     one = Constant <value_int = 1> ()
@@ -241,7 +216,7 @@ _BODY = f"""
             difference = Sub (at_target, proposed)
             residual = Max (difference, fzero)
             mass = ReduceSum <keepdims = 1> (residual, axis1)
-            tiny = Constant <value_float = 1e-8> ()
+            tiny = Constant <value_float = {MIN_RESIDUAL_MASS}> ()
             has_mass = Greater (mass, tiny)
             bonus_probs = Where (has_mass, residual, at_target)
             cumulative = CumSum (bonus_probs, one)

@@ -1,7 +1,6 @@
 """The verification op as one Triton kernel, without a workspace.
 
-Contract and names are those of `plugin.onnx_body`, contiguous arrays of exactly those types. It
-asks one thing more: `draft_vocab` is strictly ascending.
+`contract` says what its arrays are.
 
 On a GPU a program serves one row and reads its logits in blocks of `BLOCK` tokens, so a vocabulary
 may have any size:
@@ -13,7 +12,7 @@ may have any size:
   threshold, and that is searched for: the bits of positive floats are ordered as their values are,
   and each of ten passes settles three of them.
 
-Decisions are those of the specification (`algorithm.acceptance.verify`) but for rounding:
+Decisions are those of the specification (`specification.verify`) but for rounding:
 probabilities are float32 as there, but `exp` and the division are the GPU's, and what the
 specification sums in float64 is summed here in float32 within a block. So a sampled decision may
 differ where its uniform is within rounding of a boundary: of the acceptance test, of the CDF, of
@@ -28,10 +27,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dspark_batch.models.plugin import specification as acceptance
+from dspark_batch.models.plugin import contract
 
 INFINITY = tl.constexpr(float("inf"))
-MIN_RESIDUAL_MASS = tl.constexpr(acceptance.MIN_RESIDUAL_MASS)
+MIN_RESIDUAL_MASS = tl.constexpr(contract.MIN_RESIDUAL_MASS)
 BEYOND = tl.constexpr(2**31 - 1)  # more than any token
 WAYS = tl.constexpr(8)  # thresholds that a pass of the search compares
 BITS_PER_PASS = tl.constexpr(3)
@@ -61,10 +60,7 @@ def dspark_verify(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The contract's operands, then N, V, D, K and γ, then its results. Grid: [R / ROWS].
-
-    `plugin.quick_body` needs this order.
-    """
+    """`launch.PARAMETERS` in order: inputs of the contract, sizes, outputs. Grid: [R / ROWS]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     length = tl.minimum(tl.load(lengths + row).to(tl.int32), num_drafts)
     sure = tl.load(certain + row) > 0

@@ -34,8 +34,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
-from dspark_batch.models.plugin.launch import OPERANDS, CudaLauncher, Kernel, Launcher, VerifyCall
-from dspark_batch.models.plugin.onnx_body import DOMAIN, INPUTS, OP_TYPE, OUTPUTS, PLUGIN_VERSION
+from dspark_batch.models.plugin.contract import (
+    DOMAIN,
+    INPUT_NAMES,
+    OP_TYPE,
+    OPERANDS,
+    OUTPUT_NAMES,
+    PLUGIN_VERSION,
+)
+from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, Launcher, VerifyCall
 
 MakeLauncher = Callable[[Sequence[Kernel]], Launcher]
 # By module: TensorRT's registry does not keep a Python creator alive.
@@ -126,7 +133,7 @@ def check_network(trt: Any, network: Any) -> None:
             f"the network has {len(plugins)} plugin layers and must have one, {DOMAIN}::{OP_TYPE}; "
             "register the plugin before parsing the graph"
         )
-    operands = {name: plugins[0].get_input(i) for i, name in enumerate(INPUTS)}
+    operands = {name: plugins[0].get_input(i) for i, name in enumerate(INPUT_NAMES)}
     for name, operand in operands.items():
         wanted = _data_type(trt, name)
         if operand.dtype != wanted:
@@ -151,7 +158,7 @@ def _check_ascending(trt: Any, layer: Any) -> None:
 
 
 def _data_type(trt: Any, name: str) -> Any:
-    return trt.DataType.FLOAT if OPERANDS[name] == "*fp32" else trt.DataType.INT64
+    return trt.DataType.FLOAT if OPERANDS[name].dtype == "float32" else trt.DataType.INT64
 
 
 @cache
@@ -196,7 +203,7 @@ def _plugin_class(trt: Any) -> Any:
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace = OP_TYPE, DOMAIN
             self.plugin_version = PLUGIN_VERSION
-            self.num_outputs = len(OUTPUTS)
+            self.num_outputs = len(OUTPUT_NAMES)
             self._kernels, self._launch = kernels, launch
             # A PluginField points to its array and does not keep it.
             self._arrays = arrays_from_kernels(kernels)
@@ -210,15 +217,15 @@ def _plugin_class(trt: Any) -> Any:
         # build
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-            return [_data_type(trt, name) for name in OUTPUTS]
+            return [_data_type(trt, name) for name in OUTPUT_NAMES]
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
-            num_rows = inputs[INPUTS.index("lengths")][0]
-            return [trt.DimsExprs([num_rows]) for _ in OUTPUTS]
+            num_rows = inputs[INPUT_NAMES.index("lengths")][0]
+            return [trt.DimsExprs([num_rows]) for _ in OUTPUT_NAMES]
 
         def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
             tensor = in_out[pos].desc
-            wanted = _data_type(trt, (*INPUTS, *OUTPUTS)[pos])
+            wanted = _data_type(trt, (*INPUT_NAMES, *OUTPUT_NAMES)[pos])
             return bool(tensor.format == trt.TensorFormat.LINEAR and tensor.type == wanted)
 
         def configure_plugin(self, inputs: Any, outputs: Any) -> None:
@@ -259,7 +266,8 @@ def _plugin_class(trt: Any) -> Any:
             stream: int,
         ) -> None:
             shapes = {
-                name: tuple(tensor.dims) for name, tensor in zip(INPUTS, input_desc, strict=True)
+                name: tuple(tensor.dims)
+                for name, tensor in zip(INPUT_NAMES, input_desc, strict=True)
             }
             num_rows, num_drafts = shapes["draft_tokens"]
             num_logits, vocab_size = shapes["logits"]
