@@ -59,15 +59,15 @@ MUTANTS = (
     ),
     Mutant(
         "wrong seed position",
-        "dspark_batch/engine/engine.py",
-        "np.array([s.anchor_position for s in sequences]),\n                num=",
-        "np.array([s.slot for s in sequences]),\n                num=",
+        "dspark_batch/engine/network.py",
+        "np.array([row.anchor_position for row in rows]),\n            num=",
+        "np.array([row.slot for row in rows]),\n            num=",
     ),
     Mutant(
         "the limit is one token late",
         "dspark_batch/decode/loop.py",
-        "            if not sequence.num_remaining:\n",
-        "            if sequence.num_remaining < 0:\n",
+        "            if not row.num_remaining:\n",
+        "            if row.num_remaining < 0:\n",
     ),
     Mutant(
         "the draft misses a token of context",

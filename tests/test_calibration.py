@@ -129,13 +129,13 @@ def test_what_is_reported_is_measured_on_rows_that_were_not_fitted() -> None:
     np.testing.assert_array_equal(
         report.temperatures, fit(found.logits[even], found.accepted[even])
     )
-    others = found.of(~even)
+    others = found.where(~even)
     np.testing.assert_allclose(report.error_after, others.errors(report.temperatures))
     np.testing.assert_allclose(report.error_before, others.errors(np.ones(4)))
     assert max(report.error_after) < 0.025 < min(report.error_before)
     # The rows that are reported on do not count: their labels may be anything.
     accepted = np.where(even, found.accepted, 0)
-    again = calibrated(Rounds(found.logits, accepted, found.rows, found.matches))
+    again = calibrated(Rounds(found.logits, accepted, found.rows, found.evidence))
     assert again.temperatures == report.temperatures
     assert again.error_after != report.error_after
 
@@ -154,9 +154,9 @@ def test_acceptance_is_conditional_on_the_positions_before() -> None:
     # 4 of 5, 2 of 4, 1 of 2, each with one success and one failure more.
     np.testing.assert_allclose(found.acceptance, [5 / 7, 3 / 6, 2 / 4])
     assert found.survived.tolist()[3] == [True, True, False]
-    joined = concatenate([found, found.of(found.accepted > 1)], 3)
+    joined = concatenate([found, found.where(found.accepted > 1)], 3)
     assert joined.accepted.tolist() == [0, 1, 1, 2, 3, 2, 3]
-    assert joined.rows.tolist() == joined.matches.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    assert joined.rows.tolist() == joined.evidence.tolist() == [0, 1, 2, 3, 4, 3, 4]
     assert joined.logits.shape == (7, 3)
 
 

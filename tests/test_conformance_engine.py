@@ -13,7 +13,7 @@ import pytest
 from tiny import export_pair
 
 from dspark_batch.decode.loop import DecodeStats, decode
-from dspark_batch.decode.types import Prompt, SamplingParams, Sequence, VerifyPlan
+from dspark_batch.decode.types import Prompt, RunningRow, SamplingParams, VerifyPlan
 from dspark_batch.engine.engine import Engine, open_engine
 
 SHARED = Path(__file__).parents[2] / "shared" / "conformance"
@@ -54,7 +54,7 @@ def test_every_round_drafts_and_verifies_as_the_reference(
     lengths = set()
     for arrays in prompt_arrays(folder):
         prompt = arrays["prompt_ids"].reshape(-1).tolist()
-        sequence = Sequence(
+        sequence = RunningRow(
             prompt=Prompt(0, tuple(prompt), SamplingParams(max_new_tokens=64)),
             slot=0,
             tokens=list(prompt),

@@ -26,8 +26,8 @@ from dspark_batch.decode.types import (
     ErrorCode,
     FinishReason,
     Prompt,
+    RunningRow,
     SamplingParams,
-    Sequence,
     VerifyPlan,
     VerifyResult,
 )
@@ -82,18 +82,18 @@ class Fake:
         self._accuracy = accuracy
         self._rng = np.random.default_rng(0)
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: RunningRow) -> None:
         assert sequence.slot not in self.occupied
         assert 0 <= sequence.slot < self.max_rows
         self.occupied.add(sequence.slot)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: RunningRow) -> None:
         self.occupied.remove(sequence.slot)
 
-    def prefill(self, sequences: list[Sequence]) -> NDArray[np.int64]:
+    def prefill(self, sequences: list[RunningRow]) -> NDArray[np.int64]:
         return np.array([next_token(s.tokens) for s in sequences])
 
-    def draft(self, sequences: list[Sequence]) -> DraftBlock:
+    def draft(self, sequences: list[RunningRow]) -> DraftBlock:
         tokens = np.zeros((len(sequences), self.block_size), np.int64)
         for r, sequence in enumerate(sequences):
             text = list(sequence.tokens)
@@ -105,7 +105,7 @@ class Fake:
         return DraftBlock(tokens, confidence, np.full(len(tokens), self.block_size))
 
     def verify(
-        self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan
+        self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
         assert {s.slot for s in sequences} == self.occupied
         self.plans.append(plan.lengths.tolist())
@@ -375,20 +375,20 @@ class Sampled:
         self.plans: set[tuple[int, ...]] = set()
         self.occupied: set[int] = set()
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: RunningRow) -> None:
         self.occupied.add(sequence.slot)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: RunningRow) -> None:
         self.occupied.remove(sequence.slot)
 
-    def prefill(self, sequences: list[Sequence]) -> NDArray[np.int64]:
+    def prefill(self, sequences: list[RunningRow]) -> NDArray[np.int64]:
         return np.zeros(len(sequences), np.int64)
 
-    def _uniforms(self, sequences: list[Sequence]) -> NDArray[np.float32]:
+    def _uniforms(self, sequences: list[RunningRow]) -> NDArray[np.float32]:
         seeds = [s.prompt.params.seed for s in sequences]
         return uniforms(seeds, [s.anchor_position for s in sequences], num=7)
 
-    def draft(self, sequences: list[Sequence]) -> DraftBlock:
+    def draft(self, sequences: list[RunningRow]) -> DraftBlock:
         draws, last = self._uniforms(sequences), np.array([s.tokens[-1] for s in sequences])
         tokens, confidence = [], []
         for k in range(3):
@@ -399,7 +399,7 @@ class Sampled:
         return DraftBlock(np.stack(tokens, axis=1), sure, np.full(len(sequences), 3))
 
     def verify(
-        self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan
+        self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
         self.plans.add(tuple(plan.lengths.tolist()))
         num_rows = len(sequences)

@@ -27,7 +27,7 @@ from dspark_batch.decode.types import (
     VerifyPlan,
 )
 from dspark_batch.decode.types import (
-    Sequence as Row,
+    RunningRow as Row,
 )
 from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.runtimes import ort

@@ -22,8 +22,8 @@ from dspark_batch.decode.algorithm.costs import CostTable
 from dspark_batch.decode.loop import DecodeStats, decode
 from dspark_batch.decode.schedule import open_schedule
 from dspark_batch.decode.types import Completion, DraftBlock, Prompt, SamplingParams
-from dspark_batch.decode.types import Sequence as Row
-from dspark_batch.drafters.ngram import longest_match, text_of
+from dspark_batch.decode.types import RunningRow as Row
+from dspark_batch.drafters.ngram import longest_match, text_from_tokens
 from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.manifest import DraftInfo, read_manifest
 from dspark_batch.export.probes import TargetProbe
@@ -106,7 +106,8 @@ def test_both_are_in_the_manifest_and_another_lookup_is_another_engine(
     assert (both.has_network, network.has_network, lookup.has_network) == (True, True, False)
     assert network.lookup is None
     assert both.lookup is not None
-    assert (both.lookup.drafter, both.lookup.shortest_match, both.lookup.longest_match) == (
+    levels = both.lookup.settings.levels
+    assert (both.lookup.drafter, levels[0], levels[-1]) == (
         ("ngram", 2, 8)
     )
     assert np.shape(both.lookup.acceptance) == (7, GAMMA)
@@ -126,9 +127,9 @@ def test_each_row_is_proposed_what_its_match_or_the_network_says(
     prompts = [Prompt(i, tuple(t), SamplingParams()) for i, t in enumerate(tokens)]
     with standing(engines["both"], prompts) as rows:
         block, networks = engines["both"].draft(rows), engines["both"].draft_pass(rows)
-    assert block.matches is not None
-    expected = [longest_match(text_of(s.tokens), shortest=2, longest=8) for s in rows]
-    assert block.matches.tolist() == [match.size if match else 0 for match in expected]
+    assert block.evidence is not None
+    expected = [longest_match(text_from_tokens(s.tokens), shortest=2, longest=8) for s in rows]
+    assert block.evidence.tolist() == [match.size if match else 0 for match in expected]
     assert block.looked_up.tolist() == [True, False, True, False]
     assert block.tokens[0].tolist() == pattern[1:]
     assert block.tokens[2].tolist() == [6, 8, 6, 8]
@@ -147,13 +148,13 @@ def test_a_row_without_a_match_gets_the_network_s_block(engines: dict[str, Engin
 def test_a_row_s_block_does_not_depend_on_its_neighbours(engines: dict[str, Engine]) -> None:
     prompts = make_prompts()[:4]
     together = first_blocks(engines["both"], prompts)
-    assert together.matches is not None
+    assert together.evidence is not None
     assert 0 < together.looked_up.sum() < 4
     for r, prompt in enumerate(prompts):
         alone = first_blocks(engines["both"], [prompt])
-        assert alone.matches is not None
+        assert alone.evidence is not None
         assert alone.tokens[0].tolist() == together.tokens[r].tolist()
-        assert alone.matches[0] == together.matches[r]
+        assert alone.evidence[0] == together.evidence[r]
         np.testing.assert_allclose(alone.confidence[0], together.confidence[r], atol=1e-5)
 
 
@@ -164,10 +165,10 @@ def test_a_looked_up_block_has_the_table_s_confidence(engines: dict[str, Engine]
     assert draft is not None
     assert draft.lookup is not None
     block = first_blocks(engine, make_prompts()[:4])
-    assert block.matches is not None
+    assert block.evidence is not None
     assert block.looked_up.tolist() == [True, False] * 2
     for r in np.flatnonzero(block.looked_up):
-        table = draft.lookup.acceptance[block.matches[r] - draft.lookup.shortest_match]
+        table = draft.lookup.acceptance[block.evidence[r] - draft.lookup.settings.levels[0]]
         np.testing.assert_allclose(block.confidence[r], table, atol=1e-5)
 
 
@@ -284,10 +285,10 @@ def test_a_looked_up_block_of_a_sampled_row_has_the_sampled_table_s_confidence(
     assert draft.lookup is not None
     assert draft.lookup.acceptance != draft.lookup.sampled_acceptance
     block = first_blocks(engines["both"], make_prompts(temperature=1.0)[:4])
-    assert block.matches is not None
+    assert block.evidence is not None
     assert block.looked_up.tolist() == [True, False] * 2
     for r in np.flatnonzero(block.looked_up):
-        table = draft.lookup.sampled_acceptance[block.matches[r] - draft.lookup.shortest_match]
+        table = draft.lookup.sampled_acceptance[block.evidence[r] - draft.lookup.settings.levels[0]]
         np.testing.assert_allclose(block.confidence[r], table, atol=1e-5)
 
 
@@ -306,15 +307,15 @@ def test_temperatures_are_of_the_network_s_rounds() -> None:
     rng = np.random.default_rng(0)
     matches, accepted = rng.integers(0, 3, 4000), rng.integers(0, GAMMA + 1, 4000)
     found = rounds_of(matches.tolist(), accepted.tolist())
-    own = found.matches == 0
+    own = found.evidence == 0
     report = calibration.calibrated(found, scaled=own)
-    fitted = found.of(own & (found.rows % 2 == 0))
+    fitted = found.where(own & (found.rows % 2 == 0))
     np.testing.assert_array_equal(
         report.temperatures, calibration.fit(fitted.logits, fitted.accepted)
     )
     assert set(report.temperatures) != {1.0}
-    held_out = found.of(found.rows % 2 == 1)
-    by_round = np.where(held_out.matches[:, None] == 0, report.temperatures, 1.0)
+    held_out = found.where(found.rows % 2 == 1)
+    by_round = np.where(held_out.evidence[:, None] == 0, report.temperatures, 1.0)
     np.testing.assert_allclose(report.error_after, held_out.errors(by_round))
     assert report.num_rounds == 4000
     np.testing.assert_allclose(report.acceptance, found.acceptance)
@@ -356,16 +357,16 @@ def test_the_schedule_pays_for_the_passes_that_were_made(engines: dict[str, Engi
 
 
 def test_a_calibrated_table_is_what_the_rounds_show(folders: dict[str, Path]) -> None:
-    from dspark_batch.drafters import ngram
+    from dspark_batch.drafters import lookup
 
     draft = read_manifest(folders["both"]).draft
     assert isinstance(draft, DraftInfo)
+    assert draft.lookup is not None
     found = rounds_of([0, 2, 2, 2, 2], [4, 4, 4, 0, 1])
-    learnt = ngram.learnt(draft, greedy=ngram.observed(found), sampled=[])
-    assert learnt.lookup is not None
-    first = learnt.lookup.acceptance[0]
+    learnt = lookup.learnt(draft.lookup, greedy=lookup.observed(found), sampled=[])
+    first = learnt.acceptance[0]
     # Two rounds of a half each, and of four seen 3, of three 2, then all.
     np.testing.assert_allclose(first, [4 / 6, 3 / 5, 3 / 4, 3 / 4])
-    rated = ngram.rated(learnt, found, sampled=False)
+    rated = lookup.rated(learnt, found, sampled=False)
     np.testing.assert_array_equal(rated.logits[0], found.logits[0])
     np.testing.assert_allclose(expit(rated.logits[1:]), [first] * 4, atol=1e-6)

@@ -17,8 +17,8 @@ from dspark_batch.decode.algorithm import calibration
 from dspark_batch.decode.types import (
     DraftBlock,
     Prompt,
+    RunningRow,
     SamplingParams,
-    Sequence,
     VerifyPlan,
     VerifyResult,
 )
@@ -57,20 +57,20 @@ class Timed:
         slow = self.disturbed and self.num_passes % self.disturbed == 0
         self.now += seconds * (10.0 if slow else 1.0)
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: RunningRow) -> None:
         assert sequence.slot not in self.cached
         self.cached[sequence.slot] = self.taken[sequence.slot] = 0
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: RunningRow) -> None:
         del self.cached[sequence.slot], self.taken[sequence.slot]
 
-    def prefill(self, sequences: list[Sequence]) -> NDArray[np.int64]:
+    def prefill(self, sequences: list[RunningRow]) -> NDArray[np.int64]:
         self.now += 77.0
         for sequence in sequences:
             self.cached[sequence.slot] = len(sequence.tokens)
         return np.zeros(len(sequences), np.int64)
 
-    def draft_pass(self, sequences: list[Sequence]) -> DraftBlock:
+    def draft_pass(self, sequences: list[RunningRow]) -> DraftBlock:
         slots = [s.slot for s in sequences]
         pending = sum(self.cached[slot] - self.taken[slot] for slot in slots)
         taken = np.mean([self.taken[slot] for slot in slots])
@@ -83,7 +83,7 @@ class Timed:
         )
 
     def verify(
-        self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan
+        self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
         context = np.mean([s.anchor_position for s in sequences])
         self._pass(
@@ -187,7 +187,7 @@ def test_each_row_s_confidence_is_scaled_for_its_temperature(engine: Engine) -> 
     for slot, temperature in enumerate((0.0, 0.7, 0.0, 1.0)):
         tokens = np.random.default_rng(slot).integers(1, VOCAB, 9).tolist()
         prompt = Prompt(slot, tuple(tokens), SamplingParams(temperature=temperature, seed=slot))
-        rows.append(Sequence(prompt, slot, tokens, len(tokens)))
+        rows.append(RunningRow(prompt, slot, tokens, len(tokens)))
         engine.admit(rows[-1])
     engine.prefill(rows)
     raw = engine.draft_raw(rows).confidence

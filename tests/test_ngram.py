@@ -23,20 +23,19 @@ from dspark_batch.cli import main
 from dspark_batch.decode.algorithm import calibration
 from dspark_batch.decode.loop import DecodeStats, decode
 from dspark_batch.decode.types import Completion, Prompt, SamplingParams
-from dspark_batch.decode.types import Sequence as Row
-from dspark_batch.drafters.ngram import (
+from dspark_batch.decode.types import RunningRow as Row
+from dspark_batch.drafters.lookup import (
+    Lookup,
+    LookupInfo,
     Round,
-    continuation,
     learnt,
-    longest_match,
-    open_lookup,
     replay,
     replayed,
     rounds,
-    text_of,
 )
+from dspark_batch.drafters.ngram import continuation, longest_match, text_from_tokens
 from dspark_batch.engine.engine import Engine, open_engine
-from dspark_batch.engine.manifest import DraftInfo, LookupInfo, read_manifest
+from dspark_batch.engine.manifest import read_manifest
 from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.reference import forward
 from dspark_batch.models.weights import open_weights
@@ -46,28 +45,15 @@ NGRAM = f'drafter = "ngram"\nblock_size = {GAMMA}\nlongest_match = 3'
 few_tokens = st.lists(st.integers(0, 3) | st.just(70_000), min_size=1, max_size=30)
 
 
-def draft_info(
+def lookup_info(
     table: Sequence[Sequence[float]] = ((0.2,) * GAMMA, (0.5,) * GAMMA, (0.9,) * GAMMA),
     *,
     sampled: Sequence[Sequence[float]] | None = None,
     shortest: int = 1,
-) -> DraftInfo:
-    gamma = len(table[0])
-    return DraftInfo(
-        drafter="ngram",
-        source=None,
-        files={},
-        block_size=gamma,
-        lookup=LookupInfo(
-            drafter="ngram",
-            shortest_match=shortest,
-            longest_match=shortest + len(table) - 1,
-            acceptance=tuple(map(tuple, table)),
-            sampled_acceptance=tuple(map(tuple, sampled or table)),
-        ),
-        confidence_temperatures=(1.0,) * gamma,
-        acceptance=(0.5,) * gamma,
-    )
+) -> LookupInfo:
+    settings = {"shortest_match": shortest, "longest_match": shortest + len(table) - 1}
+    tables = {"acceptance": table, "sampled_acceptance": sampled or table}
+    return LookupInfo.model_validate({"drafter": "ngram", **settings, **tables})
 
 
 def row(tokens: Sequence[int], *, slot: int = 0, temperature: float = 0.0) -> Row:
@@ -89,7 +75,7 @@ def slow_match(tokens: Sequence[int], shortest: int, longest: int) -> tuple[int,
 def test_the_match_is_the_longest_and_of_those_the_last(
     tokens: list[int], shortest: int, more: int
 ) -> None:
-    found = longest_match(text_of(tokens), shortest=shortest, longest=shortest + more)
+    found = longest_match(text_from_tokens(tokens), shortest=shortest, longest=shortest + more)
     assert found == slow_match(tokens, shortest, shortest + more)
 
 
@@ -114,7 +100,7 @@ def test_what_is_kept_of_a_row_changes_no_proposal(
     rows: list[list[int]], steps: list[tuple[int, list[int], bool]]
 ) -> None:
     """Rows grow, rest for a while and make room for others; the lookup starts at nothing again."""
-    kept, running = open_lookup(draft_info()), [row(r, slot=i) for i, r in enumerate(rows)]
+    kept, running = Lookup(lookup_info()), [row(r, slot=i) for i, r in enumerate(rows)]
     for which, tokens, is_new in steps:
         slot = which % len(running)
         if is_new:
@@ -123,7 +109,7 @@ def test_what_is_kept_of_a_row_changes_no_proposal(
         else:
             running[slot].tokens += tokens
         part = running[: which + 1]
-        found, expected = kept.draft(part), open_lookup(draft_info()).draft(part)
+        found, expected = kept.draft(part), Lookup(lookup_info()).draft(part)
         np.testing.assert_array_equal(found.tokens, expected.tokens)
         np.testing.assert_array_equal(found.confidence, expected.confidence)
         np.testing.assert_array_equal(found.lengths, expected.lengths)
@@ -131,7 +117,7 @@ def test_what_is_kept_of_a_row_changes_no_proposal(
 
 def test_trust_is_the_table_s_and_nothing_is_proposed_without_a_match() -> None:
     table, sampled = ((0.2, 0.3, 0.4), (0.6, 0.7, 0.8)), ((0.1, 0.2, 0.3), (0.3, 0.4, 0.5))
-    drafter = open_lookup(draft_info(table, sampled=sampled, shortest=2))
+    drafter = Lookup(lookup_info(table, sampled=sampled, shortest=2))
     texts = ([5, 6, 7], [1, 2, 9, 1, 2], [1, 2, 3, 8] * 2, [1, 2, 3, 8] * 2)
     rows = [row(t, slot=i, temperature=0.5 * (i == 3)) for i, t in enumerate(texts)]
     block = drafter.draft(rows)
@@ -147,35 +133,33 @@ ROW = ([1, 2, 3], [9, 1, 2, 3, 9, 1, 2, 5])
 
 
 def test_a_row_is_replayed_as_it_would_have_been_drafted() -> None:
-    assert list(replay(draft_info(((0.5,) * 3,) * 3), *ROW)) == [
-        Round(size=0, num_accepted=0, num_known=3),  # 9 is new
-        Round(size=1, num_accepted=3, num_known=3),  # 1 -> 2 3 9
-        Round(size=3, num_accepted=1, num_known=2),  # 3 9 1 -> 2, then 3 where the row says 5
+    assert list(replay(lookup_info(((0.5,) * 3,) * 3), *ROW)) == [
+        Round(level=0, num_accepted=0, num_known=3),  # 9 is new
+        Round(level=1, num_accepted=3, num_known=3),  # 1 -> 2 3 9
+        Round(level=3, num_accepted=1, num_known=2),  # 3 9 1 -> 2, then 3 where the row says 5
     ]
 
 
 def test_acceptance_by_match_is_learnt_from_finished_rows() -> None:
-    before = draft_info(((0.5,) * 3,) * 3)
+    before = lookup_info(((0.5,) * 3,) * 3)
     of_rows = replayed(before, [ROW, ROW])
-    draft = learnt(before, greedy=of_rows, sampled=[])
-    assert draft.lookup is not None
+    after = learnt(before, greedy=of_rows, sampled=[])
     seen = (2 * 0.5 + 2) / (2 + 2)
     two_of, none_of = (2 * seen + 2) / (2 + 2), 2 * seen / (2 + 2)
     # A match of two tokens was not seen: it is worth what one token is, and so to begin with is
     # one of three.
     np.testing.assert_allclose(
-        draft.lookup.acceptance, [[seen] * 3, [seen] * 3, [two_of, none_of, seen]]
+        after.acceptance, [[seen] * 3, [seen] * 3, [two_of, none_of, seen]]
     )
-    assert draft.lookup.sampled_acceptance == ((0.5,) * 3,) * 3
-    assert before.model_copy(update={"lookup": draft.lookup}) == draft
-    other = learnt(before, greedy=[], sampled=of_rows).lookup
-    assert other is not None
-    assert other.sampled_acceptance == draft.lookup.acceptance
+    assert after.sampled_acceptance == ((0.5,) * 3,) * 3
+    assert before.model_copy(update={"acceptance": after.acceptance}) == after
+    other = learnt(before, greedy=[], sampled=of_rows)
+    assert other.sampled_acceptance == after.acceptance
 
 
 def test_calibration_gets_the_rounds_of_whole_blocks() -> None:
     tables = [((x,) * 3, (0.6,) * 3, (0.7,) * 3) for x in (0.5, 0.4)]
-    draft, texts = draft_info(tables[0], sampled=tables[1]), [ROW, ([4], [4, 4, 4, 4, 4, 4])]
+    draft, texts = lookup_info(tables[0], sampled=tables[1]), [ROW, ([4], [4, 4, 4, 4, 4, 4])]
     found = rounds(draft, texts, sampled=False)
     assert found.accepted.tolist() == [0, 3, 3]
     assert found.rows.tolist() == [0, 0, 1]
@@ -238,7 +222,7 @@ def test_a_recipe_without_weights_makes_an_engine_without_a_draft_graph(exported
     assert draft is not None
     assert (draft.drafter, draft.source, draft.files, draft.cache) == ("ngram", None, {}, None)
     assert draft.lookup is not None
-    assert (draft.lookup.shortest_match, draft.lookup.longest_match) == (1, 3)
+    assert list(draft.lookup.settings.levels) == [1, 2, 3]
     assert np.shape(draft.lookup.acceptance) == (3, GAMMA)
     assert len({*draft.acceptance, *np.ravel(draft.lookup.acceptance)}) > 3  # measured
     assert [found.rows for found in draft.calibration] == ["greedy", "sampled"]
@@ -281,10 +265,10 @@ def test_rounds_are_those_that_a_replay_predicts(exported: Exported) -> None:
     prompts, draft = make_prompts(), exported.engine.manifest.draft
     assert draft is not None
     for i, completion in run(exported.engine, prompts, "on").items():
-        found = list(replay(draft, prompts[i].token_ids, completion.token_ids))
+        found = list(replay(draft.lookup, prompts[i].token_ids, completion.token_ids))
         spec = completion.spec
         assert spec.num_rounds == len(found)
-        assert spec.num_draft_tokens == GAMMA * sum(r.size > 0 for r in found)
+        assert spec.num_draft_tokens == GAMMA * sum(r.level > 0 for r in found)
         # The last round takes its last token from the target, not from the draft.
         last = found[-1]
         found[-1] = last._replace(num_accepted=min(last.num_accepted, last.num_known - 1))

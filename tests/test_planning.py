@@ -25,7 +25,7 @@ from dspark_batch.bench.forecast.rounds import Block, Rounds, num_matching
 from dspark_batch.bench.forecast.simulation import Simulation, run_simulation
 from dspark_batch.decode.algorithm.costs import CostTable
 from dspark_batch.decode.loop import DecodeStats, decode
-from dspark_batch.decode.types import Sequence as Row
+from dspark_batch.decode.types import RunningRow as Row
 from dspark_batch.decode.types import VerifyPlan
 from dspark_batch.errors import UsageError
 

@@ -75,19 +75,22 @@ def test_a_recipe_may_ask_for_no_draft_or_for_another_lookup(workspace: Path) ->
     write(workspace, MINIMAL + '[draft]\ndrafter = "ngram"\nblock_size = 4\nlongest_match = 3\n')
     draft = load_recipe("mine").draft
     assert draft is not None
-    assert (draft.block_size, draft.lookup_drafter, draft.matches) == (4, "ngram", (1, 3))
+    assert (draft.block_size, draft.lookup_drafter) == (4, "ngram")
+    assert draft.lookup_settings is not None
+    assert draft.lookup_settings.levels == range(1, 4)
 
 
 def test_a_network_has_a_lookup_beside_it_unless_it_shall_not(workspace: Path) -> None:
-    for lines, lookup, matches in (
-        ("", "ngram", (2, 8)),
-        ('lookup = "ngram"\nshortest_match = 3\nlongest_match = 5', "ngram", (3, 5)),
-        ('lookup = "none"', None, (2, 8)),
+    for lines, lookup, levels in (
+        ("", "ngram", range(2, 9)),
+        ('lookup = "ngram"\nshortest_match = 3\nlongest_match = 5', "ngram", range(3, 6)),
+        ('lookup = "none"', None, None),
     ):
         write(workspace, f'{MINIMAL}[draft]\nweights = "drafts/mine"\n{lines}\n')
         draft = load_recipe("mine").draft
         assert draft is not None
-        assert (draft.lookup_drafter, draft.matches) == (lookup, matches)
+        settings = draft.lookup_settings
+        assert (draft.lookup_drafter, settings and settings.levels) == (lookup, levels)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from dspark_batch.decode.schedule import open_schedule
 from dspark_batch.decode.types import (
     DraftBlock,
     Prompt,
+    RunningRow,
     SamplingParams,
-    Sequence,
     VerifyPlan,
     VerifyResult,
 )
@@ -114,17 +114,17 @@ class Clocked:
         self._drafting = 0.0
         self._table = self.costs or COSTS
 
-    def admit(self, sequence: Sequence) -> None:
+    def admit(self, sequence: RunningRow) -> None:
         row, params = sequence.prompt.row, sequence.prompt.params
         self._known[row] = self.draft_quality.blocks(row, params.max_new_tokens)
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: RunningRow) -> None:
         del self._known[sequence.prompt.row]
 
-    def prefill(self, sequences: list[Sequence]) -> Array:
+    def prefill(self, sequences: list[RunningRow]) -> Array:
         return np.ones(len(sequences), np.int64)
 
-    def draft(self, sequences: list[Sequence]) -> DraftBlock:
+    def draft(self, sequences: list[RunningRow]) -> DraftBlock:
         pending, context = sum(s.num_pending for s in sequences), self._context(sequences)
         self._drafting = self._table.draft(len(sequences), context=context, num_pending=pending)
         self.draft_sizes.append(len(sequences))
@@ -133,7 +133,7 @@ class Clocked:
         return DraftBlock(tokens, np.array(confidence), np.full(len(sequences), GAMMA))
 
     def verify(
-        self, sequences: list[Sequence], block: DraftBlock | None, plan: VerifyPlan
+        self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
         would = [self._known[s.prompt.row][1][s.num_new_tokens - 1] for s in sequences]
         accepted = np.minimum(would, plan.lengths)
@@ -146,7 +146,7 @@ class Clocked:
         self._drafting = 0.0
         return VerifyResult(accepted, np.ones(len(sequences), np.int64))
 
-    def _context(self, sequences: list[Sequence]) -> float:
+    def _context(self, sequences: list[RunningRow]) -> float:
         return sum(s.anchor_position for s in sequences) / len(sequences)
 
 
@@ -279,7 +279,7 @@ def test_a_look_takes_the_rows_with_the_least_context_waiting() -> None:
     engine = Clocked(HOPELESS, 16)
     schedule = open_schedule(engine, "auto")  # type: ignore[arg-type]
     running = [
-        Sequence(p, slot=slot, tokens=[1] * (150 - slot), num_prompt_tokens=100)
+        RunningRow(p, slot=slot, tokens=[1] * (150 - slot), num_prompt_tokens=100)
         for slot, p in enumerate(prompts(16))
     ]
     assert [s.slot for s in schedule.drafts(running)] == [15, 14, 13, 12]
@@ -306,9 +306,9 @@ def test_without_measured_costs_every_round_drafts() -> None:
 # --- how much is verified ------------------------------------------------------------------------
 
 
-def rows_of(number: int) -> list[Sequence]:
+def rows_of(number: int) -> list[RunningRow]:
     return [
-        Sequence(p, slot=slot, tokens=[1] * 101, num_prompt_tokens=100)
+        RunningRow(p, slot=slot, tokens=[1] * 101, num_prompt_tokens=100)
         for slot, p in enumerate(prompts(number))
     ]
 

@@ -34,8 +34,8 @@ from verify_calls import (
 from dspark_batch.decode.algorithm import sampling
 from dspark_batch.errors import EngineError
 from dspark_batch.models.plugin import launch
-from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, VerifyCall, compile_kernels
 from dspark_batch.models.plugin.contract import INPUT_NAMES, OUTPUT_NAMES
+from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, VerifyCall, compile_kernels
 
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")

@@ -136,18 +136,14 @@ def test_graphs_change_nothing(tmp_path: Path) -> None:
     folder = export_twice(tmp_path, *write_pair(tmp_path), limits, "fp16")[1]
     prompts, found = tiny_prompts(temperature=0.8), []
     for graphs in (True, False):
-        with closing(open_engine(folder)) as engine:
-            manifest = read_manifest(folder)
-            assert manifest.plans is not None
-            engine._runtime.close()
-            engine._runtime = TrtRuntime(
-                folder,
-                manifest,
-                4,
-                trt=trt.trt_body.import_library(manifest.plans.library),
-                device=CudaDevice(),
-                graphs=graphs,
-            )
+        manifest = read_manifest(folder)
+        assert manifest.plans is not None
+        library = trt.trt_body.import_library(manifest.plans.library)
+        trt.trt_body.register(library)
+        runtime = TrtRuntime(folder, manifest, 4, trt=library, device=CudaDevice(), graphs=graphs)
+        with closing(
+            Engine(manifest, runtime, folder=folder, max_rows=4, hardware_key="")
+        ) as engine:
             found.append([texts(engine, prompts, "on") for _ in range(3)])
     assert found[0] == found[1]
     assert found[0][0] == found[0][1] == found[0][2]

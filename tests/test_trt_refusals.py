@@ -94,7 +94,7 @@ def test_a_missing_or_truncated_plan_is_refused(planned: Path, name: str) -> Non
     path.write_bytes(path.read_bytes()[:-5])
     assert f"{path} has " in refused(planned, manifest)
     path.unlink()
-    assert f"{path} is missing\n\nhint: build the engine again: dspark" in refused(planned, manifest)
+    assert "is missing\n\nhint: build the engine again: dspark" in refused(planned, manifest)
 
 
 def test_a_changed_plan_is_refused(planned: Path) -> None:

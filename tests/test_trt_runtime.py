@@ -22,8 +22,8 @@ from fake_trt import HostDevice, fake_gpus, fake_trt, write_plans
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.decode.loop import DecodeStats, decode
-from dspark_batch.decode.types import Completion, Prompt, SamplingParams, VerifyPlan
-from dspark_batch.decode.types import Sequence as Row
+from dspark_batch.decode.types import Completion, DraftBlock, Prompt, SamplingParams, VerifyPlan
+from dspark_batch.decode.types import RunningRow as Row
 from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.manifest import describe_file, read_manifest
 from dspark_batch.engine.runtimes import trt, trt_runtime
@@ -213,7 +213,8 @@ def test_any_rounds_give_what_onnx_runtime_gives(
             for engine, rows in zip(pair, running, strict=True):
                 block = None
                 if chosen:
-                    block = engine.draft_raw([rows[i] for i in chosen]).spread(chosen, num_rows)
+                    drafted = engine.draft_raw([rows[i] for i in chosen])
+                    block = DraftBlock.empty(num_rows, engine.block_size).updated(chosen, drafted)
                 outcomes.append((block, engine.verify(rows, block, VerifyPlan(planned))))
             (block, result), (other, same) = outcomes
             if block is not None:
@@ -264,7 +265,8 @@ def test_drafts_that_wait_for_verification_survive_a_full_ring(
                 row.prompt = Prompt(row.slot, row.prompt.token_ids, params)
             found = []
             for _ in range(60):
-                block = engine.draft_raw(rows[1:3]).spread([1, 2], 4)
+                drafted = engine.draft_raw(rows[1:3])
+                block = DraftBlock.empty(4, engine.block_size).updated([1, 2], drafted)
                 result = engine.verify(rows, block, planned)
                 for r, row in enumerate(rows):
                     accepted = block.tokens[r, : result.num_accepted[r]].tolist()
@@ -522,11 +524,9 @@ def test_graphs_can_be_left_out(
         device = HostDevice()
         machine.module.Runtime.device = device
         folder = copy / "gpu"
-        plain = TrtRuntime(
-            folder, read_manifest(folder), 4, trt=machine.module, device=device, graphs=False
-        )
-        engine = open_on_gpu(exported, copy, library=library)
-        engine._runtime = plain
+        manifest = read_manifest(folder)
+        plain = TrtRuntime(folder, manifest, 4, trt=machine.module, device=device, graphs=False)
+        engine = Engine(manifest, plain, folder=folder, max_rows=4, hardware_key="")
         assert texts(engine, prompts, "on") == expected
         assert device.num_replays == 0
         found.append(expected)

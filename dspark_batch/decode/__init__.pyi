@@ -1,3 +1,5 @@
+from .engine import DecodeEngine as DecodeEngine
+from .engine import EngineWrapper as EngineWrapper
 from .loop import DecodeStats as DecodeStats
 from .loop import decode as decode
 from .schedule import Drafting as Drafting
@@ -9,8 +11,8 @@ from .types import ErrorCode as ErrorCode
 from .types import FinishReason as FinishReason
 from .types import Prompt as Prompt
 from .types import RowError as RowError
+from .types import RunningRow as RunningRow
 from .types import SamplingParams as SamplingParams
-from .types import Sequence as Sequence
 from .types import SpecCounts as SpecCounts
 from .types import Tokens as Tokens
 from .types import VerifyPlan as VerifyPlan

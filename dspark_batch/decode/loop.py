@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from dspark_batch.decode.algorithm import metrics
+from dspark_batch.decode.engine import DecodeEngine
 from dspark_batch.decode.schedule import open_schedule
 from dspark_batch.decode.types import (
     CONFIDENCE_THRESHOLD,
@@ -17,14 +18,11 @@ from dspark_batch.decode.types import (
     FinishReason,
     Prompt,
     RowError,
-    Sequence,
+    RunningRow,
     SpecCounts,
     VerifyPlan,
     VerifyResult,
 )
-
-if TYPE_CHECKING:
-    from dspark_batch.engine import Engine
 
 T = TypeVar("T")
 
@@ -48,7 +46,7 @@ class DecodeStats:
 
 def decode(
     prompts: Iterable[Prompt],
-    engine: Engine,
+    engine: DecodeEngine,
     *,
     spec: str,
     scheduler: str | None = None,
@@ -81,8 +79,8 @@ def decode(
 class Slots:
     """The running rows, and the ones that finished in this round."""
 
-    def __init__(self, engine: Engine, stats: DecodeStats) -> None:
-        self.running: list[Sequence] = []
+    def __init__(self, engine: DecodeEngine, stats: DecodeStats) -> None:
+        self.running: list[RunningRow] = []
         self._engine = engine
         self._stats = stats
         self._free = list(reversed(range(engine.max_rows)))
@@ -95,7 +93,7 @@ class Slots:
         Repeats while a whole intake ends on its first token, so that no prompt is left behind.
         """
         while self._free:
-            admitted: list[Sequence] = []
+            admitted: list[RunningRow] = []
             for prompt in prompts:
                 admitted.append(self._admit(prompt))
                 if not self._free:
@@ -105,35 +103,36 @@ class Slots:
             first = self._timed("prefill_seconds", self._engine.prefill, admitted)
             self._stats.num_prompt_tokens += sum(s.num_prompt_tokens for s in admitted)
             self.running += admitted
-            for sequence, token in zip(admitted, first.tolist(), strict=True):
-                self._append(sequence, [token])
+            for row, token in zip(admitted, first.tolist(), strict=True):
+                self._append(row, [token])
             self._retire()
         return bool(self.running)
 
-    def _admit(self, prompt: Prompt) -> Sequence:
-        sequence = Sequence(
+    def _admit(self, prompt: Prompt) -> RunningRow:
+        row = RunningRow(
             prompt=prompt,
             slot=self._free.pop(),
             tokens=list(prompt.token_ids),
             num_prompt_tokens=len(prompt.token_ids),
             accepted_histogram=[0] * (self._engine.block_size + 1),
         )
-        self._engine.admit(sequence)
-        return sequence
+        self._engine.admit(row)
+        return row
 
-    def draft(self, rows: list[Sequence]) -> DraftBlock | None:
+    def draft(self, rows: list[RunningRow]) -> DraftBlock | None:
         """A block for every running row, empty but for `rows`; None if there are none of them."""
         if not rows:
             return None
         self._stats.num_drafted_rounds += 1
-        chosen = {sequence.slot for sequence in rows}
+        chosen = {row.slot for row in rows}
         places = [r for r, s in enumerate(self.running) if s.slot in chosen]
         drafting = [self.running[r] for r in places]
         block = self._timed("draft_seconds", self._engine.draft, drafting)
-        for sequence, looked_up in zip(drafting, block.looked_up.tolist(), strict=True):
+        for row, looked_up in zip(drafting, block.looked_up.tolist(), strict=True):
             if not looked_up:
-                sequence.num_taken = sequence.anchor_position
-        return block.spread(places, len(self.running))
+                row.num_taken = row.anchor_position
+        empty = DraftBlock.empty(len(self.running), self._engine.block_size)
+        return empty.updated(places, block)
 
     def verify(self, block: DraftBlock | None, plan: VerifyPlan) -> VerifyResult:
         """The target's pass."""
@@ -144,17 +143,15 @@ class Slots:
         """Append each row's accepted drafts and bonus, up to its first stop."""
         lengths, counts = plan.lengths.tolist(), result.num_accepted.tolist()
         looked_up = None if block is None else block.lengths * block.looked_up
-        for r, (sequence, bonus) in enumerate(
-            zip(self.running, result.bonus.tolist(), strict=True)
-        ):
-            sequence.num_rounds += 1
-            sequence.num_draft_tokens += int(block.lengths[r]) if block is not None else 0
-            sequence.num_looked_up_tokens += int(looked_up[r]) if looked_up is not None else 0
-            sequence.num_verified_tokens += lengths[r]
-            sequence.num_accepted_tokens += counts[r]
-            sequence.accepted_histogram[counts[r]] += 1
+        for r, (row, bonus) in enumerate(zip(self.running, result.bonus.tolist(), strict=True)):
+            row.num_rounds += 1
+            row.num_draft_tokens += int(block.lengths[r]) if block is not None else 0
+            row.num_looked_up_tokens += int(looked_up[r]) if looked_up is not None else 0
+            row.num_verified_tokens += lengths[r]
+            row.num_accepted_tokens += counts[r]
+            row.accepted_histogram[counts[r]] += 1
             accepted = block.tokens[r, : counts[r]].tolist() if block is not None else []
-            self._append(sequence, [*accepted, bonus])
+            self._append(row, [*accepted, bonus])
         self._retire()
 
     def take_finished(self) -> list[Completion]:
@@ -171,73 +168,73 @@ class Slots:
         setattr(self._stats, phase, getattr(self._stats, phase) + self._clock - begin)
         return result
 
-    def _append(self, sequence: Sequence, tokens: list[int]) -> None:
+    def _append(self, row: RunningRow, tokens: list[int]) -> None:
         """Append tokens until one ends the row: a stop token, a stop string, the limit."""
         for token in tokens:
             if token < 0:
-                sequence.finish_reason = FinishReason.ERROR
+                row.finish_reason = FinishReason.ERROR
                 return
-            sequence.tokens.append(token)
+            row.tokens.append(token)
             self._stats.num_new_tokens += 1
-            if token in self._engine.stop_token_ids or self._hits_stop_string(sequence):
-                sequence.finish_reason = FinishReason.STOP
+            if token in self._engine.stop_token_ids or self._hits_stop_string(row):
+                row.finish_reason = FinishReason.STOP
                 return
-            if not sequence.num_remaining:
-                sequence.finish_reason = FinishReason.LENGTH
+            if not row.num_remaining:
+                row.finish_reason = FinishReason.LENGTH
                 return
 
-    def _hits_stop_string(self, sequence: Sequence) -> bool:
+    def _hits_stop_string(self, row: RunningRow) -> bool:
         """Whether the text now holds a stop string; keeps the text before the first one."""
-        stops = sequence.prompt.params.stop
+        stops = row.prompt.params.stop
         tokenizer = self._engine.tokenizer if stops else None
         if tokenizer is None:
             return False
         # A token adds a character or a part of one (at most four bytes), so the end of the row
         # shows whether a stop can have come up; only then is the whole text looked at.
-        new = sequence.tokens[sequence.num_prompt_tokens :]
+        new = row.tokens[row.num_prompt_tokens :]
         window = 4 * max(map(len, stops)) + 8
         if not any(stop in tokenizer.decode(new[-window:]) for stop in stops):
             return False
         text = tokenizer.decode(new)
         found = [text.find(stop) for stop in stops if stop in text]
         if found:
-            sequence.text = text[: min(found)]
+            row.text = text[: min(found)]
         return bool(found)
 
     def _retire(self) -> None:
         """Turn ended rows into completions and free their slots."""
-        for sequence in [s for s in self.running if s.finish_reason is not None]:
-            self._engine.release(sequence)
-            self._free.append(sequence.slot)
-            completion = self._complete(sequence)
+        for row in [s for s in self.running if s.finish_reason is not None]:
+            self._engine.release(row)
+            self._free.append(row.slot)
+            completion = self._complete(row)
             self._stats.spec = metrics.add([self._stats.spec, completion.spec])
             self._finished.append(completion)
         self.running = [s for s in self.running if s.finish_reason is None]
 
-    def _complete(self, sequence: Sequence) -> Completion:
-        assert sequence.finish_reason is not None
-        new = sequence.tokens[sequence.num_prompt_tokens :]
+    def _complete(self, row: RunningRow) -> Completion:
+        assert row.finish_reason is not None
+        new = row.tokens[row.num_prompt_tokens :]
         tokenizer = self._engine.tokenizer
-        text = sequence.text
+        text = row.text
         if text is None and tokenizer is not None:
             text = tokenizer.decode(new)
         error = None
-        if sequence.finish_reason is FinishReason.ERROR:
+        if row.finish_reason is FinishReason.ERROR:
             message = f"the target's logits are not finite after {len(new)} new tokens"
             error = RowError(ErrorCode.NUMERICAL, "decode", message)
         return Completion(
-            row=sequence.prompt.row,
-            num_prompt_tokens=sequence.num_prompt_tokens,
+            row=row.prompt.row,
+            num_prompt_tokens=row.num_prompt_tokens,
             token_ids=tuple(new),
             text=text if error is None else None,
-            finish_reason=sequence.finish_reason,
+            finish_reason=row.finish_reason,
             spec=SpecCounts(
-                sequence.num_rounds,
-                sequence.num_draft_tokens,
-                sequence.num_verified_tokens,
-                sequence.num_accepted_tokens,
-                tuple(sequence.accepted_histogram),
-                sequence.num_looked_up_tokens,
+                row.num_rounds,
+                row.num_draft_tokens,
+                row.num_verified_tokens,
+                row.num_accepted_tokens,
+                tuple(row.accepted_histogram),
+                row.num_looked_up_tokens,
             ),
             error=error,
         )

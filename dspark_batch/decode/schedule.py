@@ -11,23 +11,21 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.decode.algorithm import CostTable, Outlook, VerifyCurve
-from dspark_batch.decode.algorithm import scheduler as plans
+from dspark_batch.decode.algorithm import scheduler as rules
+from dspark_batch.decode.engine import DecodeEngine
 from dspark_batch.decode.types import (
     CONFIDENCE_THRESHOLD,
     DraftBlock,
-    Sequence,
+    RunningRow,
     VerifyPlan,
     VerifyResult,
 )
-
-if TYPE_CHECKING:
-    from dspark_batch.engine import Engine
 
 # What `auto` may lose, in plain steps: docs/scheduling.md has the bound that they make.
 _CREDIT = 3.0  # by drafts that seem to pay, and by the first looks
@@ -43,7 +41,7 @@ _GRAIN = 16  # cached tokens by which prices are told apart
 
 Confidence = NDArray[np.floating[Any]]
 Lengths = NDArray[np.int64]
-Rule = Callable[[Confidence, Lengths, plans.StepSeconds, Callable[[], Confidence]], Lengths]
+Rule = Callable[[Confidence, Lengths, rules.StepSeconds, Callable[[], Confidence]], Lengths]
 """Confidence [R, γ], caps [R], prices, and what gives the confidence of two drafts ago -> lengths.
 """
 
@@ -51,10 +49,10 @@ Rule = Callable[[Confidence, Lengths, plans.StepSeconds, Callable[[], Confidence
 class Schedule(Protocol):
     """What the loop asks once a round, in this order."""
 
-    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+    def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
         """The rows to draft for, maybe none: decided before any token of the round exists."""
 
-    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+    def plan(self, running: list[RunningRow], block: DraftBlock | None) -> VerifyPlan:
         """Verify lengths [R] of the round."""
 
     def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
@@ -62,7 +60,7 @@ class Schedule(Protocol):
 
 
 def open_schedule(
-    engine: Engine,
+    engine: DecodeEngine,
     spec: str,
     *,
     scheduler: str | None = None,
@@ -108,11 +106,11 @@ def settled(engine: Drafting, spec: str, scheduler: str | None) -> tuple[str, st
 class Plain:
     """Never drafts."""
 
-    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+    def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
         """See `Schedule`."""
         return []
 
-    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+    def plan(self, running: list[RunningRow], block: DraftBlock | None) -> VerifyPlan:
         """See `Schedule`."""
         return VerifyPlan(np.zeros(len(running), np.int64))
 
@@ -126,17 +124,17 @@ class Unweighed:
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
 
-    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+    def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
         """See `Schedule`."""
         return running
 
-    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+    def plan(self, running: list[RunningRow], block: DraftBlock | None) -> VerifyPlan:
         """See `Schedule`."""
         assert block is not None
         limits = _limits(running, block)
         if self._threshold is None:
             return VerifyPlan(limits)
-        return VerifyPlan(plans.threshold(block.confidence, limits, self._threshold))
+        return VerifyPlan(rules.threshold(block.confidence, limits, self._threshold))
 
     def observe(self, plan: VerifyPlan, result: VerifyResult) -> None:
         """See `Schedule`."""
@@ -155,7 +153,7 @@ class Prices:
     """A plain step."""
 
     @classmethod
-    def of(cls, costs: CostTable, num_rows: int, context: float) -> Prices:
+    def at(cls, costs: CostTable, num_rows: int, context: float) -> Prices:
         """The prices for so many rows with so many cached tokens each."""
         curve = costs.verify_curve(num_rows, context)
         return cls(costs, num_rows, context, curve, curve(num_rows, 1))
@@ -164,7 +162,7 @@ class Prices:
         """A draft pass for `num_rows` of them, which takes in `num_pending` tokens of context."""
         return self.costs.draft(num_rows, context=self.context, num_pending=num_pending)
 
-    def step(self, num_drafting: float) -> plans.StepSeconds:
+    def step(self, num_drafting: float) -> rules.StepSeconds:
         """Rounds that draft for so many rows; context that piled up before is no part of them."""
         drafting = self.draft(num_drafting)
         return lambda num_tokens, longest: drafting + self.verify(num_tokens, longest)
@@ -180,7 +178,13 @@ class Weighed:
     """
 
     def __init__(
-        self, engine: Engine, costs: CostTable, scheduler: str, threshold: float, *, auto: bool
+        self,
+        engine: DecodeEngine,
+        costs: CostTable,
+        scheduler: str,
+        threshold: float,
+        *,
+        auto: bool,
     ) -> None:
         self._engine, self._costs, self._auto = engine, costs, auto
         self._rule = _rules(threshold)[scheduler]
@@ -192,14 +196,14 @@ class Weighed:
         self._num_since_answer = 0
         self._last_paid = False
         # Of the round:
-        self._prices = Prices.of(costs, 1, 0.0)
-        self._drafting: list[Sequence] = []
+        self._prices = Prices.at(costs, 1, 0.0)
+        self._drafting: list[RunningRow] = []
         self._waiting: dict[int, int] = {}  # by slot: context that the draft pass takes in
         self._looking = False
         self._draft_seconds = 0.0
         self._predicted = 0.0
 
-    def drafts(self, running: list[Sequence]) -> list[Sequence]:
+    def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
         """See `Schedule`."""
         self._prices = self._price_list(running)
         if not self._outlook.has_blocks:
@@ -208,7 +212,7 @@ class Weighed:
         self._waiting = {s.slot: s.num_pending for s in self._drafting}
         return self._drafting
 
-    def plan(self, running: list[Sequence], block: DraftBlock | None) -> VerifyPlan:
+    def plan(self, running: list[RunningRow], block: DraftBlock | None) -> VerifyPlan:
         """See `Schedule`."""
         if block is None:
             return VerifyPlan(np.zeros(len(running), np.int64))
@@ -229,7 +233,7 @@ class Weighed:
         )
 
         self._earlier.append(dict(zip((s.prompt.row for s in running), confidence, strict=True)))
-        self._predicted = plans.expected_gain(confidence, plan.lengths)
+        self._predicted = rules.expected_gain(confidence, plan.lengths)
         tokens = len(running) + self._outlook.trust * self._predicted
         paid = tokens / step(plan.num_tokens, plan.longest) > len(running) / self._prices.plain
         self._last_paid = paid and len(self._drafting) == len(running)
@@ -254,7 +258,7 @@ class Weighed:
             self._answers.clear()
             self._num_since_answer = 0
 
-    def _passing(self, running: list[Sequence], block: DraftBlock) -> list[Sequence]:
+    def _passing(self, running: list[RunningRow], block: DraftBlock) -> list[RunningRow]:
         """The rows that a draft pass was made for: where a lookup proposes, none is.
 
         Which those are follows from the rows' past, so a plan may depend on it.
@@ -266,7 +270,7 @@ class Weighed:
         """What a rule gets to see: if it weighs, no more than this run has reason to trust."""
         return self._outlook.trusted(confidence) if rule in (_early_stop, _async) else confidence
 
-    def _worth_drafting(self, running: list[Sequence]) -> list[Sequence]:
+    def _worth_drafting(self, running: list[RunningRow]) -> list[RunningRow]:
         """All rows if drafting pays, some to look whether it does, or none: what is affordable."""
         self._account = min(self._account + _SHARE, _MOST_SAVED)
         knows = self._outlook.num_seen >= _EVIDENCE
@@ -283,7 +287,7 @@ class Weighed:
             rows.pop()
         return rows
 
-    def _pays(self, running: list[Sequence]) -> bool:
+    def _pays(self, running: list[RunningRow]) -> bool:
         """Whether the last blocks, played through again with so many rows, beat plain decoding."""
         num_rows = len(running)
         if num_rows not in self._answers:
@@ -295,7 +299,7 @@ class Weighed:
             for j, confidence in enumerate(rounds):
                 before = partial(seen.__getitem__, j - 2)
                 plan = VerifyPlan(self._rule(seen[j], limits, step, before))
-                gain = self._outlook.trust * plans.expected_gain(confidence, plan.lengths)
+                gain = self._outlook.trust * rules.expected_gain(confidence, plan.lengths)
                 tokens += num_rows + gain
                 seconds += step(plan.num_tokens, plan.longest)
             # Every token is context for the draft some day; what waits now is spread over the
@@ -307,25 +311,25 @@ class Weighed:
             self._answers[num_rows] = tokens / seconds > hurdle * num_rows / self._prices.plain
         return self._answers[num_rows]
 
-    def _price(self, rows: list[Sequence]) -> float:
+    def _price(self, rows: list[RunningRow]) -> float:
         """Seconds of a draft pass for these rows, their context that waits included."""
         return self._prices.draft(len(rows), num_pending=sum(s.num_pending for s in rows))
 
-    def _price_list(self, running: list[Sequence]) -> Prices:
+    def _price_list(self, running: list[RunningRow]) -> Prices:
         grain = sum(s.anchor_position for s in running) // (_GRAIN * len(running))
         key = (len(running), grain)
         if key not in self._price_lists:
             context = (grain + 0.5) * _GRAIN
-            self._price_lists[key] = Prices.of(self._costs, len(running), context)
+            self._price_lists[key] = Prices.at(self._costs, len(running), context)
         return self._price_lists[key]
 
-    def _confidence_before(self, running: list[Sequence]) -> Confidence:
+    def _confidence_before(self, running: list[RunningRow]) -> Confidence:
         """[R, γ] of each row two drafts ago, or what is usual for a row that did not draft then."""
         earlier = self._earlier[0] if len(self._earlier) == 2 else {}
         usual = self._outlook.mean
         return np.array([earlier.get(s.prompt.row, usual) for s in running])
 
-    def _prior(self, running: list[Sequence]) -> NDArray[np.float64]:
+    def _prior(self, running: list[RunningRow]) -> NDArray[np.float64]:
         """[γ] conditional acceptance that the export found for rows like these."""
         engine = self._engine
         by_row = [
@@ -335,7 +339,7 @@ class Weighed:
         return np.asarray(np.mean(by_row, axis=0))
 
 
-def _limits(running: list[Sequence], block: DraftBlock) -> Lengths:
+def _limits(running: list[RunningRow], block: DraftBlock) -> Lengths:
     """[R] draft tokens that may be verified: a row needs as many as remain less the bonus."""
     remaining = np.array([s.num_remaining for s in running], np.int64)
     return np.minimum(remaining - 1, block.lengths)
@@ -344,19 +348,19 @@ def _limits(running: list[Sequence], block: DraftBlock) -> Lengths:
 def _early_stop(
     confidence: Confidence,
     limits: Lengths,
-    step: plans.StepSeconds,
+    step: rules.StepSeconds,
     earlier: Callable[[], Confidence],
 ) -> Lengths:
-    return plans.early_stop(confidence, limits, step)
+    return rules.early_stop(confidence, limits, step)
 
 
 def _async(
     confidence: Confidence,
     limits: Lengths,
-    step: plans.StepSeconds,
+    step: rules.StepSeconds,
     earlier: Callable[[], Confidence],
 ) -> Lengths:
-    return plans.fill(confidence, limits, plans.global_budget(earlier(), limits, step))
+    return rules.fill(confidence, limits, rules.global_budget(earlier(), limits, step))
 
 
 def _rules(threshold: float) -> dict[str, Rule]:
@@ -364,7 +368,7 @@ def _rules(threshold: float) -> dict[str, Rule]:
     return {
         "early-stop": _early_stop,
         "async": _async,
-        "threshold": lambda confidence, limits, step, earlier: plans.threshold(
+        "threshold": lambda confidence, limits, step, earlier: rules.threshold(
             confidence, limits, threshold
         ),
         "whole": lambda confidence, limits, step, earlier: limits,

@@ -1,4 +1,4 @@
-"""The values that cross borders between modules; every one but `Sequence` is frozen.
+"""The values that cross borders between modules; every one but `RunningRow` is frozen.
 
 Shapes: R running rows of a round, γ block size (draft tokens per block).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,7 @@ class Completion:
 
 
 @dataclass(slots=True)
-class Sequence:
+class RunningRow:
     """One running row: the only mutable value of the loop.
 
     Invariant between rounds: the target's cache holds positions `0 .. anchor_position - 1`, and
@@ -163,7 +164,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class DraftBlock:
-    """Proposed tokens of a round; the draft's distributions stay with the runtime."""
+    """The tokens proposed in a round. The draft's distributions stay with the runtime."""
 
     tokens: NDArray[np.int64]
     """[R, γ] in the target's vocabulary."""
@@ -171,27 +172,45 @@ class DraftBlock:
     """[R, γ] calibrated c_k: probability that draft k is accepted given all before it were."""
     lengths: NDArray[np.int64]
     """[R] tokens proposed, 0..γ; what lies beyond them is padding."""
-    matches: NDArray[np.int64] | None = None
-    """[R] of a lookup beside a network: tokens of the match that it went on from, 0 where the
-    network proposed; None where there are no two."""
+    evidence: NDArray[np.int64] | None = None
+    """[R] what a lookup went by, such as the length of a match, and 0 where the last drafter was
+    asked instead; None where no lookup comes ahead of it."""
+    certain: NDArray[np.bool_] | None = None
+    """[R] whether the tokens were proposed with probability 1, as lookups do; None: no row's."""
+
+    @classmethod
+    def empty(cls, num_rows: int, block_size: int) -> DraftBlock:
+        """No proposal for any row."""
+        shape = (num_rows, block_size)
+        return cls(np.zeros(shape, np.int64), np.zeros(shape, np.float32), np.zeros(num_rows, int))
 
     @property
     def looked_up(self) -> NDArray[np.bool_]:
-        """[R] whether a lookup proposed in the network's place, which made no pass for the row."""
-        return np.zeros(len(self.lengths), bool) if self.matches is None else self.matches > 0
+        """[R] whether a lookup proposed, so that the last drafter made no pass for the row."""
+        return np.zeros(len(self.lengths), bool) if self.evidence is None else self.evidence > 0
 
-    def spread(self, places: list[int], num_rows: int) -> DraftBlock:
-        """The block of `num_rows` rows that has these rows at `places`, and no proposal else."""
-        tokens = np.zeros((num_rows, self.tokens.shape[1]), np.int64)
-        confidence = np.zeros(tokens.shape, np.float32)
-        lengths = np.zeros(num_rows, np.int64)
-        tokens[places], confidence[places] = self.tokens, self.confidence
-        lengths[places] = self.lengths
-        matches = None
-        if self.matches is not None:
-            matches = np.zeros(num_rows, np.int64)
-            matches[places] = self.matches
-        return DraftBlock(tokens, confidence, lengths, matches)
+    def updated(self, places: list[int], block: DraftBlock) -> DraftBlock:
+        """This block with the rows at `places` replaced by those of `block`."""
+        return DraftBlock(
+            _updated(self.tokens, places, block.tokens),
+            _updated(self.confidence, places, block.confidence),
+            _updated(self.lengths, places, block.lengths),
+            *(
+                _updated(np.zeros(len(self.lengths), kind) if mine is None else mine, places, other)
+                if mine is not None or other is not None
+                else None
+                for mine, other, kind in (
+                    (self.evidence, block.evidence, np.int64),
+                    (self.certain, block.certain, np.bool_),
+                )
+            ),
+        )
+
+
+def _updated(array: NDArray[Any], places: list[int], values: NDArray[Any] | None) -> NDArray[Any]:
+    found = array.copy()
+    found[places] = 0 if values is None else values
+    return found
 
 
 @dataclass(frozen=True, slots=True)

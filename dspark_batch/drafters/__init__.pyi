@@ -1,5 +1,11 @@
+from . import lookup as lookup
+from .drafter import Drafter as Drafter
+from .drafter import FirstOf as FirstOf
 from .layouts import draft_spec as draft_spec
 from .layouts import draft_vocab as draft_vocab
+from .lookup import Lookup as Lookup
+from .lookup import LookupInfo as LookupInfo
+from .lookup import LookupSettings as LookupSettings
 from .reference import ReferenceDraft as ReferenceDraft
 from .shared import check_fits as check_fits
 from .shared import embedding as embedding
@@ -8,4 +14,5 @@ from .shared import tables as tables
 from .spec import DraftSpec as DraftSpec
 from .table import DRAFTERS as DRAFTERS
 from .table import LOOKUPS as LOOKUPS
-from .table import Lookup as Lookup
+from .table import draft_graph as draft_graph
+from .table import lookup_source as lookup_source

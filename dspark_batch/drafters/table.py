@@ -1,33 +1,75 @@
-"""Drafters: methods of proposing a block.
+"""The drafters by name: a new one is a file with a class, and a line here.
 
-Those of `DRAFTERS` build a graph from a checkpoint, all with the same contract; those of `LOOKUPS`
-have no weights, and propose from the rows' own tokens on the host, alone or beside a network. A
-module of the latter has `open_lookup` (a manifest's draft -> `Lookup`) and, for calibration,
-`replayed` and `observed` (rounds of finished texts, or beside a network), `learnt` (the draft with
-what greedy and sampled ones teach), `rounds` and `rated` (either with the confidence learnt).
+`DRAFTERS` are networks: a class writes the ONNX graph of a checkpoint. `LOOKUPS` need no network: a
+class finds what to propose in text that is known already (`lookup.Source`). An engine has a
+network, a lookup, or a lookup ahead of a network (`drafter.FirstOf`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.drafters.lookup import Source
 
 if TYPE_CHECKING:
-    from dspark_batch.decode import DraftBlock
-    from dspark_batch.decode import Sequence as Row
+    from dspark_batch.drafters.shared import DraftHead
+    from dspark_batch.drafters.spec import DraftSpec
+    from dspark_batch.models.graph import GraphBuilder, StoredWeight
 
-DRAFTERS = {"dspark": "dspark_batch.drafters.dspark", "dflash": "dspark_batch.drafters.dspark"}
-LOOKUPS = {"ngram": "dspark_batch.drafters.ngram"}
+DRAFTERS = {
+    "dspark": "dspark_batch.drafters.dspark:DSparkGraph",
+    "dflash": "dspark_batch.drafters.dspark:DSparkGraph",
+}
+LOOKUPS = {"ngram": "dspark_batch.drafters.ngram:Ngrams"}
 
 
-class Lookup(Protocol):
-    """What `open_lookup` of a module in `LOOKUPS` gives. What it proposes must be certain.
+class DraftGraph(Protocol):
+    """What a class in `DRAFTERS` is: it writes the graph whose contract `dspark` describes."""
 
-    That is, a function of the row's past alone: it is verified as drawn with probability 1.
-    """
+    def __init__(
+        self,
+        builder: GraphBuilder,
+        spec: DraftSpec,
+        tensor: Callable[[str], NDArray[Any]],
+        *,
+        precision: str,
+    ) -> None:
+        """`tensor` reads the checkpoint's weights by name."""
 
-    def draft(self, sequences: Sequence[Row]) -> DraftBlock:
-        """A block per row, the confidence as logits; length 0 where there is nothing to propose."""
+    def build(
+        self,
+        *,
+        embed: StoredWeight,
+        head: DraftHead,
+        draft_vocab: NDArray[np.int64],
+        max_tokens: int,
+    ) -> None:
+        """Write the graph: with this embedding and head, for rows of up to `max_tokens`."""
 
-    def release(self, slot: int) -> None:
-        """The row in this slot has ended."""
+
+def draft_graph(drafter: str) -> type[DraftGraph]:
+    """The class of a name in `DRAFTERS`."""
+    return cast("type[DraftGraph]", _named(DRAFTERS[drafter]))
+
+
+def lookup_source(drafter: str) -> type[Source]:
+    """The class of a name in `LOOKUPS`."""
+    return cast("type[Source]", _named(LOOKUPS[drafter]))
+
+
+def _named(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+if TYPE_CHECKING:
+    from dspark_batch.drafters.dspark import DSparkGraph
+    from dspark_batch.drafters.ngram import Ngrams
+
+    _GRAPHS: tuple[type[DraftGraph], ...] = (DSparkGraph,)
+    _SOURCES: tuple[type[Source], ...] = (Ngrams,)

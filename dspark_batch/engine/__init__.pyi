@@ -20,7 +20,6 @@ from .manifest import CalibrationInfo as CalibrationInfo
 from .manifest import DraftInfo as DraftInfo
 from .manifest import EngineManifest as EngineManifest
 from .manifest import Limits as Limits
-from .manifest import LookupInfo as LookupInfo
 from .manifest import PlansInfo as PlansInfo
 from .manifest import ProfileInfo as ProfileInfo
 from .manifest import TargetInfo as TargetInfo

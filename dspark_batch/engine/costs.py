@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.decode import DraftBlock, Prompt, SamplingParams, VerifyPlan
-from dspark_batch.decode import Sequence as Row
+from dspark_batch.decode import RunningRow as Row
 from dspark_batch.decode.algorithm import CostTable
 
 if TYPE_CHECKING:

@@ -1,45 +1,40 @@
-"""An opened engine folder: prefill, draft and verify on domain types.
+"""An opened engine folder: prefill, draft and verify running rows.
 
-The engine packs sequences into spans for the runtime and draws the round's uniforms. It never
-sees a cache tensor, logits or a runtime's name.
+The engine packs rows into spans for the runtime, asks its drafter for proposals and calibrates
+their confidence. It never sees a cache tensor, logits or a runtime's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.decode import DraftBlock, Sequence, VerifyPlan, VerifyResult
-from dspark_batch.decode.algorithm import CostTable, calibration, sampling
-from dspark_batch.drafters import LOOKUPS, Lookup
+from dspark_batch.decode import DraftBlock, RunningRow, VerifyPlan, VerifyResult
+from dspark_batch.decode.algorithm import CostTable, calibration
+from dspark_batch.drafters import Drafter, FirstOf, Lookup
 from dspark_batch.engine.costs import read_costs
-from dspark_batch.engine.manifest import EngineManifest, read_manifest
+from dspark_batch.engine.manifest import DraftInfo, EngineManifest, read_manifest
+from dspark_batch.engine.network import NetworkDrafter, draws_for
 from dspark_batch.engine.runtimes import (
     ANYWHERE,
     PREFILL_CHUNK,
     PREFILL_TOKENS,
-    Draws,
     Placement,
     Runtime,
     Span,
     runtime_module,
 )
-
-if TYPE_CHECKING:
-    from dspark_batch.engine.tokenizer import Tokenizer
+from dspark_batch.engine.tokenizer import Tokenizer
 
 
 class Engine:
-    """A target and its draft, ready to run up to `max_rows` rows at once.
+    """A target and its draft, ready to run up to `max_rows` rows at once: a `DecodeEngine`.
 
-    Invariant: a sequence's slot is admitted exactly between `admit` and `release`.
+    Invariant: a row's slot is admitted exactly between `admit` and `release`.
     """
 
     def __init__(
@@ -50,7 +45,6 @@ class Engine:
         folder: Path,
         max_rows: int,
         hardware_key: str,
-        lookup: Lookup | None = None,
     ) -> None:
         self.manifest = manifest
         self.folder = folder
@@ -58,7 +52,7 @@ class Engine:
         self.costs: CostTable | None = None
         self.hardware_key = hardware_key
         self._runtime = runtime
-        self._lookup = lookup
+        self._drafter = _open_drafter(manifest.draft, runtime) if manifest.draft else None
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -106,40 +100,37 @@ class Engine:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The target's tokenizer; None where its source has none."""
+        """The target's tokenizer, opened at the first use; None where its source has none."""
         if self._tokenizer is None and self.manifest.has_tokenizer:
-            from dspark_batch.engine.tokenizer import Tokenizer
-
             self._tokenizer = Tokenizer.open(self.folder)
         return self._tokenizer
 
-    def admit(self, sequence: Sequence) -> None:
-        """Give the sequence's slot to it."""
-        self._runtime.admit(sequence.slot)
+    def admit(self, row: RunningRow) -> None:
+        """Give the row's slot to it."""
+        self._runtime.admit(row.slot)
 
-    def release(self, sequence: Sequence) -> None:
-        """Free the sequence's slot."""
-        self._runtime.release(sequence.slot)
-        if self._lookup is not None:
-            self._lookup.release(sequence.slot)
+    def release(self, row: RunningRow) -> None:
+        """Free the row's slot."""
+        self._runtime.release(row.slot)
+        if self._drafter is not None:
+            self._drafter.release(row.slot)
 
-    def prefill(self, sequences: SequenceOf[Sequence]) -> NDArray[np.int64]:
+    def prefill(self, rows: Sequence[RunningRow]) -> NDArray[np.int64]:
         """Run the prompts, in chunks, and return the first token of each, [R]; -1 as in `bonus`.
 
         Rows of a pass share it, so prompts of similar length cost the least.
         """
-        first = np.zeros(len(sequences), np.int64)
-        slots = [sequence.slot for sequence in sequences]
-        for rows, spans in _passes([sequence.tokens for sequence in sequences], slots):
-            draws = self._draws([sequences[r] for r in rows])[1]
-            result = self._runtime.verify(spans, np.zeros(len(rows), np.int64), draws)
-            first[rows] = result.bonus  # of a row's last chunk in the end
+        first = np.zeros(len(rows), np.int64)
+        for chosen, spans in _passes([row.tokens for row in rows], [row.slot for row in rows]):
+            draws = draws_for([rows[r] for r in chosen], block_size=self.block_size)[1]
+            result = self._runtime.verify(spans, np.zeros(len(chosen), np.int64), draws)
+            first[chosen] = result.bonus  # of a row's last chunk in the end
         return first
 
-    def context(self, rows: SequenceOf[SequenceOf[int]]) -> Iterator[NDArray[np.float32]]:
+    def context(self, rows: Sequence[Sequence[int]]) -> Iterator[NDArray[np.float32]]:
         """Run rows of known tokens and give each one's context `[n, taps * hidden]`, in order.
 
-        What a draft is trained on. Rows of similar length cost the least.
+        This is what a draft is trained on. Rows of similar length cost the least.
         """
         for begin in range(0, len(rows), self.max_rows):
             group = rows[begin : begin + self.max_rows]
@@ -153,102 +144,70 @@ class Engine:
                 self._runtime.release(slot)
                 yield np.concatenate(row)
 
-    def draft(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
-        """Propose a block for every sequence; the confidence is calibrated for its temperature."""
-        block = self.draft_raw(sequences)
-        confidence = calibration.apply(block.confidence, self._temperatures(sequences))
+    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+        """Propose a block for every row; the confidence is calibrated for its temperature."""
+        block = self.draft_raw(rows)
+        confidence = calibration.apply(block.confidence, self._temperatures(rows))
         return replace(block, confidence=confidence)
 
-    def _temperatures(self, sequences: SequenceOf[Sequence]) -> NDArray[np.float64]:
-        """[R, γ] by which confidence logits are divided, the greedy rows' or the sampled ones'."""
+    def draft_raw(self, rows: Sequence[RunningRow]) -> DraftBlock:
+        """As `draft`, with the confidence as logits: what calibration is fitted on."""
+        assert self._drafter is not None
+        block = self._drafter.draft(rows)
+        if block.evidence is None:
+            return block
+        # A lookup's table is calibrated as it is: what will divide its logits is put in first.
+        rated = block.confidence * self._temperatures(rows).astype(np.float32)
+        confidence = np.where(block.looked_up[:, None], rated, block.confidence)
+        return replace(block, confidence=confidence)
+
+    def draft_pass(self, rows: Sequence[RunningRow]) -> DraftBlock:
+        """A pass of the last drafter for every row: what the cost table prices."""
+        assert self._drafter is not None
+        return self._drafter.last.draft(rows)
+
+    def verify(
+        self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan
+    ) -> VerifyResult:
+        """One pass of the target over each anchor and its planned drafts."""
+        spans = []
+        for r, (row, length) in enumerate(zip(rows, plan.lengths.tolist(), strict=True)):
+            tokens, certain = np.array([row.tokens[-1]], np.int64), False
+            if length:
+                assert block is not None
+                tokens = np.concatenate([tokens, block.tokens[r, :length]])
+                certain = block.certain is not None and bool(block.certain[r])
+            spans.append(Span(row.slot, row.anchor_position, tokens, certain))
+        draws = draws_for(rows, block_size=self.block_size)[1]
+        return self._runtime.verify(spans, plan.lengths, draws)
+
+    def _temperatures(self, rows: Sequence[RunningRow]) -> NDArray[np.float64]:
+        """[R, γ] by which confidence logits are divided: those of greedy or of sampled rows."""
         draft = self.manifest.draft
         assert draft is not None
         greedy = np.array(draft.confidence_temperatures)
         if not draft.sampled_temperatures:
-            return np.tile(greedy, (len(sequences), 1))
-        samples = np.array([s.prompt.params.temperature > 0 for s in sequences])
-        sampled = np.array(draft.sampled_temperatures)
-        return np.where(samples[:, None], sampled, greedy)
-
-    def draft_raw(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
-        """As `draft`, with the confidence as logits: what calibration is fitted on.
-
-        Beside a network a lookup has the rows in which it finds something. Those make no pass of
-        the network; their context waits.
-        """
-        draft = self.manifest.draft
-        assert draft is not None
-        if self._lookup is None or not draft.has_network:
-            return self.draft_pass(sequences)
-        found = self._lookup.draft(sequences)
-        assert found.matches is not None
-        others = np.flatnonzero(found.matches == 0).tolist()
-        if others:
-            drafted = self.draft_pass([sequences[r] for r in others])
-            drafted = drafted.spread(others, len(sequences))
-        else:
-            drafted = found
-        looked_up = found.looked_up
-        # The tables are calibrated as they are: what will divide the logits is put in first.
-        rated = found.confidence * self._temperatures(sequences).astype(np.float32)
-        return DraftBlock(
-            np.where(looked_up[:, None], found.tokens, drafted.tokens),
-            np.where(looked_up[:, None], rated, drafted.confidence),
-            np.where(looked_up, found.lengths, drafted.lengths),
-            found.matches,
-        )
-
-    def draft_pass(self, sequences: SequenceOf[Sequence]) -> DraftBlock:
-        """A pass of the network for every sequence, or of the lookup where there is no network."""
-        draft = self.manifest.draft
-        if self._lookup is not None and draft is not None and not draft.has_network:
-            return replace(self._lookup.draft(sequences), matches=None)
-        anchors = np.array([s.tokens[-1] for s in sequences], np.int64)
-        return self._runtime.draft([s.slot for s in sequences], anchors, self._draws(sequences)[0])
-
-    def verify(
-        self, sequences: SequenceOf[Sequence], block: DraftBlock | None, plan: VerifyPlan
-    ) -> VerifyResult:
-        """One pass of the target over each anchor and its planned drafts."""
-        spans = []
-        draft = self.manifest.draft
-        without_network = draft is None or not draft.has_network
-        for r, (sequence, length) in enumerate(zip(sequences, plan.lengths.tolist(), strict=True)):
-            tokens, certain = np.array([sequence.tokens[-1]], np.int64), without_network
-            if length:
-                assert block is not None
-                tokens = np.concatenate([tokens, block.tokens[r, :length]])
-                certain = certain or bool(block.looked_up[r])
-            spans.append(Span(sequence.slot, sequence.anchor_position, tokens, certain))
-        return self._runtime.verify(spans, plan.lengths, self._draws(sequences)[1])
-
-    def _draws(self, sequences: SequenceOf[Sequence]) -> tuple[Draws, Draws]:
-        """Draws of a draft and of a verification: functions of seed and anchor position only."""
-        params = [s.prompt.params for s in sequences]
-        temperature = np.array([p.temperature for p in params], np.float32)
-        top_k = np.array([p.top_k for p in params], np.int64)
-        top_p = np.array([p.top_p for p in params], np.float32)
-        gamma = max(self.block_size, 1)
-        if temperature.any():
-            uniforms = sampling.uniforms(
-                np.array([p.seed for p in params]),
-                np.array([s.anchor_position for s in sequences]),
-                num=2 * gamma + 1,
-            )
-        else:
-            uniforms = np.zeros((len(params), 2 * gamma + 1), np.float32)
-        return (
-            Draws(temperature, top_k, top_p, np.ascontiguousarray(uniforms[:, :gamma])),
-            Draws(temperature, top_k, top_p, np.ascontiguousarray(uniforms[:, gamma:])),
-        )
+            return np.tile(greedy, (len(rows), 1))
+        samples = np.array([row.prompt.params.temperature > 0 for row in rows])
+        return np.where(samples[:, None], np.array(draft.sampled_temperatures), greedy)
 
     def close(self) -> None:
         """Free the runtime."""
         self._runtime.close()
 
 
+def _open_drafter(draft: DraftInfo, runtime: Runtime) -> FirstOf:
+    """A lookup, the network, or the lookup ahead of the network."""
+    drafters: list[Drafter] = []
+    if draft.lookup is not None:
+        drafters.append(Lookup(draft.lookup))
+    if draft.has_network:
+        drafters.append(NetworkDrafter(runtime, draft.block_size))
+    return FirstOf(*drafters)
+
+
 def _passes(
-    rows: SequenceOf[SequenceOf[int]], slots: SequenceOf[int]
+    rows: Sequence[Sequence[int]], slots: Sequence[int]
 ) -> Iterator[tuple[list[int], list[Span]]]:
     """Rows of tokens in chunks, as many in a pass as it has room for: their indices and spans."""
     done = [0] * len(rows)
@@ -278,8 +237,8 @@ def open_engine(
 ) -> Engine:
     """Open an engine folder for up to `max_rows` concurrent rows (default: the manifest's).
 
-    Without its draft an engine decodes plainly and keeps no context for one.
-    The cost table is the one measured on this machine, None where there is none.
+    Without its draft an engine decodes plainly and keeps no context for one. The cost table is the
+    one that was measured on this machine, None where there is none.
 
     Raises:
         EngineError: the folder holds no engine, or one that cannot run here.
@@ -287,10 +246,6 @@ def open_engine(
     manifest = read_manifest(folder)
     if not with_draft:
         manifest = manifest.model_copy(update={"draft": None})
-    draft = manifest.draft
-    lookup = None
-    if draft is not None and draft.lookup is not None:
-        lookup = import_module(LOOKUPS[draft.lookup.drafter]).open_lookup(draft)
     rows = max_rows or manifest.limits.max_rows
     module = runtime_module(manifest.runtime)
     engine = Engine(
@@ -299,8 +254,7 @@ def open_engine(
         folder=folder,
         max_rows=rows,
         hardware_key=module.hardware_key(manifest, placement),
-        lookup=lookup,
     )
-    if draft is not None:
+    if manifest.draft is not None:
         engine.costs = read_costs(folder, engine.hardware_key)
     return engine

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dspark_batch.drafters import LookupInfo
 from dspark_batch.errors import EngineError
 
 FORMAT = "dspark-batch-engine/1"
@@ -34,7 +35,7 @@ class CacheInfo(_Part):
     """Heads and head size of the layers that have others."""
 
     @classmethod
-    def of(cls, shapes: Sequence[tuple[int, int]]) -> CacheInfo:
+    def from_shapes(cls, shapes: Sequence[tuple[int, int]]) -> CacheInfo:
         """From the key/value heads and head size of each layer."""
         num_kv_heads, head_dim = shapes[0]
         return cls(
@@ -65,19 +66,6 @@ class TargetInfo(_Part):
     stop_token_ids: tuple[int, ...]
     context_layer_ids: tuple[int, ...] = ()
     """Layers whose outputs the graph gives as context to a training; a draft names its own."""
-
-
-class LookupInfo(_Part):
-    """A draft that is looked up in the row's own tokens, alone or beside a network."""
-
-    drafter: str
-    """Of `drafters.LOOKUPS`."""
-    shortest_match: int
-    longest_match: int
-    acceptance: tuple[tuple[float, ...], ...]
-    """[longest - shortest + 1, γ] conditional acceptance by match and position, of greedy text."""
-    sampled_acceptance: tuple[tuple[float, ...], ...]
-    """The same of text sampled at temperature 1."""
 
 
 class CalibrationInfo(_Part):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -13,47 +12,44 @@ from dspark_batch.decode import (
     Completion,
     DecodeStats,
     DraftBlock,
+    EngineWrapper,
     Prompt,
+    RunningRow,
     SamplingParams,
     VerifyPlan,
     VerifyResult,
     decode,
 )
-from dspark_batch.decode import Sequence as Row
 from dspark_batch.decode.algorithm import calibration
-from dspark_batch.drafters import LOOKUPS
+from dspark_batch.drafters import lookup
 from dspark_batch.engine import CalibrationInfo, DraftInfo, Engine
 
 _CALIBRATION_TOKENS = 32
 
 
-class _Recorder:
-    """An engine that notes the confidence and outcome of every block that was verified whole."""
+class _Recorder(EngineWrapper):
+    """Notes the confidence and outcome of every block that was verified whole."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self._engine = engine
-        self._block: DraftBlock | None = None
+        self._block = DraftBlock.empty(0, engine.block_size)
         self.found: list[calibration.Rounds] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def draft(self, sequences: list[Row]) -> DraftBlock:
-        self._block = self._engine.draft_raw(sequences)
+    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+        self._block = self._engine.draft_raw(rows)
         return self._block
 
     def verify(
-        self, sequences: list[Row], block: DraftBlock | None, plan: VerifyPlan
+        self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
-        assert self._block is not None
-        result = self._engine.verify(sequences, block, plan)
+        result = self._engine.verify(rows, block, plan)
         whole = plan.lengths == self._engine.block_size
-        rows = np.array([s.prompt.row for s in sequences])
-        matches = self._block.matches
-        matches = np.zeros_like(rows) if matches is None else matches
-        parts = (result.num_accepted, rows, matches)
-        found = calibration.Rounds(self._block.confidence, *parts).of(whole)
-        self.found.append(found)
+        evidence = self._block.evidence
+        evidence = np.zeros(len(rows), np.int64) if evidence is None else evidence
+        numbers = np.array([row.prompt.row for row in rows])
+        parts = (result.num_accepted, numbers, evidence)
+        self.found.append(calibration.Rounds(self._block.confidence, *parts).where(whole))
         return result
 
 
@@ -65,7 +61,7 @@ def observe_rounds(
     Blocks that the end of a row cuts short are left out.
     """
     recorder = _Recorder(engine)
-    done = list(decode(prompts, recorder, spec="on", stats=DecodeStats()))  # type: ignore[arg-type]
+    done = list(decode(prompts, recorder, spec="on", stats=DecodeStats()))
     return calibration.concatenate(recorder.found, engine.block_size), done
 
 
@@ -86,7 +82,7 @@ def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
     if draft.lookup is not None:
         texts = [[(prompts[c.row], c.token_ids) for c in done] for _, done in observed]
         draft, rounds = _with_learnt_lookup(draft, rounds, texts)
-    own = [found.matches == 0 if draft.has_network else None for found in rounds]
+    own = [found.evidence == 0 if draft.has_network else None for found in rounds]
     greedy, sampled = (
         calibration.calibrated(found, scaled=scaled)
         for found, scaled in zip(rounds, own, strict=True)
@@ -105,22 +101,25 @@ def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
 def _with_learnt_lookup(
     draft: DraftInfo,
     rounds: Sequence[calibration.Rounds],
-    texts: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]],
+    texts: Sequence[Sequence[lookup.Text]],
 ) -> tuple[DraftInfo, list[calibration.Rounds]]:
     """The draft with what its lookup learns of the rounds, and the rounds as it rates them.
 
-    `rounds` and `texts` (prompts and new tokens) are of greedy rows, then of sampled ones.
+    `rounds` and `texts` are of greedy rows, then of sampled ones. Alone a lookup can be replayed on
+    any text, so it learns from the texts; ahead of a network only the rounds tell what it met.
     """
-    assert draft.lookup is not None
-    lookup = import_module(LOOKUPS[draft.lookup.drafter])
+    info = draft.lookup
+    assert info is not None
     if draft.has_network:
         found = [lookup.observed(rows) for rows in rounds]
     else:
-        found = [lookup.replayed(draft, rows) for rows in texts]
-    draft = lookup.learnt(draft, greedy=found[0], sampled=found[1])
-    rate = lookup.rated if draft.has_network else lookup.rounds
-    seen: Sequence[Any] = rounds if draft.has_network else texts
-    return draft, [rate(draft, rows, sampled=i > 0) for i, rows in enumerate(seen)]
+        found = [lookup.replayed(info, rows) for rows in texts]
+    info = lookup.learnt(info, greedy=found[0], sampled=found[1])
+    if draft.has_network:
+        seen = [lookup.rated(info, rows, sampled=i > 0) for i, rows in enumerate(rounds)]
+    else:
+        seen = [lookup.rounds(info, rows, sampled=i > 0) for i, rows in enumerate(texts)]
+    return draft.model_copy(update={"lookup": info}), seen
 
 
 def _described(rows: Literal["greedy", "sampled"], fit: calibration.Calibrated) -> CalibrationInfo:

@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,8 +32,10 @@ from dspark_batch.drafters import (
     DRAFTERS,
     LOOKUPS,
     DraftSpec,
+    LookupInfo,
     ReferenceDraft,
     check_fits,
+    draft_graph,
     draft_spec,
     draft_vocab,
     embedding,
@@ -49,7 +50,6 @@ from dspark_batch.engine import (
     DraftInfo,
     EngineManifest,
     Limits,
-    LookupInfo,
     PlansInfo,
     TargetInfo,
     Tokenizer,
@@ -223,7 +223,7 @@ class _Export:
             files={path.name: sha256_of(path) for path in self._target.files},
             vocab_size=spec.vocab_size,
             hidden_size=spec.hidden_size,
-            cache=CacheInfo.of(spec.cache_shapes),
+            cache=CacheInfo.from_shapes(spec.cache_shapes),
             stop_token_ids=self._target.stop_token_ids,
             context_layer_ids=self._context_layer_ids,
         )
@@ -246,7 +246,7 @@ class _Export:
             target_layer_ids=spec.taps,
             markov_head=spec.markov_head,
             markov_rank=spec.markov_rank,
-            cache=CacheInfo.of(((spec.num_kv_heads, spec.head_dim),) * spec.num_layers),
+            cache=CacheInfo.from_shapes(((spec.num_kv_heads, spec.head_dim),) * spec.num_layers),
             confidence_temperatures=(1.0,) * spec.block_size,
             acceptance=(0.5,) * spec.block_size,
         )
@@ -304,8 +304,8 @@ class _Export:
         precision, weights = self._recipe.engine.precision, self._draft
         builder = GraphBuilder("draft", folder, PRECISIONS[precision].data_type)
         stored, rows = target.head_weights()
-        drafter = import_module(DRAFTERS[self._recipe.draft.drafter])
-        drafter.DSparkGraph(builder, self._draft_spec, weights.tensor, precision=precision).build(
+        graph = draft_graph(self._recipe.draft.drafter)
+        graph(builder, self._draft_spec, weights.tensor, precision=precision).build(
             embed=embedding(weights, self._target, builder=builder, stored=embed),
             head=head(
                 weights,
@@ -409,23 +409,16 @@ def _origin(draft: DraftInfo | None) -> tuple[object, ...]:
     """What a draft was built from, without what was measured of it."""
     if draft is None:
         return ()
-    lookup = draft.lookup
-    sizes = (lookup.drafter, lookup.shortest_match, lookup.longest_match) if lookup else ()
-    return (draft.drafter, draft.source, draft.files, draft.block_size, *sizes)
+    lookup = (draft.lookup.drafter, draft.lookup.settings) if draft.lookup else ()
+    return (draft.drafter, draft.source, draft.files, draft.block_size, *lookup)
 
 
 def _lookup_info(section: DraftSection, block_size: int) -> LookupInfo | None:
-    """The section's lookup before it is calibrated; None where it asks for none."""
-    if section.lookup_drafter is None:
+    """The section's lookup before it has learnt anything; None where it asks for none."""
+    if section.lookup_drafter is None or section.lookup_settings is None:
         return None
-    shortest, longest = section.matches
-    unknown = ((0.5,) * block_size,) * (longest - shortest + 1)
-    return LookupInfo(
-        drafter=section.lookup_drafter,
-        shortest_match=shortest,
-        longest_match=longest,
-        acceptance=unknown,
-        sampled_acceptance=unknown,
+    return LookupInfo.untrained(
+        section.lookup_drafter, section.lookup_settings, block_size=block_size
     )
 
 

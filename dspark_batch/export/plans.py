@@ -12,16 +12,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from dspark_batch.engine import find_gpus, PlansInfo, ProfileInfo
+from dspark_batch.engine import PlansInfo, ProfileInfo, find_gpus
 from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS
 from dspark_batch.errors import EngineError
 from dspark_batch.export.recipe import EngineSection
 from dspark_batch.models.plugin import (
-    contract,
     Bounds,
     PlanReport,
     PlanRequest,
     build_plan,
+    contract,
 )
 
 Progress = Callable[[str], None]

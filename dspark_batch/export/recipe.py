@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from dspark_batch.drafters import LOOKUPS
+from dspark_batch.drafters import LOOKUPS, LookupSettings, lookup_source
 from dspark_batch.errors import UsageError
 from dspark_batch.models.weights import PACKAGE_PREFIX, suggestion
 
@@ -27,7 +27,6 @@ RECIPE_FOLDER = "export"
 NO_DRAFT = "none"
 
 Text = Annotated[str, Field(min_length=1)]
-_OF_MATCHES = {"shortest_match", "longest_match"}
 
 
 class _Section(BaseModel):
@@ -44,64 +43,82 @@ class TargetSection(_Section):
 
 
 class DraftSection(_Section):
-    """`[draft]`: what proposes. A network, by the method it was trained for, a lookup, or both."""
+    """`[draft]`: what proposes. A network, a lookup, or a lookup ahead of a network.
+
+    Keys that are not fields are settings of the lookup (`lookup.LookupSettings`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     drafter: Text = "dspark"
-    """`none` for an engine that never drafts."""
+    """The method that a network was trained for, a lookup, or `none` to never draft."""
     weights: Text | None = None
     """As for the target; a lookup has none."""
     block_size: Annotated[int, Field(ge=1)] = 7
     """γ of a lookup; a network brings its own."""
     lookup: Text = "ngram"
-    """What proposes in a network's place where the row says again what it said; or `none`."""
-    shortest_match: Annotated[int, Field(ge=1)] | None = None
-    """Tokens of the row that must have occurred before, for a lookup to propose what followed.
-
-    None: one, or two beside a network, which does better than a match of one.
-    """
-    longest_match: Annotated[int, Field(ge=1)] = 8
-    """Longer matches are preferred up to here."""
+    """What is tried before a network; or `none`."""
 
     @model_validator(mode="after")
     def _fits_the_drafter(self) -> Self:
-        given = self.model_fields_set - {"drafter"}
+        fields = set(type(self).model_fields) - {"drafter"}
+        given = self.model_fields_set & fields
         if self.drafter == NO_DRAFT:
-            wrong = given
+            wrong = given | set(self.model_extra or ())
         elif self.drafter in LOOKUPS:
             wrong = given & {"weights", "lookup"}
         else:
             wrong = given & {"block_size"}
             if self.weights is None:
-                raise PydanticCustomError("draft", "weights is missing")
+                raise _draft_error("weights is missing")
             if self.lookup not in (*LOOKUPS, NO_DRAFT):
                 known = ", ".join([*LOOKUPS, NO_DRAFT])
-                message = f"lookup = {self.lookup!r} is not known; known: {known}"
-                raise PydanticCustomError("draft", "{text}", {"text": message})
-            if self.lookup == NO_DRAFT and given & _OF_MATCHES:
-                message = f"{min(given & _OF_MATCHES)} is for a lookup, and lookup is 'none'"
-                raise PydanticCustomError("draft", "{text}", {"text": message})
+                raise _draft_error(f"lookup = {self.lookup!r} is not known; known: {known}")
         if wrong:
-            message = f"{sorted(wrong)[0]} is not for drafter {self.drafter!r}"
-            raise PydanticCustomError("draft", "{text}", {"text": message})
-        if self.matches[0] > self.matches[1]:
-            message = "shortest_match is above longest_match"
-            if self.shortest_match is None:
-                message = f"longest_match is below {self.matches[0]}, the shortest"
-            raise PydanticCustomError("draft", "{text}", {"text": message})
+            raise _draft_error(f"{sorted(wrong)[0]} is not for drafter {self.drafter!r}")
+        self._check_settings()
         return self
+
+    def _check_settings(self) -> None:
+        """Raise for keys that the lookup does not know, and for values that it does not take."""
+        kind = lookup_source(self.lookup_drafter).Settings if self.lookup_drafter else None
+        known = [*type(self).model_fields, *(kind.model_fields if kind else ())]
+        for key in self.model_extra or ():
+            if key in known:
+                continue
+            if any(key in lookup_source(name).Settings.model_fields for name in LOOKUPS):
+                raise _draft_error(f"{key} is for a lookup, and lookup is {self.lookup!r}")
+            raise _draft_error(f"unknown key {key}{suggestion(key, known)}")
+        try:
+            _ = self.lookup_settings
+        except ValidationError as error:
+            raise _draft_error("; ".join(_value_problem(each) for each in error.errors())) from None
+        except ValueError as error:
+            raise _draft_error(str(error)) from None
 
     @property
     def lookup_drafter(self) -> str | None:
-        """The lookup that proposes, alone or beside a network; None where there is none."""
+        """The lookup that proposes, alone or ahead of a network; None where there is none."""
         if self.drafter in LOOKUPS:
             return self.drafter
-        return None if self.lookup == NO_DRAFT else self.lookup
+        return None if NO_DRAFT in (self.lookup, self.drafter) else self.lookup
 
     @property
-    def matches(self) -> tuple[int, int]:
-        """Tokens of the shortest and the longest match."""
-        usual = 1 if self.drafter in LOOKUPS else 2
-        return usual if self.shortest_match is None else self.shortest_match, self.longest_match
+    def lookup_settings(self) -> LookupSettings | None:
+        """Its settings, with defaults filled in."""
+        if self.lookup_drafter is None:
+            return None
+        settings = lookup_source(self.lookup_drafter).Settings.model_validate(self.model_extra)
+        return settings.settled(beside_network=self.drafter not in LOOKUPS)
+
+
+def _draft_error(text: str) -> PydanticCustomError:
+    return PydanticCustomError("draft", "{text}", {"text": text})
+
+
+def _value_problem(detail: Any) -> str:
+    where = f"{detail['loc'][-1]} = {detail['input']!r}: " if detail["loc"] else ""
+    return f"{where}{detail['msg']}"
 
 
 _FOR_TENSORRT = ("fp16", "bf16", "int8-weights", "int4-weights")

@@ -18,12 +18,12 @@ from dspark_batch.decode import (
     DecodeStats,
     DraftBlock,
     Prompt,
+    RunningRow,
     SamplingParams,
     VerifyPlan,
     VerifyResult,
     decode,
 )
-from dspark_batch.decode import Sequence as Row
 from dspark_batch.decode.algorithm import CostTable
 
 PassSeconds = Callable[[int, int], float]
@@ -60,7 +60,7 @@ class Passes:
 
     num_row_rounds: int = 0
     num_drafted: int = 0
-    """Row-rounds with a draft pass."""
+    """RunningRow-rounds with a draft pass."""
     num_verified: int = 0
     num_committed: int = 0
     """Tokens, the bonus counted, and nothing after the end of a text."""
@@ -128,7 +128,7 @@ def simulate(
     )
     for _ in decode(
         engine.prompts(),
-        engine,  # type: ignore[arg-type]
+        engine,
         spec=strategy.spec,
         scheduler=strategy.scheduler,
         stats=DecodeStats(),
@@ -179,6 +179,7 @@ class ReplayEngine:
         self.block_size = block_size or rounds.block_size
         self.costs = costs
         self.acceptance = np.array(rounds.acceptance[: self.block_size], np.float64)
+        self.sampled_acceptance = self.acceptance  # of no use: recorded rows are greedy
         self.steady = Passes()
         """Of the rounds in which every slot is taken."""
         self.refills = Prefills()
@@ -202,13 +203,13 @@ class ReplayEngine:
         for row, (size, allowed) in enumerate(sizes):
             yield Prompt(row, (_ORDINARY,) * size, SamplingParams(max_new_tokens=allowed))
 
-    def admit(self, sequence: Row) -> None:
+    def admit(self, sequence: RunningRow) -> None:
         """Nothing: slots cost nothing."""
 
-    def release(self, sequence: Row) -> None:
+    def release(self, sequence: RunningRow) -> None:
         """As `admit`."""
 
-    def prefill(self, sequences: Sequence[Row]) -> NDArray[np.int64]:
+    def prefill(self, sequences: Sequence[RunningRow]) -> NDArray[np.int64]:
         """First tokens [R]: none ends its row."""
         if self._num_prefills:
             num_tokens = sum(s.num_prompt_tokens for s in sequences)
@@ -217,7 +218,7 @@ class ReplayEngine:
         self._num_prefills += 1
         return np.full(len(sequences), _ORDINARY)
 
-    def draft(self, sequences: Sequence[Row]) -> DraftBlock:
+    def draft(self, sequences: Sequence[RunningRow]) -> DraftBlock:
         """The recorded blocks, in tokens that say no more than whether they end the row."""
         anchors = self._anchors(sequences)
         self._num_drafting = len(sequences)
@@ -236,7 +237,7 @@ class ReplayEngine:
         )
 
     def verify(
-        self, sequences: Sequence[Row], block: DraftBlock | None, plan: VerifyPlan
+        self, sequences: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
         """The recorded outcome, as far as the plan lets it be seen."""
         anchors = self._anchors(sequences)
@@ -254,14 +255,14 @@ class ReplayEngine:
         self._draft_seconds, self._num_drafting = 0.0, 0
         return VerifyResult(accepted, self._ahead[anchors, accepted])
 
-    def _anchors(self, sequences: Sequence[Row]) -> NDArray[np.int64]:
+    def _anchors(self, sequences: Sequence[RunningRow]) -> NDArray[np.int64]:
         """[R] where in the record the rows are."""
         rows = [s.prompt.row for s in sequences]
         positions = [s.num_new_tokens - 1 for s in sequences]
         return np.asarray(self._first_anchors[rows] + np.array(positions))
 
 
-def _context(sequences: Sequence[Row]) -> float:
+def _context(sequences: Sequence[RunningRow]) -> float:
     """Cached tokens of a row, on average."""
     return sum(s.anchor_position for s in sequences) / len(sequences)
 

@@ -23,13 +23,14 @@ from dspark_batch import __version__
 from dspark_batch.decode import (
     DecodeStats,
     DraftBlock,
+    EngineWrapper,
     FinishReason,
     Prompt,
+    RunningRow,
     VerifyPlan,
     VerifyResult,
     decode,
 )
-from dspark_batch.decode import Sequence as Row
 from dspark_batch.decode.algorithm import calibration
 from dspark_batch.errors import InputError
 
@@ -108,12 +109,7 @@ def record(engine: Engine, prompts: Sequence[Prompt]) -> Rounds:
     draft = engine.manifest.draft
     assert draft is not None
     recorder = _Recorder(engine)
-    completions = decode(
-        prompts,
-        recorder,  # type: ignore[arg-type]
-        spec="on",
-        stats=DecodeStats(),
-    )
+    completions = decode(prompts, recorder, spec="on", stats=DecodeStats())
     done = sorted(
         (c for c in completions if c.error is None and len(c.token_ids) > 1), key=lambda c: c.row
     )
@@ -156,31 +152,27 @@ class Block:
     match: int = 0
 
 
-class _Recorder:
-    """An engine that notes every block, and then lets the target go on by itself."""
+class _Recorder(EngineWrapper):
+    """Notes every block, and then lets the target go on by itself."""
 
     def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
         self._engine = engine
         self.blocks: dict[int, list[Block]] = defaultdict(list)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def draft(self, sequences: list[Row]) -> DraftBlock:
-        block = self._engine.draft_raw(sequences)
-        matches = np.zeros_like(block.lengths) if block.matches is None else block.matches
+    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+        block = self._engine.draft_raw(rows)
+        matches = np.zeros_like(block.lengths) if block.evidence is None else block.evidence
         numbers = (block.lengths.tolist(), matches.tolist())
-        for sequence, *drafted in zip(
-            sequences, block.tokens, block.confidence, *numbers, strict=True
-        ):
-            self.blocks[sequence.prompt.row].append(Block(*drafted))
+        for row, *drafted in zip(rows, block.tokens, block.confidence, *numbers, strict=True):
+            self.blocks[row.prompt.row].append(Block(*drafted))
         return block
 
     def verify(
-        self, sequences: list[Row], block: DraftBlock | None, plan: VerifyPlan
+        self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
-        nothing = VerifyPlan(np.zeros(len(sequences), np.int64))
-        return self._engine.verify(sequences, None, nothing)
+        nothing = VerifyPlan(np.zeros(len(rows), np.int64))
+        return self._engine.verify(rows, None, nothing)
 
 
 def num_matching(blocks: Sequence[Block], text: Sequence[int]) -> NDArray[np.int64]:

@@ -69,12 +69,12 @@ class Rounds:
     """[n] draft tokens."""
     rows: NDArray[np.int64]
     """[n] the row that each round is of."""
-    matches: NDArray[np.int64]
-    """[n] of a lookup's proposal, as in `DraftBlock`; 0 for a network's."""
+    evidence: NDArray[np.int64]
+    """[n] of a lookup's proposal, as in `DraftBlock`; 0 for the last drafter's."""
 
-    def of(self, chosen: NDArray[np.bool_]) -> Rounds:
+    def where(self, chosen: NDArray[np.bool_]) -> Rounds:
         """Those rounds [n]."""
-        parts = (self.accepted[chosen], self.rows[chosen], self.matches[chosen])
+        parts = (self.accepted[chosen], self.rows[chosen], self.evidence[chosen])
         return Rounds(self.logits[chosen], *parts)
 
     def survival(self, temperatures: ArrayLike) -> NDArray[np.float64]:
@@ -115,7 +115,7 @@ def concatenate(rounds: Sequence[Rounds], block_size: int) -> Rounds:
         np.concatenate([part.logits for part in parts]),
         np.concatenate([part.accepted for part in parts]),
         np.concatenate([part.rows for part in parts]),
-        np.concatenate([part.matches for part in parts]),
+        np.concatenate([part.evidence for part in parts]),
     )
 
 
@@ -140,7 +140,7 @@ def calibrated(rounds: Rounds, *, scaled: NDArray[np.bool_] | None = None) -> Ca
     block_size = rounds.logits.shape[1]
     scaled = np.ones(len(rounds.accepted), bool) if scaled is None else scaled
     even = np.unique(rounds.rows, return_inverse=True)[1] % 2 == 0
-    fitted, held_out = rounds.of(even & scaled), rounds.of(~even)
+    fitted, held_out = rounds.where(even & scaled), rounds.where(~even)
     temperatures = np.ones(block_size)
     before = after = np.zeros(block_size)
     if len(held_out.accepted):
