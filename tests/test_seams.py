@@ -81,6 +81,54 @@ def test_every_lookup_is_a_source_with_settings_that_have_defaults(name: str) ->
         assert np.shape(info.acceptance) == (len(settings.levels), 4)
 
 
+def texts(folder: Path, prompts: list[Prompt], spec: str) -> dict[int, tuple[int, ...]]:
+    engine = open_engine(folder)
+    found = {c.row: c.token_ids for c in decode(prompts, engine, spec=spec, stats=DecodeStats())}
+    engine.close()
+    return found
+
+
+def repeating_prompts() -> list[Prompt]:
+    """Rows in which much is said again, greedy and sampled."""
+    rng = np.random.default_rng(0)
+    begins = [rng.integers(1, 4, n).tolist() * 3 for n in (1, 2, 5, 9)]
+    begins += [[7] * 6, rng.integers(1, VOCAB, 12).tolist()]
+    return [Prompt(i, tuple(ids), SamplingParams(16)) for i, ids in enumerate(begins)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside_network", [False, True])
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_text_with_any_lookup_is_plain_decoding_s(
+    name: str, beside_network: bool, tmp_path: Path
+) -> None:
+    target = write_target(tmp_path / "target", target_config("llama", eos_token_id=None))
+    section = f'drafter = "{name}"\nblock_size = 3'
+    if beside_network:
+        draft = write_draft(tmp_path / "draft", draft_config())
+        section = f'weights = "{draft}"\nlookup = "{name}"'
+    folder = export_pair(tmp_path, target, section)
+    prompts = repeating_prompts()
+    plain = texts(folder, prompts, "off")
+    assert texts(folder, prompts, "on") == texts(folder, prompts, "auto") == plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNTIMES)
+def test_text_on_any_runtime_is_that_of_onnx_runtime(name: str, tmp_path: Path) -> None:
+    if RUNTIMES[name].library:
+        pytest.skip("its plan files need a GPU: test_trt_gpu")
+    target = write_target(tmp_path / "target", target_config("llama", eos_token_id=None))
+    draft = write_draft(tmp_path / "draft", draft_config())
+    found = []
+    for runtime in ("onnxruntime", name):
+        place = tmp_path / runtime
+        folder = export_pair(place, target, draft, engine=f'runtime = "{runtime}"\n')
+        assert open_engine(folder).manifest.runtime == runtime
+        found += [texts(folder, repeating_prompts(), spec) for spec in ("off", "on")]
+    assert all(other == found[0] for other in found)
+
+
 # --- a drafter composed of others -----------------------------------------------------------------
 
 

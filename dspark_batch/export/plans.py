@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dspark_batch.engine import PlansInfo, ProfileInfo, find_gpus
-from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS
+from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS, RUNTIMES
 from dspark_batch.errors import EngineError
 from dspark_batch.export.recipe import EngineSection
 from dspark_batch.models.plugin import (
@@ -26,7 +26,6 @@ from dspark_batch.models.plugin import (
 
 Progress = Callable[[str], None]
 Library = Literal["tensorrt", "tensorrt_rtx"]
-LIBRARIES: dict[str, Library] = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 RTX_ARCHS = (75, 80, 86, 89, 120)
 DEFAULT_RTX_ARCHS = (86, 89, 120)  # consumer cards since 2020; where no GPU says what it is
 _LEAST_BF16 = 80
@@ -40,7 +39,7 @@ def plans_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
     Raises:
         EngineError: the library is missing, or does not build for such a GPU.
     """
-    library = LIBRARIES.get(engine.runtime)
+    library = RUNTIMES[engine.runtime].library
     if library is None:
         return None
     found = _library_version(library, engine.runtime)

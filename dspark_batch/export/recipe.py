@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dspark_batch.drafters import LOOKUPS, LookupSettings, lookup_source
+from dspark_batch.engine.runtimes import RUNTIMES
 from dspark_batch.errors import UsageError
 from dspark_batch.models.weights import PACKAGE_PREFIX, suggestion
 
@@ -121,21 +122,12 @@ def _value_problem(detail: Any) -> str:
     return f"{where}{detail['msg']}"
 
 
-_FOR_TENSORRT = ("fp16", "bf16", "int8-weights", "int4-weights")
-# The first is the default.
-PRECISIONS_BY_RUNTIME = {
-    "onnxruntime": ("fp32", "int8"),
-    "tensorrt-rtx": _FOR_TENSORRT,
-    "tensorrt": _FOR_TENSORRT,
-}
-
-
 class EngineSection(_Section):
     """`[engine]`: what is built and measured."""
 
     runtime: Text = "onnxruntime"
     precision: Text
-    """One of `PRECISIONS_BY_RUNTIME`; the first where none is given."""
+    """One of those in `runtimes.RUNTIMES`; the first where none is given."""
     gpu_archs: Annotated[tuple[int, ...], Field(strict=False)] = ()
     """Compute capabilities times ten (89 is sm_89) that TensorRT builds for; empty: its choice."""
     weight_streaming: bool = False
@@ -149,25 +141,25 @@ class EngineSection(_Section):
     @classmethod
     def _default_precision(cls, values: Any) -> Any:
         runtime = values.get("runtime", "onnxruntime")
-        if not isinstance(runtime, str) or runtime not in PRECISIONS_BY_RUNTIME:
-            known = ", ".join(PRECISIONS_BY_RUNTIME)
+        if not isinstance(runtime, str) or runtime not in RUNTIMES:
+            known = ", ".join(RUNTIMES)
             message = f"runtime = {runtime!r} is not known; known: {known}"
             raise PydanticCustomError("engine", "{text}", {"text": message})
-        return {"precision": PRECISIONS_BY_RUNTIME[runtime][0], **values}
+        return {"precision": RUNTIMES[runtime].precisions[0], **values}
 
     @model_validator(mode="after")
     def _fits_the_runtime(self) -> Self:
-        known = PRECISIONS_BY_RUNTIME[self.runtime]
+        entry = RUNTIMES[self.runtime]
         message = None
-        if self.precision not in known:
-            listed = ", ".join(known)
+        if self.precision not in entry.precisions:
+            listed = ", ".join(entry.precisions)
             message = (
                 f"precision {self.precision!r} is not for {self.runtime}; choose from {listed}"
             )
-        elif self.gpu_archs and self.runtime == "onnxruntime":
-            message = "gpu_archs is not for onnxruntime, whose graphs are of no GPU"
-        elif self.weight_streaming and self.runtime == "onnxruntime":
-            message = "weight_streaming is not for onnxruntime"
+        elif self.gpu_archs and not entry.library:
+            message = f"gpu_archs is not for {self.runtime}, whose graphs run on any device"
+        elif self.weight_streaming and not entry.library:
+            message = f"weight_streaming is not for {self.runtime}"
         if message:
             raise PydanticCustomError("engine", "{text}", {"text": message})
         return self

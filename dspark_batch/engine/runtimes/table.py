@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from dspark_batch.engine.runtimes.session import ANYWHERE, Placement, Runtime
 from dspark_batch.errors import EngineError
@@ -12,15 +13,29 @@ from dspark_batch.errors import EngineError
 if TYPE_CHECKING:
     from dspark_batch.engine import EngineManifest
 
+
+@dataclass(frozen=True, slots=True)
+class RuntimeEntry:
+    """A runtime, as recipes and manifests name it."""
+
+    module: str
+    precisions: tuple[str, ...]
+    """That engines for it can have; the first is the default."""
+    library: Literal["tensorrt", "tensorrt_rtx"] | None = None
+    """What compiles the graphs to plan files; None: the runtime runs the ONNX files themselves."""
+
+
+_TENSORRT = "dspark_batch.engine.runtimes.trt"
+_FOR_GPUS = ("fp16", "bf16", "int8-weights", "int4-weights")
 RUNTIMES = {
-    "onnxruntime": "dspark_batch.engine.runtimes.ort",
-    "tensorrt": "dspark_batch.engine.runtimes.trt",
-    "tensorrt-rtx": "dspark_batch.engine.runtimes.trt",
+    "onnxruntime": RuntimeEntry("dspark_batch.engine.runtimes.ort", ("fp32", "int8")),
+    "tensorrt-rtx": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt_rtx"),
+    "tensorrt": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt"),
 }
 
 
 class RuntimeModule(Protocol):
-    """What a module in `RUNTIMES` has."""
+    """What the module of a runtime has."""
 
     def open_pair(
         self, folder: Path, manifest: EngineManifest, max_rows: int, placement: Placement = ANYWHERE
@@ -57,4 +72,4 @@ def runtime_module(name: str) -> RuntimeModule:
     """
     if name not in RUNTIMES:
         raise EngineError(f"there is no runtime {name!r}; there are {', '.join(RUNTIMES)}")
-    return cast(RuntimeModule, import_module(RUNTIMES[name]))
+    return cast(RuntimeModule, import_module(RUNTIMES[name].module))
