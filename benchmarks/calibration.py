@@ -26,7 +26,8 @@ from dspark_batch.errors import UsageError
 from dspark_batch.export import observe_rounds
 
 if TYPE_CHECKING:
-    from dspark_batch.bench import Axes
+    from matplotlib.axes import Axes
+
     from dspark_batch.engine import DraftInfo
 
 _KINDS = {"greedy": 0.0, "sampled": 1.0}  # and their temperature

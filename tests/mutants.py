@@ -76,10 +76,10 @@ MUTANTS = (
         "row.pending.append(results[2][begin : begin + max(num_kept - 1, 1)])",
     ),
     Mutant(
-        "a part is renamed before it is synced",
-        "dspark_batch/job/parts.py",
-        "            file.flush()\n            os.fsync(file.fileno())\n",
-        "            file.flush()\n",
+        "a file is renamed before it is synced",
+        "dspark_batch/engine/files.py",
+        "        _sync(scratch)\n        scratch.replace(path)\n",
+        "        scratch.replace(path)\n",
     ),
     Mutant(
         "a shard is skipped on resume",

@@ -110,9 +110,7 @@ def test_the_shortest_command_writes_beside_the_input(fakes):
 
 def test_every_flag_reaches_the_job(fakes, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "dspark_batch.job.run", lambda job, **kw: seen.append((job, kw)) or 1 / 0
-    )
+    monkeypatch.setattr("dspark_batch.job.run", lambda job, **kw: seen.append((job, kw)) or 1 / 0)
     command = (
         "run in.parquet -o out --engine e --prompt-column p --no-chat-template --system s "
         "--max-new-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --seed 7 --stop a --stop b "

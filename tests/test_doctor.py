@@ -236,7 +236,7 @@ def test_one_line_says_what_int8_does_here_and_what_it_costs(
 def test_two_distributions_of_onnxruntime_are_a_note(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda package: "1.28.0")
+    monkeypatch.setattr(doctor, "installed_version", lambda package: "1.28.0")
     assert "overwrite each other" in lines()["note"][0]
 
 

@@ -107,9 +107,7 @@ def test_both_are_in_the_manifest_and_another_lookup_is_another_engine(
     assert network.lookup is None
     assert both.lookup is not None
     levels = both.lookup.settings.levels
-    assert (both.lookup.drafter, levels[0], levels[-1]) == (
-        ("ngram", 2, 8)
-    )
+    assert (both.lookup.drafter, levels[0], levels[-1]) == (("ngram", 2, 8))
     assert np.shape(both.lookup.acceptance) == (7, GAMMA)
     assert len(set(np.ravel(both.lookup.acceptance))) > 3  # measured
     assert both.block_size == network.block_size == GAMMA

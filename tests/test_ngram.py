@@ -148,9 +148,7 @@ def test_acceptance_by_match_is_learnt_from_finished_rows() -> None:
     two_of, none_of = (2 * seen + 2) / (2 + 2), 2 * seen / (2 + 2)
     # A match of two tokens was not seen: it is worth what one token is, and so to begin with is
     # one of three.
-    np.testing.assert_allclose(
-        after.acceptance, [[seen] * 3, [seen] * 3, [two_of, none_of, seen]]
-    )
+    np.testing.assert_allclose(after.acceptance, [[seen] * 3, [seen] * 3, [two_of, none_of, seen]])
     assert after.sampled_acceptance == ((0.5,) * 3,) * 3
     assert before.model_copy(update={"acceptance": after.acceptance}) == after
     other = learnt(before, greedy=[], sampled=of_rows)

@@ -39,7 +39,7 @@ from dspark_batch.job.summary import Summary
 ARGV = ["run", "in.parquet", "--overwrite"]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for the end of the process."""
 
 
@@ -289,7 +289,7 @@ def test_a_kill_inside_a_commit_leaves_only_whole_parts(tmp_path, monkeypatch, m
             commits += 1
             if commits == 3:
                 if moment == "write_table":
-                    args[1].write(b"PAR1 torn")
+                    args[1].write_bytes(b"PAR1 torn")
                 raise Killed
             return call(*args, **kwargs)
 

@@ -1,5 +1,3 @@
-from .plots import Axes as Axes
-from .plots import Figure as Figure
 from .plots import new_figure as new_figure
 from .plots import save_figure as save_figure
 from .speed import PER_ROW as PER_ROW

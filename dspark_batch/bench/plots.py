@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 from dspark_batch.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes as Axes
-    from matplotlib.figure import Figure as Figure
+    from matplotlib.figure import Figure
 
 _DOTS_PER_INCH = 110
 

@@ -10,12 +10,11 @@ real ones do not, and a batch that empties all at once flatters whoever takes eq
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,7 +25,7 @@ from dspark_batch.bench.tables import table
 from dspark_batch.bench.workload import MODES, Decoded, Workload, decode_all, read_workload
 from dspark_batch.decode import SamplingParams
 from dspark_batch.decode.algorithm import CostTable, metrics
-from dspark_batch.engine import Engine, ensure_costs, measure_costs, open_engine
+from dspark_batch.engine import Engine, ensure_costs, installed_versions, measure_costs, open_engine
 from dspark_batch.errors import UsageError
 
 ROWS = (1, 4, 16, 32)
@@ -123,9 +122,7 @@ def about(engine: Engine) -> dict[str, Any]:
     """
     manifest, draft = engine.manifest, engine.manifest.draft
     versions = {"python": platform.python_version(), "dspark-batch": __version__}
-    for package in _PACKAGES:  # from their metadata: nothing is imported for it
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+    versions |= installed_versions(_PACKAGES)
     return {
         "versions": versions,
         "hardware": engine.hardware_key,

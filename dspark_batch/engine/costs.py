@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from dspark_batch.decode import DraftBlock, Prompt, SamplingParams, VerifyPlan
 from dspark_batch.decode import RunningRow as Row
 from dspark_batch.decode.algorithm import CostTable
+from dspark_batch.engine.files import write_json
+from dspark_batch.errors import StorageError
 
 if TYPE_CHECKING:
     from dspark_batch.engine.engine import Engine
@@ -84,7 +86,7 @@ def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
     engine.costs = measure_costs(engine)
     try:
         write_costs(engine.folder, engine.hardware_key, engine.costs)
-    except OSError as problem:
+    except StorageError as problem:
         logger.warning("the cost table is not kept: %s", problem)
 
 
@@ -218,6 +220,4 @@ def write_costs(folder: Path, key: str, costs: CostTable) -> None:
     path = folder / COSTS_FILE
     tables = json.loads(path.read_bytes()) if path.exists() else {}
     tables[key] = costs.to_json()
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(tables, indent=1) + "\n")
-    scratch.replace(path)
+    write_json(path, tables)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _CPU_FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -100,7 +102,7 @@ def num_cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return psutil.cpu_count() or 1
 
 
 def find_cpu() -> Cpu:
@@ -114,14 +116,10 @@ def find_cpu() -> Cpu:
     )
 
 
-def find_memory() -> Memory | None:
-    """Look at the memory; None where the system has no `/proc/meminfo`."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = {key: int(rest.split()[0]) for key, rest in (line.split(":", 1) for line in lines)}
-    return Memory(1024 * kilobytes["MemTotal"], 1024 * kilobytes["MemAvailable"])
+def find_memory() -> Memory:
+    """Look at the memory."""
+    found = psutil.virtual_memory()
+    return Memory(found.total, found.available)
 
 
 def find_gpus() -> Gpus:

@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -55,10 +54,12 @@ from dspark_batch.engine import (
     Tokenizer,
     describe_file,
     ensure_costs,
+    installed_versions,
     open_engine,
     read_manifest,
     write_tokenizer,
 )
+from dspark_batch.engine.runtimes import runtime_module
 from dspark_batch.errors import EngineError
 from dspark_batch.export.calibrate import calibrate
 from dspark_batch.export.check import Texts, check_draft, check_target
@@ -112,6 +113,7 @@ def build(
     Without a draft the target gives the outputs of `context_layer_ids` as context: what a draft is
     trained on.
     """
+    runtime_module("onnxruntime")  # what every graph is checked with, whatever it is for
     progress("opening weights")
     with open_weights(recipe.target_source) as target:
         if recipe.draft_source is None:
@@ -207,7 +209,7 @@ class _Export:
     @property
     def _versions(self) -> dict[str, str]:
         packages = ["numpy", "onnx", "onnxruntime", *(["triton"] if self._plans else [])]
-        return {"dspark-batch": __version__, **{name: version(name) for name in packages}}
+        return {"dspark-batch": __version__, **installed_versions(packages)}
 
     @property
     def _limits(self) -> Limits:

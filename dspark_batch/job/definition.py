@@ -1,7 +1,7 @@
-"""A job: which prompts, how to generate, where to write. A TOML file, the flags of `run`, or both.
+"""A job: which prompts, how to generate, where to write. A TOML file, options of `run`, or both.
 
-`Job` is the only place that knows the defaults; `cli` makes one flag of every field. In a job file
-the paths `input`, `output` and `engine` are relative to the file.
+`Job` is the one place with the defaults; `cli` makes an option of every field. In a job file the
+paths `input`, `output` and `engine` are relative to the file.
 """
 
 from __future__ import annotations
@@ -34,66 +34,72 @@ RESULT_FIELDS = (
     "token_ids",
     "output_prefix",
 )
-"""The settings that decide what a part holds: a run continues only where they are the same.
+"""Settings that decide what the output holds. A run continues only where they are unchanged.
 
-The prompt column counts as well, as it was resolved; `limit` and `part_rows` show in the row
-range of a part; everything else may change from one run to the next.
+So must the prompt column be, and `limit` and `part_rows` as far as they change which rows a part
+has. Everything else may differ from one run to the next.
 """
 
 
 class Job(BaseModel):
-    """Everything that `run` needs to know. Invariant: every value is valid by itself."""
+    """What to run. Invariant: every value is valid by itself."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     input: str = Field(description="A Parquet file, a folder of them, or a glob pattern.")
     output: Path | None = Field(
-        None, description="Output folder; by default INPUT.completions beside the input."
+        None, description="Folder to write.  [default: INPUT.completions, beside the input]"
     )
-    engine: Path = Field(Path("engines/model"), description="Engine folder that `export` built.")
-    prompt_column: str | None = Field(None, description="Column with the prompt as text.")
-    messages_column: str | None = Field(None, description="Column with a list of chat messages.")
-    token_ids_column: str | None = Field(None, description="Column with a tokenized prompt.")
-    chat_template: bool = Field(True, description="Wrap text prompts in the chat template.")
-    system: str | None = Field(None, description="System message put before every prompt.")
-    max_new_tokens: int = Field(_DEFAULTS.max_new_tokens, description="New tokens per row at most.")
-    temperature: float = Field(_DEFAULTS.temperature, description="0 is greedy.")
-    top_p: float = Field(_DEFAULTS.top_p, description="Nucleus that is sampled from; 1 is all.")
-    top_k: int = Field(_DEFAULTS.top_k, description="Most likely tokens sampled from; 0 is all.")
-    seed: int = Field(_DEFAULTS.seed, description="Makes the seed of every row, with its index.")
-    stop: tuple[str, ...] = Field(_DEFAULTS.stop, description="The text ends before this string.")
+    engine: Path = Field(Path("engines/model"), description="Engine folder, built by export.")
+    prompt_column: str | None = Field(None, description="Column that holds the prompt as text.")
+    messages_column: str | None = Field(None, description="Column that holds chat messages.")
+    token_ids_column: str | None = Field(
+        None, description="Column that holds prompts as token ids."
+    )
+    chat_template: bool = Field(
+        True, description="Apply the model's chat template to text prompts."
+    )
+    system: str | None = Field(None, description="System message for every prompt that has none.")
+    max_new_tokens: int = Field(_DEFAULTS.max_new_tokens, description="Most new tokens per row.")
+    temperature: float = Field(_DEFAULTS.temperature, description="0 is greedy decoding.")
+    top_p: float = Field(
+        _DEFAULTS.top_p, description="Sample from the tokens that make up this probability."
+    )
+    top_k: int = Field(_DEFAULTS.top_k, description="Sample from this many tokens; 0 is all.")
+    seed: int = Field(
+        _DEFAULTS.seed, description="Seed of the job; each row draws from it and its index."
+    )
+    stop: tuple[str, ...] = Field(_DEFAULTS.stop, description="End the text before this string.")
     spec: Literal["auto", "on", "off"] = Field(
-        "auto", description="Speculative decoding: where it pays, always or never."
+        "auto", description="Speculative decoding: where it pays, always, or never."
     )
     scheduler: Literal["early-stop", "async", "threshold", "whole"] | None = Field(
         None,
-        description="How much of a draft is verified; by default early-stop, whole with spec on.",
+        description="How much of a draft to verify.  [default: early-stop; whole with --spec on]",
     )
     confidence_threshold: float = Field(
         CONFIDENCE_THRESHOLD,
         ge=0,
         le=1,
-        description="Confidence below which the scheduler threshold verifies no further.",
+        description="Verify no further than this confidence, with --scheduler threshold.",
     )
     max_rows: int | None = Field(
-        None, ge=1, description="Rows of a worker at a time; by default the engine's number."
+        None, ge=1, description="Rows at a time, per worker.  [default: the engine's limit]"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where graphs execute; auto is a GPU if there is one that can."
+        "auto", description="Where to run; auto is the GPU if the engine can use one."
     )
     workers: int | None = Field(
-        None, ge=1, description="Processes that decode; by default 1, or one for each GPU."
+        None, ge=1, description="Processes that decode.  [default: one per GPU, else 1]"
     )
-    part_rows: int = Field(1024, ge=1, description="Rows in a part of the output at most.")
-    limit: int | None = Field(None, ge=1, description="Read only this many rows.")
-    token_ids: bool = Field(False, description="Write the column output_token_ids as well.")
-    output_prefix: str = Field("", description="Put before the name of every output column.")
+    part_rows: int = Field(1024, ge=1, description="Most rows per output file.")
+    limit: int | None = Field(None, ge=1, description="Read only the first N rows.")
+    token_ids: bool = Field(False, description="Also write the column output_token_ids.")
+    output_prefix: str = Field("", description="Prefix of our output columns.")
     max_error_rate: float = Field(
-        0.1, ge=0, le=1, description="Share of error rows above which the exit code is 4."
+        0.1, ge=0, le=1, description="Exit with 4 if more than this share of rows failed."
     )
-    deadline: float | None = Field(
-        None, gt=0, description="Seconds after which no further row is started."
-    )
+    deadline: float | None = Field(None, gt=0, description="Start no row after this many seconds.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -18,8 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from dspark_batch.engine import sync_folder, write_json
 from dspark_batch.errors import OutputLocked, StorageError
-from dspark_batch.job.parts import Part, read_part, sync_folder
+from dspark_batch.job.parts import Part, read_part
 
 
 class OutputFolder:
@@ -113,16 +114,7 @@ class OutputFolder:
         return record
 
     def _write(self, path: Path, values: Mapping[str, object]) -> None:
-        temporary = self.temporary(path.name)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(values, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as exc:
-            raise StorageError(f"cannot write {path}: {exc.strerror or exc}") from exc
+        write_json(path, values, temporary=self.temporary(path.name))
 
 
 def now() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dspark_batch import __version__
+from dspark_batch.engine import replacing
 from dspark_batch.errors import InputError, StorageError
 from dspark_batch.job.shards import OutputRow
 from dspark_batch.job.summary import Counts, count_rows
@@ -84,7 +84,7 @@ def commit_part(
     fingerprint: Mapping[str, str],
     temporary: Path,
 ) -> Part:
-    """Write one part: under a temporary name, synced, read back, renamed, folder synced.
+    """Write one part: under a temporary name, read back, synced, renamed.
 
     `table` holds the input rows, `schema` is that of `output_schema`. After a crash `path` is
     either absent or complete. Raises `StorageError`.
@@ -101,24 +101,17 @@ def commit_part(
     )
     # Completions hardly repeat: a dictionary of them costs memory and saves nothing.
     repeating = [*table.schema.names, *schema.names[table.num_columns + 1 : table.num_columns + 3]]
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(
-                pa.table(columns, schema=schema),
-                file,
-                compression="zstd",
-                use_dictionary=repeating,
-                row_group_size=_ROW_GROUP_ROWS,
-            )
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path, temporary=temporary):
+        pq.write_table(
+            pa.table(columns, schema=schema),
+            temporary,
+            compression="zstd",
+            use_dictionary=repeating,
+            row_group_size=_ROW_GROUP_ROWS,
+        )
         part = read_part(temporary)
         if (part.num_rows, part.fingerprint) != (table.num_rows, fingerprint):
             raise StorageError(f"{temporary} holds {part.num_rows} rows, not {table.num_rows}")
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as exc:
-        raise StorageError(f"cannot write {path}: {exc.strerror or exc}") from exc
     return Part(path, part.num_rows, part.fingerprint, part.counts)
 
 
@@ -176,12 +169,3 @@ def read_part(path: Path) -> Part:
         raise StorageError(
             f"{path} is not a part that dspark-batch wrote ({exc}): move it away"
         ) from exc
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Protocol, Self
 
 from dspark_batch import __version__
 from dspark_batch.decode import Drafting, settled
+from dspark_batch.engine import installed_versions
 from dspark_batch.errors import StoppedEarly, StorageError
 from dspark_batch.job.definition import Job
 from dspark_batch.job.output import OutputFolder, now
@@ -105,9 +105,5 @@ def _schedule(job: Job, engine: Drafting) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Read from the installed packages' metadata: nothing is imported for it."""
-    versions = {"dspark_batch": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+    own = {"dspark_batch": __version__, "python": platform.python_version()}
+    return own | installed_versions(_PACKAGES)

@@ -9,7 +9,6 @@ speculators: **offsets**, `target_id = draft_id + d2t[draft_id]`, target ids asc
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dspark_batch.engine import replacing
 from dspark_batch.errors import EngineError
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.draft_config import config_from_json
@@ -60,10 +60,9 @@ def save_draft(
     if temperatures is not None:
         config["confidence_temperatures"] = list(temperatures)
     # `save_file` would leave a file that only its owner can read.
-    (folder / (WEIGHTS + ".new")).write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / (CONFIG + ".new")).write_text(json.dumps(config, indent=2) + "\n")
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / (name + ".new"), folder / name)
+    with replacing(folder / CONFIG) as config_file, replacing(folder / WEIGHTS) as weights_file:
+        weights_file.write_bytes(save(tensors, metadata={"format": "pt"}))
+        config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_draft(

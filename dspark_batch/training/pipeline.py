@@ -12,7 +12,6 @@ All but the last are in the work folder, `NAME.training/` beside the recipe `NAM
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import time
@@ -20,12 +19,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from dspark_batch.engine import Engine, open_engine
+from dspark_batch.engine import Engine, open_engine, write_json
 from dspark_batch.errors import OutputLocked, StoppedEarly, UsageError
 from dspark_batch.export import Recipe, build
 from dspark_batch.job import Progress, Stop, difference
@@ -187,7 +185,7 @@ class _Training:
                     f"({changed}): change it back, rename it, or start again with --overwrite"
                 )
         else:
-            _write_json(files.settings, settings)
+            write_json(files.settings, settings)
 
     def _build_engine(self, taps: Sequence[int], *, num_layers: int) -> None:
         target = self._recipe.target
@@ -287,7 +285,7 @@ class _Training:
         summary = write_draft_folder(
             self._recipe, facts, draft=best, log=self._files.training / "log.jsonl"
         )
-        _write_json(self._files.finished, summary.to_json())
+        write_json(self._files.finished, summary.to_json())
         return summary
 
     def _load(self, folder: Path, tables: TargetTables) -> DSparkDraft:
@@ -321,9 +319,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"[training] device {name!r}: torch finds no CUDA device here")
     return device
-
-
-def _write_json(path: Path, values: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, path)

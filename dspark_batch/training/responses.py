@@ -7,7 +7,6 @@ the shards that have no part; or they are read from files that `run --token-ids`
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from dspark_batch.decode import DecodeStats, decode
-from dspark_batch.engine import open_engine
+from dspark_batch.engine import open_engine, replacing
 from dspark_batch.errors import InputError, StoppedEarly, UsageError
 from dspark_batch.job import (
     EngineText,
@@ -204,9 +203,8 @@ class Responses:
                     f"the prompts of {self._recipe.path} are not those that {path} was made from: "
                     "put them back, or start again with --overwrite"
                 )
-        temporary = path.with_suffix(".tmp")
-        write_columns(temporary, columns, metadata={})
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            write_columns(temporary, columns, metadata={})
 
     def _imported(self, section: ImportedSection) -> list[Row]:
         self._progress.phase("reading responses")

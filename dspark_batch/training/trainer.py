@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_batch.engine import replacing
 from dspark_batch.job import duration
 from dspark_batch.training.anchors import AnchorBatch, anchor_batch, sample_anchors
 from dspark_batch.training.checkpoint import save_draft
@@ -332,8 +332,8 @@ class Trainer:
             "average": self.average if self.options.ema_decay is not None else {},
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, self.folder / "state.pt.new")
-        os.replace(self.folder / "state.pt.new", self.folder / "state.pt")
+        with replacing(self.folder / "state.pt") as temporary:
+            torch.save(state, temporary)
 
     def resume(self) -> None:
         """Take up `state.pt` if it exists."""

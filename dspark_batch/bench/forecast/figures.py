@@ -14,7 +14,8 @@ from dspark_batch.bench import new_figure, save_figure
 from dspark_batch.bench.forecast.simulation import AUTO, PLAIN, Simulation
 
 if TYPE_CHECKING:
-    from dspark_batch.bench import Axes, Figure
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _STYLES = {PLAIN: ("#444444", "o"), AUTO: ("#c2410c", "D")}  # the two that are compared
 _OTHERS = (("#1d4ed8", "s"), ("#0891b2", "^"), ("#65a30d", "v"), ("#a21caf", "P"))

@@ -68,8 +68,16 @@ def runtime_module(name: str) -> RuntimeModule:
     """The module of a runtime.
 
     Raises:
-        EngineError: there is none of that name.
+        EngineError: there is none of that name, or ONNX Runtime is not installed.
     """
     if name not in RUNTIMES:
         raise EngineError(f"there is no runtime {name!r}; there are {', '.join(RUNTIMES)}")
-    return cast(RuntimeModule, import_module(RUNTIMES[name].module))
+    try:
+        return cast(RuntimeModule, import_module(RUNTIMES[name].module))
+    except ModuleNotFoundError as missing:
+        if missing.name != "onnxruntime":
+            raise
+        raise EngineError(
+            "ONNX Runtime is not installed",
+            hint='pip install "dspark-batch[cpu]", or "dspark-batch[gpu]" for NVIDIA GPUs',
+        ) from missing

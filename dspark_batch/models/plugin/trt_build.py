@@ -81,10 +81,9 @@ def build_plan(request: PlanRequest) -> PlanReport:
         text=True,
         check=False,
     )
-    scratch = _scratch(Path(request.plan))
-    scratch.unlink(missing_ok=True)  # of a builder that died while it wrote
     if done.returncode == 0:
         return PlanReport(**json.loads(done.stdout.splitlines()[-1]))
+    Path(request.plan).unlink(missing_ok=True)  # of a builder that died while it wrote
     said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == EngineError.exit_code:
         raise EngineError(said)
@@ -94,10 +93,6 @@ def build_plan(request: PlanRequest) -> PlanReport:
         "no plan was written. Another --precision or --gpu-arch builds other kernels; if it was "
         "killed, memory ran out"
     )
-
-
-def _scratch(plan: Path) -> Path:
-    return plan.with_name(f"{plan.name}.tmp")
 
 
 def _build(request: PlanRequest) -> PlanReport:
@@ -131,11 +126,8 @@ def _build(request: PlanRequest) -> PlanReport:
             + "; ".join(logger.errors)
         )
     path = Path(request.plan)
-    with _scratch(path).open("wb") as file:
+    with path.open("wb") as file:
         file.write(plan)
-        file.flush()
-        os.fsync(file.fileno())
-    _scratch(path).replace(path)
     inputs, outputs = (
         {tensor.name: tensor.dtype.name for tensor in map(get, range(number))}
         for get, number in (
