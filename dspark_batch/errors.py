@@ -26,7 +26,7 @@ class DSparkError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = " ".join(message.split())  # of other libraries it may have many lines
         self.hint = hint
 
     def __str__(self) -> str:

@@ -182,21 +182,21 @@ ERRORS = [kind for kind in vars(error_tree).values() if isinstance(kind, type)]
 
 
 @pytest.mark.parametrize("kind", [k for k in ERRORS if issubclass(k, DSparkError)])
-def test_every_error_of_ours_is_one_line_and_its_exit_code(fakes, kind):
+def test_every_error_of_ours_is_a_line_a_hint_and_its_exit_code(fakes, kind):
     def fail(num_done: int) -> None:
-        raise kind("this went\nwrong; type that")
+        raise kind("this went\nwrong", hint="type that")
 
     fakes.decode.before_yield = fail
     result = invoke("run", write(["one"]), "--progress", "none")
     assert result.exit_code == kind.exit_code
-    assert result.stderr == "error: this went wrong; type that\n"
+    assert result.stderr == "error: this went wrong\n\nhint: type that\n"
     assert result.stdout == ""
 
 
 @pytest.mark.parametrize(
     ("command", "code", "message"),
     [
-        ("run none.parquet", 3, "error: no file or folder none.parquet"),
+        ("run none.parquet", 3, "error: there is no file or folder none.parquet"),
         ("run night.toml", 3, "error: no job file night.toml"),
         ("run in.parquet --engine missing", 5, "build it with: dspark-batch export missing"),
         ("run in.parquet --top-p 2", 2, "error: the options: top_p must be above 0 and at most 1"),
@@ -208,7 +208,7 @@ def test_every_error_of_ours_is_one_line_and_its_exit_code(fakes, kind):
         ("status nowhere", 2, "error: nowhere is not the output of a run"),
         ("check in.parquet --engine missing", 5, "error: no engine missing"),
         ("check none.parquet --engine missing", 5, "error: no engine missing"),
-        ("check none.parquet", 3, "error: no file or folder none.parquet"),
+        ("check none.parquet", 3, "error: there is no file or folder none.parquet"),
     ],
 )
 def test_wrong_commands_end_with_code_and_message(fakes, command, code, message):
@@ -233,7 +233,9 @@ def test_too_many_row_errors_print_the_summary_and_exit_4(fakes):
     result = invoke("run", write(["one", None]))
     assert result.exit_code == 4
     assert "1 ok, 1 error (invalid_row 1)" in result.stdout
-    assert result.stderr.splitlines()[-1].startswith("error: 1 ok, 1 error (invalid_row 1): more")
+    error, _, hint = result.stderr.splitlines()[-3:]
+    assert error.startswith("error: 1 ok, 1 error (invalid_row 1): more")
+    assert hint.startswith("hint: see the columns status and error in ")
 
 
 def test_a_stop_prints_the_summary_and_exits_75(fakes):
@@ -242,8 +244,7 @@ def test_a_stop_prints_the_summary_and_exits_75(fakes):
     assert result.exit_code == 75
     assert "rows      0 ok, 0 errors" in result.stdout
     assert result.stderr.splitlines()[-1].endswith(
-        "0 of 5 parts are there; continue with: dspark-batch run in.parquet --deadline 1e-9 "
-        "--part-rows 2"
+        "hint: continue with: dspark-batch run in.parquet --deadline 1e-9 --part-rows 2"
     )
 
 
@@ -253,7 +254,10 @@ def test_ctrl_c_exits_130_without_a_traceback(fakes):
 
     fakes.decode.before_yield = interrupt
     result = invoke("run", write(["one"]), "--progress", "none")
-    assert (result.exit_code, result.stderr) == (130, "interrupted; finished parts are kept\n")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "interrupted: finished parts are kept\n\nhint: run the same command to continue\n",
+    )
 
 
 def test_an_unexpected_exception_is_not_dressed_up(fakes):
@@ -286,7 +290,7 @@ def test_check_counts_and_exits_3_for_invalid_rows(fakes):
     result = invoke("check", write(["one", None, ""]), "--json")
     assert result.exit_code == InputError.exit_code
     assert json.loads(result.stdout)["errors"] == {"invalid_row": 2}
-    assert result.stderr == "error: 2 of 3 rows are invalid; row 1: prompt is null\n"
+    assert result.stderr.startswith("error: 2 of 3 rows are invalid: row 1: prompt is null\n\nhint")
     assert fakes.opened == []  # the graphs are not loaded for it
 
 
@@ -345,7 +349,7 @@ def test_help_names_every_setting_with_its_default():
     for name, field in Job.model_fields.items():
         if name != "input":
             assert f"--{name.replace('_', '-')}" in text
-            assert field.description in text
+            assert " ".join(field.description.split()) in text
     assert "[default: 256]" in text
 
 

@@ -95,7 +95,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_a_file(tmp_path):
 
 
 def test_a_pattern_has_no_default_output():
-    with pytest.raises(UsageError, match=r"no default output for the pattern in/\*\.parquet: add"):
+    with pytest.raises(UsageError, match=r"for the pattern in/\*\.parquet\n\nhint: add"):
         _ = Job(input="in/*.parquet").output_folder
 
 

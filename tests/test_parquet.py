@@ -353,7 +353,7 @@ def test_the_output_columns_have_the_documented_types():
 
 def test_a_clash_of_names_says_which_flag_solves_it():
     schema = pa.schema([("prompt", pa.string()), ("status", pa.int8())])
-    with pytest.raises(InputError, match=r"'status'.*--output-prefix PREFIX"):
+    with pytest.raises(InputError, match=r"(?s)'status'.*--output-prefix PREFIX"):
         output_schema(schema, prefix="", token_ids=False)
     names = output_schema(schema, prefix="new_", token_ids=False).names
     assert names[:4] == ["prompt", "status", "new_completion", "new_finish_reason"]
@@ -439,5 +439,5 @@ def test_a_file_that_is_no_part_is_refused(tmp_path, content):
         pq.write_table(pa.table({"x": [1]}), path)
     else:
         path.write_bytes(content)
-    with pytest.raises(StorageError, match="is not a part that dspark-batch wrote"):
+    with pytest.raises(StorageError, match="is not a file that dspark-batch wrote"):
         read_part(path)

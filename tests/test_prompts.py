@@ -73,15 +73,15 @@ def test_the_prompt_column_overrides_no_setting():
             {"id": "string", "text": "string"},
             {},
             InputError,
-            "no column prompt, messages or prompt_token_ids (it has id and text): name the prompt "
-            "column with --prompt-column NAME",
+            "no column prompt, messages or prompt_token_ids; its columns are id and text\n\n"
+            "hint: name the one with the prompts: --prompt-column NAME",
         ),
         (
             {"prompt": "string", "messages": "messages"},
             {},
             InputError,
-            "has the columns prompt and messages: choose one with --prompt-column prompt or "
-            "--messages-column messages",
+            "has the columns prompt and messages, and each could hold the prompts\n\n"
+            "hint: --prompt-column prompt or --messages-column messages",
         ),
         (
             {"prompt": "string", "prompt_token_ids": "integers"},
@@ -93,7 +93,7 @@ def test_the_prompt_column_overrides_no_setting():
             {"prompt": "string"},
             {"prompt_column": "promt"},
             InputError,
-            "no column 'promt'; did you mean 'prompt'? (it has prompt)",
+            "no column 'promt'; did you mean 'prompt'?\n\nhint: its columns are prompt",
         ),
         (
             {"prompt": "string", "messages": "messages"},
@@ -297,9 +297,15 @@ def test_a_prompt_that_just_fits_is_decoded():
 @pytest.mark.parametrize(
     ("columns", "engine", "settings", "error", "message"),
     [
-        (TEXT, FakeEngine(tokenizer=None), {}, InputError, "give token ids with --token-ids-col"),
+        (TEXT, FakeEngine(tokenizer=None), {}, InputError, "give token ids: --token-ids-column"),
         (TOKENS, FakeEngine(tokenizer=None), {}, UsageError, "add --token-ids"),
-        (MESSAGES, FakeEngine(), {"chat_template": False}, UsageError, "drop --no-chat-template"),
+        (
+            MESSAGES,
+            FakeEngine(),
+            {"chat_template": False},
+            UsageError,
+            "leave out --no-chat-template",
+        ),
         (
             MESSAGES,
             FakeEngine(tokenizer=FakeTokenizer(has_template=False)),

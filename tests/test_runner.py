@@ -354,7 +354,7 @@ def start(job: Job, *, until: int) -> subprocess.Popen[str]:
 def test_a_process_killed_outright_is_continued_and_its_lock_is_gone(tmp_path):
     job = job_of(tmp_path, table(40), part_rows=2)
     process = start(job, until=15)
-    with pytest.raises(OutputLocked, match=f"held by process {process.pid} on "):
+    with pytest.raises(OutputLocked, match=f"in use by process {process.pid} on "):
         run(job)
     process.kill()
     process.communicate()
@@ -501,11 +501,11 @@ def test_sigterm_lets_running_rows_end_and_says_how_to_continue(tmp_path):
     decode = FakeDecode(before_yield=at(18, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     watch = Watch()
     summary = run(job, decode=decode, progress=watch)
-    assert watch.phases[2:] == ["stopping for SIGTERM: ending the running rows"]
+    assert watch.phases[2:] == ["stopping for SIGTERM: the running rows are finished first"]
     assert isinstance(summary.failure, StoppedEarly)
     assert str(summary.failure) == (
-        f"stopped early for SIGTERM: {summary.num_parts} of 10 parts are there; "
-        "continue with: dspark-batch run in.parquet"
+        f"stopped early for SIGTERM: {summary.num_parts} of 10 parts are written\n\n"
+        "hint: continue with: dspark-batch run in.parquet"
     )
     # 18 rows were done and the next was on its way; of the 4 slots none was filled again.
     assert len(decode.admitted) == 22
@@ -627,7 +627,7 @@ def test_too_many_errors_are_a_failure_after_everything_was_written(tmp_path):
         summary = run(job)
         assert isinstance(summary.failure, RowErrorsExceeded)
         assert str(summary.failure).startswith(
-            "2 ok, 2 errors (invalid_row 2): more than the share of 0.4 that --max-error-rate"
+            "2 ok, 2 errors (invalid_row 2): more than --max-error-rate 0.4 allows"
         )
         assert result(job).num_rows == 4
     assert run(job.model_copy(update={"max_error_rate": 0.5})).failure is None
@@ -659,7 +659,7 @@ def test_a_foreign_file_in_data_is_refused(tmp_path):
     (job.output_folder / "data").mkdir(parents=True)
     pq.write_table(table(3), job.output_folder / "data/theirs.parquet")
     with pytest.raises(
-        StorageError, match=r"theirs\.parquet is not a part that dspark-batch wrote"
+        StorageError, match=r"theirs\.parquet is not a file that dspark-batch wrote"
     ):
         run(job)
 
@@ -706,7 +706,7 @@ def test_the_lock_is_free_after_a_run_and_held_during_it(tmp_path):
     job = job_of(tmp_path, table(6))
 
     def second_run() -> None:
-        with pytest.raises(OutputLocked, match=f"held by process {os.getpid()} on "):
+        with pytest.raises(OutputLocked, match=f"in use by process {os.getpid()} on "):
             run(job)
 
     run(job, decode=FakeDecode(before_yield=at(2, second_run)))

@@ -11,7 +11,7 @@ from typing import Any
 from dspark_batch.engine import Tokenizer, read_manifest
 from dspark_batch.job.definition import Job
 from dspark_batch.job.prompts import EngineText, PromptPreparer
-from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.summary import Counts, rows_line
 
 
@@ -89,7 +89,7 @@ def check_job(job: Job, engine: EngineText) -> CheckReport:
 
     Raises what `run` raises before it decodes: wrong columns, an engine that does not fit.
     """
-    plan = JobPlan.of(job)
+    plan = ShardPlan.open(job)
     preparer = PromptPreparer(job, plan.columns, engine)
     lengths: Counter[int] = Counter()
     errors: Counter[str] = Counter()

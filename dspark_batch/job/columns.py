@@ -60,25 +60,26 @@ def choose_columns(kinds: Mapping[str, str], types: Mapping[str, str], job: Job)
     }
     given = {kind: name for kind, name in flags.items() if name is not None}
     if len(given) > 1:
-        raise UsageError(f"{' and '.join(map(_flag, given))} exclude each other")
+        raise UsageError(f"{' and '.join(map(_flag, given))} exclude each other", hint="give one")
     if given:
         kind, name = next(iter(given.items()))
         if name not in kinds:
             raise InputError(
-                f"the input has no column {name!r}{did_you_mean(name, kinds)} "
-                f"(it has {_listed(kinds)})"
+                f"the input has no column {name!r}{did_you_mean(name, kinds)}",
+                hint=f"its columns are {_listed(kinds)}",
             )
     else:
         present = [name for name in PROMPT_COLUMNS if name in kinds]
         if not present:
             raise InputError(
-                f"the input has no column {_listed(PROMPT_COLUMNS, 'or')} (it has "
-                f"{_listed(kinds)}): name the prompt column with --prompt-column NAME"
+                f"the input has no column {_listed(PROMPT_COLUMNS, 'or')}; its columns are "
+                f"{_listed(kinds)}",
+                hint="name the one with the prompts: --prompt-column NAME",
             )
         if len(present) > 1:
             raise InputError(
-                f"the input has the columns {_listed(present)}: choose one with "
-                f"{' or '.join(f'{_flag(name)} {name}' for name in present)}"
+                f"the input has the columns {_listed(present)}, and each could hold the prompts",
+                hint=" or ".join(f"{_flag(name)} {name}" for name in present),
             )
         kind = name = present[0]
     _check_kind(name, kind, PROMPT_COLUMNS[kind], kinds, types)
@@ -98,8 +99,8 @@ def _check_kind(
     if kinds[name] not in (*allowed, "null"):
         wanted = " or ".join(KIND_NAMES[kind] for kind in allowed)
         raise InputError(
-            f"column {name!r} has the type {types[name]}, but {role} must be {wanted}: "
-            "rename or convert it"
+            f"column {name!r} has the type {types[name]}, but {role} must be {wanted}",
+            hint="rename the column or convert it",
         )
 
 

@@ -21,7 +21,7 @@ from dspark_batch.engine.runtimes import Placement, runtime_module
 from dspark_batch.errors import EngineError
 from dspark_batch.job.definition import Job
 from dspark_batch.job.flow import Decode, RowDone, Stopping, Watcher
-from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.shards import Shard
 from dspark_batch.job.worker import (
     Committed,
@@ -107,7 +107,9 @@ class _Member:
 class CrewRun:
     """The workers while they decode."""
 
-    def __init__(self, crew: Crew, plan: JobPlan, *, stop: Stopping, watcher: CrewWatcher) -> None:
+    def __init__(
+        self, crew: Crew, plan: ShardPlan, *, stop: Stopping, watcher: CrewWatcher
+    ) -> None:
         self.phase_seconds: dict[int, dict[str, float]] = {}
         """By worker."""
         self.problem: str | None = None

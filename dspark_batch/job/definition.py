@@ -135,7 +135,9 @@ class Job(BaseModel):
             return self.output
         source = Path(self.input)
         if not source.exists() and glob.has_magic(self.input):
-            raise UsageError(f"no default output for the pattern {self.input}: add -o FOLDER")
+            raise UsageError(
+                f"there is no default output for the pattern {self.input}", hint="add -o FOLDER"
+            )
         if source.suffix == ".parquet" and not source.is_dir():
             return source.with_suffix(".completions")
         folder = source.resolve()

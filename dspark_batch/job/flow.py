@@ -16,7 +16,7 @@ from dspark_batch.errors import DSparkError
 from dspark_batch.job.output import OutputFolder
 from dspark_batch.job.parts import Part, commit_part
 from dspark_batch.job.prompts import PromptPreparer
-from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.shards import OpenShard, Shard
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Flow:
 
     def __init__(
         self,
-        plan: JobPlan,
+        plan: ShardPlan,
         output: OutputFolder,
         engine: Engine,
         *,

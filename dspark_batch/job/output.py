@@ -48,7 +48,10 @@ class OutputFolder:
             lock = FileLock(self.run / "lock")
             lock.acquire(timeout=0)
         except Timeout:
-            raise OutputLocked(f"{self.folder} is held by {self._holder_name()}") from None
+            raise OutputLocked(
+                f"{self.folder} is in use by {self._holder_name()}",
+                hint="wait for it, or write elsewhere with -o FOLDER",
+            ) from None
         except OSError as exc:
             raise StorageError(f"cannot write to {self.folder}: {exc.strerror or exc}") from exc
         try:

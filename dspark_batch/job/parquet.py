@@ -60,11 +60,16 @@ class PromptFiles:
                 self.schema = schema
             elif not schema.equals(self.schema):
                 difference = _schema_difference(schema, self.schema)
-                raise InputError(f"{path} has other columns than {paths[0]}: {difference}")
+                raise InputError(
+                    f"{path} has other columns than {paths[0]}: {difference}",
+                    hint="give files of equal columns, one run for each kind",
+                )
         self.files = tuple(files)
         repeated = {name for name in self.schema.names if self.schema.names.count(name) > 1}
         if repeated:
-            raise InputError(f"{source} has two columns named {min(repeated)!r}: rename one")
+            raise InputError(
+                f"{source} has two columns named {min(repeated)!r}", hint="rename one of them"
+            )
 
     @property
     def num_rows(self) -> int:
@@ -120,9 +125,9 @@ def _find(source: str) -> list[Path]:
     elif glob.has_magic(source):
         paths = sorted(Path(name) for name in glob.glob(source, recursive=True))
     else:
-        raise InputError(f"no file or folder {source}")
+        raise InputError(f"there is no file or folder {source}")
     if not paths:
-        raise InputError(f"no Parquet file in {source}")
+        raise InputError(f"there is no Parquet file in {source}")
     return paths
 
 
@@ -172,7 +177,10 @@ def _batches(file: PromptFile, row_group: int, batch_rows: int) -> Iterator[pa.R
     try:
         stat = file.path.stat()
         if (stat.st_size, stat.st_mtime_ns) != (file.size, file.modified_ns):
-            raise InputError(f"{file.path} was changed while the run read it")
+            raise InputError(
+                f"{file.path} was changed while the run read it",
+                hint="run the same command again with --overwrite",
+            )
         # The convenient readers hold whole row groups: 300 to 1,200 MiB where this holds 27.
         with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
             yield from parquet.iter_batches(batch_rows, row_groups=[row_group])

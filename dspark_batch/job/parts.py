@@ -68,8 +68,8 @@ def output_schema(schema: pa.Schema, *, prefix: str, token_ids: bool) -> pa.Sche
         name = prefix + field.name
         if name in schema.names:
             raise InputError(
-                f"the input has a column {name!r}, which the output writes as well: "
-                "name the output columns otherwise with --output-prefix PREFIX"
+                f"the input has a column {name!r}, and the output writes one of that name",
+                hint="give the output columns a prefix: --output-prefix PREFIX",
             )
         schema = schema.append(field.with_name(name))
     return schema
@@ -167,5 +167,5 @@ def read_part(path: Path) -> Part:
         )
     except (OSError, pa.ArrowException, KeyError, ValueError) as exc:
         raise StorageError(
-            f"{path} is not a part that dspark-batch wrote ({exc}): move it away"
+            f"{path} is not a file that dspark-batch wrote ({exc})", hint="move it away"
         ) from exc

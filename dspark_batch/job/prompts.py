@@ -76,25 +76,33 @@ class PromptPreparer:
         )
         if tokenizer is None and columns.kind != "prompt_token_ids":
             raise InputError(
-                f"the engine has no tokenizer, so it cannot read column {columns.name!r}: "
-                "give token ids with --token-ids-column NAME"
+                f"the engine has no tokenizer, so it cannot read column {columns.name!r}",
+                hint="give token ids: --token-ids-column NAME",
             )
         if tokenizer is None and not job.token_ids:
-            raise UsageError("the engine has no tokenizer to write text with: add --token-ids")
+            raise UsageError(
+                "the engine has no tokenizer to write text with", hint="add --token-ids"
+            )
         if columns.kind == "messages":
             if not job.chat_template:
-                raise UsageError("messages need the chat template: drop --no-chat-template")
+                raise UsageError(
+                    "messages need the chat template", hint="leave out --no-chat-template"
+                )
             if tokenizer is not None and not tokenizer.has_template:
                 raise InputError(
-                    "the engine has no chat template for messages: "
-                    "give text with --prompt-column NAME"
+                    "the engine has no chat template for messages",
+                    hint="give text: --prompt-column NAME",
                 )
         if job.system is not None and not templated:
-            raise UsageError("--system needs a chat template, and none is applied to this input")
+            raise UsageError(
+                "--system needs a chat template, and none is applied to this input",
+                hint="leave out --system, or put it into the prompts",
+            )
         if job.max_new_tokens >= engine.max_tokens and "max_new_tokens" not in columns.params:
             raise UsageError(
                 f"{job.max_new_tokens} new tokens leave no room for a prompt: the engine holds "
-                f"{engine.max_tokens} tokens per row; lower --max-new-tokens"
+                f"{engine.max_tokens} tokens per row",
+                hint="lower --max-new-tokens",
             )
         self._job = job
         self._columns = columns

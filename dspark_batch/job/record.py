@@ -12,10 +12,10 @@ from typing import Any, Protocol, Self
 from dspark_batch import __version__
 from dspark_batch.decode import Drafting, settled
 from dspark_batch.engine import installed_versions
-from dspark_batch.errors import StoppedEarly, StorageError
+from dspark_batch.errors import DSparkError, StoppedEarly, StorageError
 from dspark_batch.job.definition import Job
 from dspark_batch.job.output import OutputFolder, now
-from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.summary import Summary
 
 _PACKAGES = ("numpy", "onnxruntime", "pyarrow", "tokenizers")
@@ -37,7 +37,7 @@ class RunRecord:
     """`run/record.json`: written when the run begins and when it ends, however it ends."""
 
     def __init__(
-        self, output: OutputFolder, plan: JobPlan, engine: RecordedEngine, *, argv: Sequence[str]
+        self, output: OutputFolder, plan: ShardPlan, engine: RecordedEngine, *, argv: Sequence[str]
     ) -> None:
         self.summary: Summary | None = None
         """Set it before the end of a run that came to its end."""
@@ -87,12 +87,14 @@ class RunRecord:
         if self.summary is not None:
             stopped = isinstance(self.summary.failure, StoppedEarly)
             self._values["state"] = "stopped" if stopped else "finished"
-            self._values["error"] = str(self.summary.failure) if self.summary.failure else None
+            failure = self.summary.failure
+            self._values["error"] = failure.message if failure else None
             self._values["summary"] = self.summary.to_json()
             self._output.write_record(self._values)
             return
         self._values["state"] = "interrupted" if kind is KeyboardInterrupt else "failed"
-        self._values["error"] = f"{kind.__name__}: {error}" if kind else None
+        message = error.message if isinstance(error, DSparkError) else error
+        self._values["error"] = f"{kind.__name__}: {message}" if kind else None
         with suppress(StorageError):  # the error on its way says more than a full disk here
             self._output.write_record(self._values)
 

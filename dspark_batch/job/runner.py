@@ -22,7 +22,7 @@ from dspark_batch.job.output import OutputFolder
 from dspark_batch.job.parts import Part
 from dspark_batch.job.progress import Progress, RunState
 from dspark_batch.job.record import RecordedEngine, RunRecord
-from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.shards import Shard
 from dspark_batch.job.stop import Stop
 from dspark_batch.job.summary import Counts, Summary, rows_line
@@ -45,7 +45,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: JobPlan,
+        plan: ShardPlan,
         output: OutputFolder,
         *,
         stop: Stop,
@@ -85,7 +85,7 @@ class _Run:
         reason = self._stop.reason
         if reason and not self._stop_is_shown:
             self._stop_is_shown = True
-            self.phase(f"stopping for {reason}: ending the running rows")
+            self.phase(f"stopping for {reason}: the running rows are finished first")
         return reason
 
     def phase(self, text: str) -> None:
@@ -149,16 +149,16 @@ class _Run:
                 raise DSparkError(f"decode ended with {num_parts} of {num_planned} parts")
             again = shlex.join(["dspark-batch", *(word for word in argv if word != "--overwrite")])
             return StoppedEarly(
-                f"stopped early for {reason}: {num_parts} of {num_planned} parts are "
-                f"there; continue with: {again}"
+                f"stopped early for {reason}: {num_parts} of {num_planned} parts are written",
+                hint=f"continue with: {again}",
             )
         if counts.num_rows != self._plan.num_rows:
             raise DSparkError(f"{self._plan.num_rows} rows went in, {counts.num_rows} came out")
         allowed = self._plan.job.max_error_rate
         if counts.num_errors > allowed * counts.num_rows:
             return RowErrorsExceeded(
-                f"{rows_line(counts)}: more than the share of {allowed:g} that --max-error-rate "
-                f"allows; see the columns status and error in {self._output.data}"
+                f"{rows_line(counts)}: more than --max-error-rate {allowed:g} allows",
+                hint=f"see the columns status and error in {self._output.data}",
             )
         return None
 
@@ -167,7 +167,7 @@ class _Run:
 class _Attempt:
     """All that a run is made of, but for what decodes."""
 
-    plan: JobPlan
+    plan: ShardPlan
     output: OutputFolder
     work: _Run
     progress: Progress
@@ -238,11 +238,14 @@ def run(
     wrong is raised, after what is complete was kept.
     """
     stop = Stop(deadline=job.deadline, clock=clock)
-    plan = JobPlan.of(job)
+    plan = ShardPlan.open(job)
     output = OutputFolder(job.output_folder)
     for file in plan.files.files:
         if file.path.resolve().is_relative_to(output.folder.resolve()):
-            raise InputError(f"the input {file.path} lies in the output {output.folder}")
+            raise InputError(
+                f"the input {file.path} lies in the output {output.folder}",
+                hint="write elsewhere with -o FOLDER",
+            )
     with stop.on_sigterm(), output.lock():
         progress.phase(f"loading engine {job.engine}")
         work = _Run(plan, output, stop=stop, progress=progress, clock=clock)

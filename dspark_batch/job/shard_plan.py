@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class JobPlan:
-    """A job whose input was looked at; nothing of it depends on the engine."""
+class ShardPlan:
+    """A job, its input, and the shards that the input is cut into. Knows no engine."""
 
     job: Job
     files: PromptFiles
@@ -31,8 +31,8 @@ class JobPlan:
     shards: tuple[Shard, ...]
 
     @classmethod
-    def of(cls, job: Job) -> Self:
-        """Open the input. Raises `InputError` where it cannot be the input of this job."""
+    def open(cls, job: Job) -> Self:
+        """Look at the input. Raises `InputError` where it cannot be the input of this job."""
         files = PromptFiles(job.input)
         columns = choose_columns(files.kinds, files.types, job)
         schema = output_schema(files.schema, prefix=job.output_prefix, token_ids=job.token_ids)
@@ -74,13 +74,13 @@ class JobPlan:
         for part in parts:
             shard = shards.pop(part.path.name, None)
             if shard is None:
-                problem = "this job would not write it"
+                problem = "this one writes no such file"
             else:
                 problem = difference(part.fingerprint, self.fingerprint(shard, engine=engine))
             if problem:
                 raise InputError(
-                    f"{part.path} is the result of another job ({problem}): choose another "
-                    "output with -o FOLDER, or replace this one with --overwrite"
+                    f"{part.path} is the result of another job: {problem}",
+                    hint="write elsewhere with -o FOLDER, or replace it with --overwrite",
                 )
         return list(shards.values())
 

@@ -51,7 +51,9 @@ def read_status(folder: Path) -> Status:
     output = OutputFolder(folder)
     record = output.read_record()
     if record is None:
-        raise UsageError(f"{folder} is not the output of a run")
+        raise UsageError(
+            f"{folder} is not the output of a run", hint="give the folder that run wrote to"
+        )
     parts = output.parts()
     counts = sum((part.counts for part in parts), start=Counts())
     return Status(

@@ -21,7 +21,7 @@ from dspark_batch.errors import DSparkError
 from dspark_batch.job.flow import Decode, Flow, RowDone
 from dspark_batch.job.output import OutputFolder
 from dspark_batch.job.parts import Part
-from dspark_batch.job.shard_plan import JobPlan
+from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.shards import Shard
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Task:
 
     number: int
     """Counted from 1."""
-    plan: JobPlan
+    plan: ShardPlan
     open_engine: OpenWorkerEngine
     decode: Decode
     threads: int
@@ -97,7 +97,7 @@ Message = Ready | Phase | Request | RowDone | Committed | Failed
 class _Line:
     """The worker's end of the line: a `Watcher` and `Stopping` whose other side is the crew."""
 
-    def __init__(self, pipe: connection.Connection, stop: Any, plan: JobPlan) -> None:
+    def __init__(self, pipe: connection.Connection, stop: Any, plan: ShardPlan) -> None:
         from dspark_batch.decode import DecodeStats
 
         self.stats = DecodeStats()
