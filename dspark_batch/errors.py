@@ -29,6 +29,11 @@ class DSparkError(Exception):
         self.message = " ".join(message.split())  # of other libraries it may have many lines
         self.hint = hint
 
+    @property
+    def line(self) -> str:
+        """Message and hint in one line."""
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
 

@@ -140,8 +140,8 @@ def test_without_matplotlib_there_is_a_table_and_a_hint(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "give PROMPTS"),
-        (("--simulate",), "give PROMPTS to record, or --rounds FILE"),
+        ((), "PROMPTS is missing"),
+        (("--simulate",), "PROMPTS is missing to record, or --rounds FILE"),
         (("p.parquet", "--simulate", "--rounds", "r.parquet"), "not both"),
         (("p.parquet", "--gpu", "h100"), "--gpu needs --simulate"),
         (("p.parquet", "--floor", "5"), "--floor needs --simulate"),

@@ -124,7 +124,7 @@ def test_a_missing_draft_is_to_be_trained_first(workspace: Path) -> None:
     parts = recipe.read_text().split("[draft]")
     engine = parts[1].split("[engine]")[1]
     recipe.write_text(f'{parts[0]}[draft]\nweights = "export/drafts/mine"\n[engine]{engine}')
-    assert "weights are not there" in lines()["note"][0]
+    assert "is not there; looked for" in lines()["note"][0]
     assert lines()["next"] == ["dspark-batch export tiny"]
     (workspace / "export" / "drafts").mkdir()
     (workspace / "export" / "drafts" / "mine.toml").write_text("")
@@ -137,11 +137,11 @@ def test_recipes_that_nobody_built_are_told_in_one_line(workspace: Path) -> None
     for name in ("b", "a", "model"):
         (workspace / "export" / f"{name}.toml").write_text(lost)
     of_default, of_others = lines()["note"]
-    assert of_default.startswith("export/model.toml: [target] weights are not there")
+    assert of_default.startswith("export/model.toml: [target] weights = ")
     assert of_others == "cannot be built yet: a, b; what it lacks says dspark-batch export a"
     for name in ("b", "model"):
         (workspace / "export" / f"{name}.toml").unlink()
-    assert lines()["note"][0].startswith("export/a.toml: [target] weights are not there")
+    assert lines()["note"][0].startswith("export/a.toml: [target] weights = ")
 
 
 def test_a_missing_package_of_weights_is_to_be_installed(workspace: Path) -> None:

@@ -237,7 +237,9 @@ def test_assumptions_can_be_replaced_one_by_one() -> None:
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     options = {"dtype": None, "block_size": 7, "context": 1.0}
-    with pytest.raises(UsageError, match=r"no GPU 'h1000'; did you mean 'h100'\? \(known: t4, "):
+    with pytest.raises(
+        UsageError, match=r"no GPU 'h1000'; did you mean 'h100'\?\n\nhint: known: t4, "
+    ):
         Roofline.of("h1000", "qwen3-4b", **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no model 'llama'"):
         Roofline.of("h100", "llama", **options)  # type: ignore[arg-type]

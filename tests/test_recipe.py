@@ -200,7 +200,9 @@ def test_weights_are_found_from_the_workspace_then_from_the_recipe(
     write(workspace, FULL)
     recipe = load_recipe(str(workspace / "export" / "mine.toml"))
     monkeypatch.chdir("/")
-    with pytest.raises(UsageError, match=r"\[draft\] weights are not there; looked for .* and "):
+    with pytest.raises(
+        UsageError, match=r"\[draft\] weights = .* is not there; looked for .* and "
+    ):
         _ = recipe.draft_source
     beside = workspace / "export" / "drafts" / "mine"
     beside.mkdir(parents=True)

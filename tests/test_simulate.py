@@ -225,7 +225,7 @@ def test_a_record_survives_its_file(rounds: Rounds, tmp_path: Path) -> None:
 def test_another_file_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "prompts.parquet"
     pq.write_table(pa.table({"prompt": ["a"]}), path)
-    with pytest.raises(InputError, match=r"holds no recorded rounds.*bench --simulate"):
+    with pytest.raises(InputError, match=r"(?s)holds no recorded rounds.*bench --simulate"):
         read_rounds(path)
     with pytest.raises(InputError, match="cannot read"):
         read_rounds(tmp_path / "absent.parquet")

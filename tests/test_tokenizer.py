@@ -491,8 +491,8 @@ def test_llama_merges_the_best_score_first_where_gemma_goes_by_position() -> Non
 @pytest.mark.parametrize(
     ("metadata", "match"),
     [
-        (gguf_metadata("novel"), "'novel'; supported are gpt-2, smollm"),
-        (gguf_metadata(model="rwkv"), "'rwkv'; supported: gpt2, llama"),
+        (gguf_metadata("novel"), "'novel', which is not supported; supported: gpt-2, smollm"),
+        (gguf_metadata(model="rwkv"), "'rwkv', not gpt2 or llama"),
     ],
 )
 def test_unknown_tokenizers_are_refused(metadata: dict[str, Any], match: str) -> None:

@@ -15,6 +15,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 from hf_target import HFFeatures, tensors_and_spec  # noqa: E402
 
+from dspark_batch.drafters import DraftConfig, config_from_json  # noqa: E402
 from dspark_batch.errors import EngineError, InputError  # noqa: E402
 from dspark_batch.training import fused_loss as fused  # noqa: E402
 from dspark_batch.training.anchors import (  # noqa: E402
@@ -26,12 +27,6 @@ from dspark_batch.training.anchors import (  # noqa: E402
 from dspark_batch.training.backbone import rope_of  # noqa: E402
 from dspark_batch.training.checkpoint import load_draft, save_draft  # noqa: E402
 from dspark_batch.training.draft import DraftCache, DSparkDraft  # noqa: E402
-from dspark_batch.training.draft_config import (  # noqa: E402
-    DraftConfig,
-    config_from_json,
-    draft_config_from_target,
-    spread_layer_ids,
-)
 from dspark_batch.training.evaluation import evaluate, replay_greedy  # noqa: E402
 from dspark_batch.training.features import (  # noqa: E402
     FeatureBatch,
@@ -39,6 +34,7 @@ from dspark_batch.training.features import (  # noqa: E402
     TrainingSequence,
     capped,
 )
+from dspark_batch.training.geometry import draft_config_from_target, evenly_tapped  # noqa: E402
 from dspark_batch.training.initialise import frequent_ids, initialise_from_target  # noqa: E402
 from dspark_batch.training.losses import LossWeights, dspark_loss  # noqa: E402
 from dspark_batch.training.options import TrainingOptions, learning_rate_at  # noqa: E402
@@ -258,7 +254,7 @@ def test_a_config_from_a_target_keeps_its_width_and_rotation() -> None:
     del raw["vocab_size"]
     with pytest.raises(EngineError, match="vocab_size"):
         draft_config_from_target(raw, **wanted)
-    assert [spread_layer_ids(n) for n in (2, 3, 6)] == [(-1, 0), (0, 1), (0, 1, 2, 3, 4)]
+    assert [evenly_tapped(n) for n in (2, 3, 6)] == [(-1, 0), (0, 1), (0, 1, 2, 3, 4)]
 
 
 def test_an_unknown_rope_type_is_refused() -> None:

@@ -752,7 +752,7 @@ def test_gguf_unknown_tensor_name_is_refused(tmp_path: Path) -> None:
 
 def test_gguf_of_another_architecture_is_refused(tmp_path: Path) -> None:
     path = TinyGGUF("mamba", {}).write(tmp_path / "tiny.gguf")
-    with pytest.raises(EngineError, match="'mamba'; supported are gemma3, llama, qwen3"):
+    with pytest.raises(EngineError, match=r"(?s)'mamba'.*supported: gemma3, llama, qwen3"):
         open_weights(path)
 
 

@@ -21,7 +21,9 @@ def new_figure(title: str, *, width: float = 8.0, height: float = 5.0) -> Figure
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("figures need matplotlib: pip install 'dspark-batch[plots]'") from None
+        raise UsageError(
+            "figures need matplotlib", hint="pip install 'dspark-batch[plots]'"
+        ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     return figure

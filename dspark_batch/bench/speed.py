@@ -78,7 +78,7 @@ def run_bench(
     concurrencies = sorted(set(rows or ROWS))
     with closing(open_engine(engine_folder, max_rows=concurrencies[-1])) as engine:
         if not engine.block_size:
-            raise UsageError(f"{engine_folder} has no draft: there is nothing to compare")
+            raise UsageError(f"{engine_folder} has no draft, so there is nothing to compare")
         record = about(engine)
         workload = read_workload(prompts_path, engine, new_tokens=new_tokens, limit=limit)
         costs = _costs(engine, fresh=fresh_costs, progress=progress)

@@ -1,22 +1,25 @@
-"""Tables for people: aligned, and Markdown as they stand."""
+"""Tables for people, which are Markdown as they stand."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_NO_LIMIT = 10_000  # columns: a table does not depend on the terminal
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> str:
-    """A Markdown table with aligned columns: the first `left` are text, the others numbers."""
-    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
-    rule = ["-" * width if i < left else f"{'-' * (width - 1)}:" for i, width in enumerate(widths)]
-    return "\n".join(
-        f"| {' | '.join(_aligned(line, widths, left))} |" for line in (headers, rule, *rows)
-    )
-
-
-def _aligned(line: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
-    cells = zip(line, widths, strict=True)
-    return [
-        cell.ljust(width) if i < left else cell.rjust(width)
-        for i, (cell, width) in enumerate(cells)
-    ]
+    """A table whose first `left` columns are text and whose others are numbers."""
+    found = Table(box=box.MARKDOWN)
+    for i, header in enumerate(headers):
+        found.add_column(header, justify="left" if i < left else "right", no_wrap=True)
+    for row in rows:
+        found.add_row(*map(Text, row))
+    out = StringIO()
+    Console(file=out, width=_NO_LIMIT, color_system=None).print(found)
+    return out.getvalue().strip()

@@ -160,18 +160,18 @@ def _look_at(folder: Path, *, verify: bool) -> EngineReport:
     try:
         manifest = read_manifest(folder, verify=verify)
     except EngineError as problem:
-        return EngineReport(str(folder), str(problem))
+        return EngineReport(str(folder), problem.line)
     on_gpu = measured = None
     try:
         module = runtime_module(manifest.runtime)
         found = module.refusal(folder, manifest)
-        refusal = None if found is None else "; ".join(filter(None, (found.message, found.hint)))
+        refusal = found.line if found else None
         if refusal is None:
             on_gpu = module.uses_gpu(manifest)
             if manifest.draft is not None:
                 measured = read_costs(folder, module.hardware_key(manifest)) is not None
     except EngineError as problem:
-        refusal = str(problem)
+        refusal = problem.line
     return EngineReport(
         str(folder),
         refusal,
@@ -234,7 +234,7 @@ def _look_at_recipe(name: str) -> tuple[str | None, str]:
         recipe = load_recipe(name)
         source = recipe.target_source
     except UsageError as problem:
-        return str(problem), export
+        return problem.line, export
     package = source.removeprefix(PACKAGE_PREFIX).split("/")[0]
     if source.startswith(PACKAGE_PREFIX) and installed_version(package) is None:
         return f"{_RECIPES / name}.toml: its weights are in the package {package}", (
@@ -249,7 +249,7 @@ def _look_at_recipe(name: str) -> tuple[str | None, str]:
             return f"{_RECIPES / name}.toml: its draft is not trained yet", (
                 f"dspark-batch train {training.stem}"
             )
-        return str(problem), export
+        return problem.line, export
     return None, export
 
 

@@ -1,4 +1,7 @@
 from . import lookup as lookup
+from .config import DraftConfig as DraftConfig
+from .config import MarkovHeadType as MarkovHeadType
+from .config import config_from_json as config_from_json
 from .drafter import Drafter as Drafter
 from .drafter import FirstOf as FirstOf
 from .layouts import draft_spec as draft_spec

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.drafters.spec import MARKOV_HEADS, DraftSpec
+from dspark_batch.drafters.config import DraftConfig
+from dspark_batch.drafters.spec import DraftSpec
 from dspark_batch.errors import EngineError
 from dspark_batch.models import activation, rope_from_parameters
 from dspark_batch.models.weights import Weights
@@ -32,23 +33,6 @@ Config = Mapping[str, Any]
 _TABLES = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
 # speculators saves what it needed of its target for training.
 _OF_THE_TARGET = "verifier_"
-
-# Settings under which the network is another one than the graph.
-_REFUSED: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-    ("attention_bias", bool),
-    ("mlp_bias", bool),
-    ("is_causal", bool),
-    ("causal", bool),
-    ("use_sliding_window", bool),
-    ("layer_types", lambda kinds: any(kind != "full_attention" for kind in kinds or ())),
-    ("attention_mode", lambda mode: mode not in (None, "gqa", "mha")),
-    ("projector_type", lambda kind: kind not in (None, "dspark")),
-    ("topk_context", bool),
-    ("draft_adapter_rank", bool),
-    ("enable_moe_block", bool),
-    ("hidden_size_per_layer_input", bool),
-    ("quantization_config", bool),
-)
 
 
 def draft_spec(weights: Weights) -> DraftSpec:
@@ -98,15 +82,15 @@ def _layout(config: Config) -> Callable[[Config, Weights], DraftSpec]:
     if kind is not None:
         if kind != "dspark":
             raise EngineError(
-                f"draft config.json: speculators_model_type {kind!r} is no draft that is known "
-                "here; known: dspark"
+                f"draft config.json: speculators_model_type {kind!r} is not known",
+                hint="known: dspark",
             )
         return _speculators
     names = config.get("architectures") or ["none"]
     if names[0] not in LAYOUTS:
         raise EngineError(
-            f"draft config.json: architectures names {names[0]!r}, which is no layout of a draft "
-            f"that is known here; known: {', '.join(LAYOUTS)}, speculators_model_type dspark"
+            f"draft config.json: architectures names {names[0]!r}, a layout that is not known",
+            hint=f"known: {', '.join(LAYOUTS)}, speculators_model_type dspark",
         )
     return LAYOUTS[names[0]]
 
@@ -117,43 +101,30 @@ def _deepspec(config: Config, weights: Weights) -> DraftSpec:
     `embedding_scale` and `final_logit_softcapping` are for drafts of other targets than Qwen3; the
     published ones have neither. Nor do they lack the norms that a Llama-style draft lacks.
     """
-    for key, is_other in _REFUSED:
-        if is_other(config.get(key)):
-            raise ValueError(f"{key} {config[key]!r} is not supported for a draft")
-    rank = int(config["markov_rank"])
-    head = str(config["markov_head_type"]) if rank else None
-    if head is not None and head not in MARKOV_HEADS:
-        raise ValueError(f"markov_head_type {head!r}; known: {', '.join(MARKOV_HEADS)}")
-    confidence = bool(config["enable_confidence_head"])
-    with_markov = confidence and bool(config["confidence_head_with_markov"])
-    if with_markov and not rank:
-        raise ValueError("confidence_head_with_markov needs markov_rank > 0")
-    vocab_size, mask_token_id = int(config["vocab_size"]), int(config["mask_token_id"])
-    if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(f"mask_token_id {mask_token_id} is not in 0..{vocab_size - 1}")
+    parsed = DraftConfig.parsed(config)
     spec = DraftSpec(
-        block_size=int(config["block_size"]),
-        vocab_size=vocab_size,
-        mask_token_id=mask_token_id,
-        taps=tuple(int(i) for i in config["target_layer_ids"]),
-        hidden_size=int(config["hidden_size"]),
-        num_layers=int(config["num_hidden_layers"]),
-        num_heads=int(config["num_attention_heads"]),
-        num_kv_heads=int(config["num_key_value_heads"]),
-        head_dim=int(config["head_dim"]),
-        epsilon=float(config["rms_norm_eps"]),
-        markov_rank=rank,
-        markov_head=head,
-        confidence_head=confidence,
-        confidence_with_markov=with_markov,
+        block_size=parsed.block_size,
+        vocab_size=parsed.vocab_size,
+        mask_token_id=parsed.mask_token_id,
+        taps=parsed.target_layer_ids,
+        hidden_size=parsed.hidden_size,
+        num_layers=parsed.num_hidden_layers,
+        num_heads=parsed.num_attention_heads,
+        num_kv_heads=parsed.num_key_value_heads,
+        head_dim=parsed.head_dim,
+        epsilon=parsed.rms_norm_eps,
+        markov_rank=parsed.markov_rank,
+        markov_head=parsed.markov_head_type if parsed.markov_rank else None,
+        confidence_head=parsed.enable_confidence_head,
+        confidence_with_markov=parsed.uses_markov_confidence,
         rope=rope_from_parameters(
-            config["rope_parameters"],
-            head_dim=int(config["head_dim"]),
-            max_positions=int(config["max_position_embeddings"]),
+            parsed.rope_parameters,
+            head_dim=parsed.head_dim,
+            max_positions=parsed.max_position_embeddings,
         ),
         qk_norm="layers.0.self_attn.q_norm.weight" in weights.names(),
         activation=activation(config.get("hidden_act") or "silu"),
-        embedding_scale=float(config.get("embedding_scale", 1.0)),
+        embedding_scale=parsed.embedding_scale,
         logit_cap=config.get("final_logit_softcapping"),
     )
     bonus_anchor = bool(config.get("dspark_bonus_anchor"))  # vLLM's name for the opposite
@@ -225,8 +196,8 @@ def _check_tensors(spec: DraftSpec, weights: Weights) -> None:
     other = [n for n in weights.names() if n not in known and not n.startswith(_OF_THE_TARGET)]
     if other:
         raise EngineError(
-            f"the draft's config.json does not account for {_listed(other)}: it is another network "
-            "than the one that would be built"
+            f"the draft's config.json does not account for {_listed(other)}: the checkpoint is "
+            "of another network"
         )
     missing = [name for name in spec.tensor_names() if name not in weights.names()]
     if missing:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from dspark_batch.models import RopeSpec
 
 CERTAIN = 30.0  # a confidence logit whose sigmoid is 1: the slot of a draft without the head
-MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,21 +219,22 @@ def read_manifest(folder: Path, *, verify: bool = True) -> EngineManifest:
         EngineError: no engine here, another format, or a file is missing or was changed.
     """
     path = folder / FILE_NAME
-    again = f"build it: dspark-batch export {folder.resolve().name}"
+    build = f"dspark-batch export {folder.resolve().name}"
+    again = f"build it again: {build} --force"
     if not path.exists():
-        raise EngineError(f"{folder}: no engine here ({FILE_NAME} is missing); {again}")
+        raise EngineError(f"there is no engine in {folder}", hint=f"build it: {build}")
     try:
         manifest = EngineManifest.model_validate_json(path.read_bytes())
     except ValidationError as problem:
         first: Any = problem.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise EngineError(f"{path}: {where}: {first['msg']}; {again} --force") from problem
+        raise EngineError(f"{path}: {where}: {first['msg']}", hint=again) from problem
     if manifest.format != FORMAT:
-        raise EngineError(f"{path}: format {manifest.format!r}, not {FORMAT!r}; {again} --force")
+        raise EngineError(f"{path} has the format {manifest.format!r}, not {FORMAT!r}", hint=again)
     for name, expected in manifest.files.items():
         file = folder / name
         if not file.exists():
-            raise EngineError(f"{file} is missing; {again} --force")
+            raise EngineError(f"{file} is missing", hint=again)
         if file.stat().st_size != expected.bytes or (verify and describe_file(file) != expected):
-            raise EngineError(f"{file} is not the file that the export wrote; {again} --force")
+            raise EngineError(f"{file} is not the file that the export wrote", hint=again)
     return manifest

@@ -69,7 +69,10 @@ class Tokenizer:
 
         for name in (_TOKENIZER, _CONFIG):
             if not (folder / name).exists():
-                raise EngineError(f"{folder} has no {name}; export the engine again")
+                raise EngineError(
+                    f"{folder} has no {name}",
+                    hint="build the engine again with dspark-batch export",
+                )
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / _TOKENIZER))
             config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))

@@ -126,14 +126,17 @@ def check_target(
     found["invariance"] = _invariance(probe, texts.rows)
     for name, limit in LIMITS[precision].items():
         if not found[name] <= limit:
-            cause = "the weights or this family's graph are wrong"
+            cause = "the weights or the graph of this family are wrong"
+            advice = "please report this with the model's name"
             if probe.in_half and not np.isfinite(found["kl"]):
-                cause = "fp16 ends at 65504 and this target goes beyond: take --precision bf16"
+                cause = "fp16 ends at 65504, and this target goes beyond"
+                advice = "take --precision bf16"
             elif name != "invariance":
                 cause += f", from {_offender(path, spec, tensor, texts.rows[0])} on"
             raise EngineError(
                 f"{path}: the built graph fails its check: {name} is {found[name]:.3g}, over "
-                f"{limit:.3g} for {precision} ({found}); {cause}, nothing was installed"
+                f"{limit:.3g} for {precision} ({found}); {cause}",
+                hint=f"nothing was installed; {advice}",
             )
     return found
 
@@ -176,8 +179,9 @@ def check_draft(
         if not parity[name] <= limit:
             raise EngineError(
                 f"{path}: the built graph fails its check: {name} is {parity[name]:.3g}, over "
-                f"{limit:.3g} for {precision} ({parity}); the draft's weights or this layout's "
-                "graph are wrong, nothing was installed"
+                f"{limit:.3g} for {precision} ({parity}); the draft's weights or the graph of "
+                "this layout are wrong",
+                hint="nothing was installed; please report this with the draft's name",
             )
     return parity
 

@@ -146,7 +146,8 @@ class _Export:
             if recipe.draft.drafter not in DRAFTERS:
                 known = ", ".join([*DRAFTERS, *LOOKUPS, NO_DRAFT])
                 raise EngineError(
-                    f"{recipe.path}: draft.drafter {recipe.draft.drafter!r}; known: {known}"
+                    f"{recipe.path}: [draft] drafter = {recipe.draft.drafter!r} is not known",
+                    hint=f"known: {known}",
                 )
             self._draft_spec = draft_spec(draft)
             check_fits(self._draft_spec, draft, self._spec)

@@ -74,13 +74,13 @@ def _library_version(library: Library, runtime: str) -> str:
     packages = packages_distributions().get(library)
     if not packages:
         raise EngineError(
-            f'runtime "{runtime}" needs {library}, which is not installed; '
-            f'try: pip install "dspark-batch[{runtime}]"'
+            f"the runtime {runtime} needs {library}, which is not installed",
+            hint=f'pip install "dspark-batch[{runtime}]"',
         )
     if find_spec("triton") is None:
         raise EngineError(
-            "Triton, which compiles the verification kernel, is not installed; "
-            f'try: pip install "dspark-batch[{runtime}]"'
+            "Triton, which compiles the verification kernel, is not installed",
+            hint=f'pip install "dspark-batch[{runtime}]"',
         )
     return version(packages[0])
 
@@ -91,13 +91,14 @@ def _gpu_archs(engine: EngineSection) -> tuple[int, ...]:
     if engine.runtime == "tensorrt":
         if here is None:
             raise EngineError(
-                "TensorRT builds on the GPU that it builds for, and this machine has none; export "
-                "on the machine that runs, or for a consumer card: --runtime tensorrt-rtx"
+                "TensorRT builds on the GPU that it builds for, and this machine has none",
+                hint="export on the machine that runs, or for RTX cards: --runtime tensorrt-rtx",
             )
         if wanted and wanted != (here,):
             raise EngineError(
                 f"TensorRT builds for the GPU of this machine, sm_{here}, and for no other "
-                f"(--gpu-arch {' '.join(map(str, wanted))}); leave --gpu-arch out"
+                f"(--gpu-arch {' '.join(map(str, wanted))})",
+                hint="leave out --gpu-arch",
             )
         return (here,)
     archs = wanted or ((here,) if here in RTX_ARCHS else DEFAULT_RTX_ARCHS)
@@ -105,11 +106,11 @@ def _gpu_archs(engine: EngineSection) -> tuple[int, ...]:
     for arch in archs:
         if arch not in RTX_ARCHS:
             raise EngineError(
-                f"TensorRT-RTX does not build for sm_{arch}; --gpu-arch can be {known}. "
-                "Data-centre cards: --runtime tensorrt, on a machine that has one"
+                f"TensorRT-RTX does not build for sm_{arch}; --gpu-arch can be {known}",
+                hint="for data-centre cards: --runtime tensorrt, on a machine that has one",
             )
         if engine.precision == "bf16" and arch < _LEAST_BF16:
-            raise EngineError(f"sm_{arch} has no bf16: take --precision fp16 for --gpu-arch {arch}")
+            raise EngineError(f"sm_{arch} has no bf16", hint=f"--gpu-arch {arch} --precision fp16")
     return archs
 
 
@@ -150,8 +151,9 @@ def build_plans(
         )
         if report.library_version != plans.library_version:
             raise EngineError(
-                f"{plans.library} says it is {report.library_version}, and its package "
-                f"{plans.library_version}; install it again"
+                f"{plans.library} says it is {report.library_version}, but its package says "
+                f"{plans.library_version}",
+                hint="install it again",
             )
         reports[name] = report
         memory = f", {report.peak_bytes / 1e9:.1f} GB of memory" if report.peak_bytes else ""

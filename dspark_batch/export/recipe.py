@@ -226,7 +226,7 @@ class Recipe(_Section):
             if candidate.exists():
                 return str(candidate)
         raise UsageError(
-            f"{self.path}: [{section}] weights are not there; looked for "
+            f"{self.path}: [{section}] weights = {weights!r} is not there; looked for "
             + " and ".join(str(candidate) for candidate in candidates)
         )
 

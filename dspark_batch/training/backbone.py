@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dspark_batch.drafters import DraftConfig
 from dspark_batch.errors import EngineError
 from dspark_batch.models import RopeSpec, rope_from_parameters
-from dspark_batch.training.draft_config import DraftConfig
 
 
 class RMSNorm(nn.Module):

@@ -185,6 +185,8 @@ def _engine_command(recipe: TrainingRecipe, scratch: Path) -> str:
 
 def _card(recipe: TrainingRecipe, facts: Facts, draft: DSparkDraft, num_bytes: int) -> list[str]:
     config, training = draft.config, recipe.training
+    num_target_layers = config.num_target_layers
+    assert num_target_layers is not None
     head = f"{config.markov_head_type}, rank {config.markov_rank}" if config.markov_rank else "none"
     confidence = "none"
     if config.enable_confidence_head:
@@ -205,7 +207,7 @@ def _card(recipe: TrainingRecipe, facts: Facts, draft: DSparkDraft, num_bytes: i
         f"{config.num_attention_heads}/{config.num_key_value_heads} heads of {config.head_dim}, "
         f"FFN {config.intermediate_size}{norms} |",
         f"| context | outputs of target layers {_listed(config.target_layer_ids)} of "
-        f"0 … {config.num_target_layers - 1} |",
+        f"0 … {num_target_layers - 1} |",
         f"| Markov head | {head} |",
         f"| confidence head | {confidence} |",
         f"| draft vocabulary | {vocabulary}; {facts.coverage:.1%} of the held-out responses |",

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dspark_batch.drafters import config_from_json
 from dspark_batch.engine import replacing
 from dspark_batch.errors import EngineError
 from dspark_batch.training.draft import DSparkDraft
-from dspark_batch.training.draft_config import config_from_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -83,7 +83,7 @@ def load_draft(
     d2t = tensors.pop("d2t", None)
     embed = own_embed if embed_tokens is None else embed_tokens
     if embed is None or (own_head is None and lm_head is None):
-        raise EngineError(f"{folder} has no embedding or head of its own: give the target's")
+        raise EngineError(f"{folder} has no embedding or head of its own", hint="give the target's")
     if (d2t is None) != (config.draft_vocab_size is None):
         raise EngineError(f"{folder}: d2t and draft_vocab_size must come together")
     vocab = None if d2t is None else draft_vocab_from_offsets(d2t)

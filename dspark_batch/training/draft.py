@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dspark_batch.drafters import DraftConfig
 from dspark_batch.errors import EngineError
 from dspark_batch.training.backbone import (
     DraftLayer,
@@ -22,7 +23,6 @@ from dspark_batch.training.backbone import (
     Rotation,
     rope_of,
 )
-from dspark_batch.training.draft_config import DraftConfig
 from dspark_batch.training.heads import ConfidenceHead, MarkovHead
 
 

@@ -141,8 +141,8 @@ class FeatureSource:
             if size > self.max_bytes:
                 raise InputError(
                     f"the features of one sequence of {len(self.sequences[index].token_ids)} "
-                    f"tokens take {size:,} bytes, and {self.max_bytes:,} are allowed: raise "
-                    "[training] memory_gb"
+                    f"tokens take {size:,} bytes, but {self.max_bytes:,} are allowed",
+                    hint="raise [training] memory_gb",
                 )
             if size > room:
                 chunks.append([])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dspark_batch.training.draft_config import DraftConfig
+from dspark_batch.drafters import DraftConfig
 
 
 class MarkovHead(nn.Module):

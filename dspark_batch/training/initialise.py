@@ -43,8 +43,8 @@ def copy_layers(layers: Sequence[DraftLayer], read: NamedTensor, spec: DecoderSp
             _copy_layer(layer, read, f"model.layers.{first + i}", spec)
         except (EngineError, RuntimeError) as error:
             raise EngineError(
-                f"the draft cannot start from the target's layer {first + i} ({error}); "
-                'set [training] start = "random"'
+                f"the draft cannot start from the target's layer {first + i}: {error}",
+                hint='set [training] start = "random"',
             ) from error
 
 

@@ -173,16 +173,17 @@ class _Training:
                 shutil.rmtree(path, ignore_errors=True)
         elif not files.settings.exists() and draft_folder.exists():
             raise UsageError(
-                f"{draft_folder} holds a draft that was not trained here: rename the recipe, or "
-                f"replace the draft with --overwrite"
+                f"{draft_folder} holds a draft that was not trained here",
+                hint="rename the recipe, or replace the draft with --overwrite",
             )
         # Before there is a draft, what is kept of a changed recipe is checked by its own steps.
         if files.start.exists():
             changed = difference(json.loads(files.settings.read_text()), settings)
             if changed:
                 raise UsageError(
-                    f"{self._recipe.path} is not the recipe that {files.folder} was begun with "
-                    f"({changed}): change it back, rename it, or start again with --overwrite"
+                    f"{self._recipe.path} is not the recipe that {files.folder} was begun with: "
+                    f"{changed}",
+                    hint="change it back, rename it, or start again with --overwrite",
                 )
         else:
             write_json(files.settings, settings)

@@ -341,7 +341,9 @@ def load_training_recipe(path: Path) -> TrainingRecipe:
     """Read a training recipe; `UsageError` names the file and every wrong key."""
     if not path.is_file():
         there = ", ".join(sorted(file.name for file in path.parent.glob("*.toml"))) or "none"
-        raise UsageError(f"no training recipe {path}; recipes in {path.parent}/: {there}")
+        raise UsageError(
+            f"there is no training recipe {path}", hint=f"recipes in {path.parent}/: {there}"
+        )
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

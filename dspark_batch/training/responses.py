@@ -105,8 +105,8 @@ class Responses:
         if not sequences.training or not sequences.held_out:
             raise InputError(
                 f"{self._recipe.path}: {len(sequences.training)} responses to train on and "
-                f"{len(sequences.held_out)} held out; both need some: give more prompts, or hold "
-                "out fewer with [held_out] count"
+                f"{len(sequences.held_out)} held out, and both need some",
+                hint="give more prompts, or hold out fewer with [held_out] count",
             )
         return sequences
 
@@ -200,8 +200,8 @@ class Responses:
                 return
             if not self._overwrite:
                 raise InputError(
-                    f"the prompts of {self._recipe.path} are not those that {path} was made from: "
-                    "put them back, or start again with --overwrite"
+                    f"the prompts of {self._recipe.path} are not those that {path} was made from",
+                    hint="put them back, or start again with --overwrite",
                 )
         with replacing(path) as temporary:
             write_columns(temporary, columns, metadata={})
@@ -260,7 +260,9 @@ class Responses:
         extra = [name for name in (section.source_column, output_column) if name]
         for name in extra:
             if name not in files.kinds:
-                raise InputError(f"no column {name!r}; there are {', '.join(files.kinds)}")
+                raise InputError(
+                    f"there is no column {name!r}", hint=f"the columns are {', '.join(files.kinds)}"
+                )
         preparer = PromptPreparer(job, columns, self._engine)
         sizes = [file.row_groups for file in files.files]
         for shard, table in files.read(plan_shards(sizes, part_rows=1024, limit=section.limit)):

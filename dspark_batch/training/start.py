@@ -12,18 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dspark_batch.drafters import DraftConfig, config_from_json
 from dspark_batch.errors import EngineError, InputError
 from dspark_batch.models.weights import Weights
 from dspark_batch.training.backbone import DraftLayer
 from dspark_batch.training.checkpoint import CONFIG, load_draft
 from dspark_batch.training.draft import DSparkDraft
-from dspark_batch.training.draft_config import (
-    DraftConfig,
-    config_from_json,
-    draft_config_from_target,
-    spread_layer_ids,
-)
 from dspark_batch.training.features import TrainingSequence
+from dspark_batch.training.geometry import draft_config_from_target, evenly_tapped
 from dspark_batch.training.initialise import (
     copy_layers,
     frequent_ids,
@@ -46,7 +42,7 @@ def resolved_taps(recipe: TrainingRecipe, weights: Weights) -> tuple[int, ...]:
     if folder is not None:
         taps = config_from_json(folder / CONFIG).target_layer_ids
     elif taps is None:
-        taps = spread_layer_ids(num_layers)
+        taps = evenly_tapped(num_layers)
     if list(taps) != sorted(set(taps)) or not taps or taps[0] < -1 or taps[-1] >= num_layers:
         raise EngineError(
             f"{recipe.path}: [draft] taps {list(taps)} must increase within -1..{num_layers - 1} "
@@ -142,8 +138,9 @@ def _from_scratch(recipe: TrainingRecipe, weights: Weights, tables: TargetTables
     head = asked.markov_head or "vanilla"
     if head == "none" and (asked.markov_rank or asked.confidence_with_markov):
         raise EngineError(
-            f"{recipe.path}: [draft] markov_head is none: markov_rank and confidence_with_markov "
-            "have nothing to refer to"
+            f"{recipe.path}: [draft] markov_head is none, so there is nothing for markov_rank and "
+            "confidence_with_markov",
+            hint="leave them out",
         )
     rank = min(_MARKOV_RANK, int(target["hidden_size"]))
     return draft_config_from_target(
@@ -169,8 +166,8 @@ def unused_token_id(engine_folder: Path, weights: Weights, sequences: Sequences)
     path = engine_folder / "tokenizer.json"
     if not path.exists():
         raise InputError(
-            "the target has no tokenizer to find a mask token in: set [draft] mask_token_id to an "
-            "id that no text has"
+            "the target has no tokenizer to find a mask token in",
+            hint="set [draft] mask_token_id to an id that no text has",
         )
     tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     added = tokenizer.get("added_tokens", [])
@@ -188,8 +185,8 @@ def unused_token_id(engine_folder: Path, weights: Weights, sequences: Sequences)
     ]
     if not free:
         raise InputError(
-            "the target has no special token that the responses leave unused: set [draft] "
-            "mask_token_id to an id that no text has"
+            "the target has no special token that the responses leave unused",
+            hint="set [draft] mask_token_id to an id that no text has",
         )
     return min(free)
 
@@ -214,7 +211,8 @@ def check_mask(config: DraftConfig, sequences: Sequences, recipe: TrainingRecipe
     if found:
         raise InputError(
             f"{recipe.path}: the mask token {mask} appears in {found:,} of {len(rows):,} prompts "
-            "and responses: set [draft] mask_token_id to an id that no text has"
+            "and responses",
+            hint="set [draft] mask_token_id to an id that no text has",
         )
 
 

@@ -41,7 +41,8 @@ def roofline_machine(roofline: Roofline, rounds: Rounds) -> Machine:
     if not most:
         raise UsageError(
             f"{roofline.pair} in {roofline.dtype} takes {roofline.weights_gb:.1f} GB, too much for "
-            f"the {roofline.memory_gb:g} GB of {roofline.gpu}: choose another --gpu or --dtype"
+            f"the {roofline.memory_gb:g} GB of {roofline.gpu}",
+            hint="choose another --gpu or --dtype",
         )
     title = f"{roofline.gpu}, {roofline.pair}, {roofline.dtype}"
     limit = f"memory holds {most} rows of {rounds.longest_row} tokens"

@@ -49,9 +49,9 @@ class Question:
         if (self.prompts is None) == (self.rounds is None):
             raise UsageError("give PROMPTS to record, or --rounds FILE with a record, not both")
         if self.gpu is None and (self.model or self.dtype or self.assume):
-            raise UsageError("--model, --dtype and --assume are for a GPU: add --gpu NAME")
+            raise UsageError("--model, --dtype and --assume are for a GPU", hint="add --gpu NAME")
         if self.gpu is not None and self.model is None:
-            raise UsageError("--gpu needs the size of a model: add --model NAME")
+            raise UsageError("--gpu needs the size of a model", hint="add --model NAME")
         if self.gpu is not None:
             self.roofline(block_size=1, context=1.0)  # before minutes of recording
 
@@ -73,7 +73,7 @@ class Question:
             return self.rounds.parent
         assert self.prompts is not None
         if not self.prompts.is_file():
-            raise UsageError(f"no default output for {self.prompts}: add -o FOLDER")
+            raise UsageError(f"there is no default output for {self.prompts}", hint="add -o FOLDER")
         return self.prompts.with_suffix(".simulation")
 
 
@@ -112,7 +112,7 @@ def _open(folder: Path) -> Engine:
     engine = open_engine(folder)
     if not engine.block_size:
         engine.close()
-        raise UsageError(f"{folder} has no draft: there is nothing to simulate")
+        raise UsageError(f"{folder} has no draft, so there is nothing to simulate")
     return engine
 
 

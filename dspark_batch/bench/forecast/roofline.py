@@ -217,4 +217,4 @@ def _unknown(what: str, name: str, known: Iterable[str]) -> Any:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
     guess = f"; did you mean {close[0]!r}?" if close else ""
-    raise UsageError(f"no {what} {name!r}{guess} (known: {', '.join(names)})")
+    raise UsageError(f"there is no {what} {name!r}{guess}", hint=f"known: {', '.join(names)}")

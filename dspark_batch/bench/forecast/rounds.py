@@ -114,7 +114,9 @@ def record(engine: Engine, prompts: Sequence[Prompt]) -> Rounds:
         (c for c in completions if c.error is None and len(c.token_ids) > 1), key=lambda c: c.row
     )
     if not done:
-        raise InputError("no prompt was answered with two tokens or more: nothing to record")
+        raise InputError(
+            "no prompt was answered with two tokens or more, so there is nothing to record"
+        )
     allowed = {prompt.row: prompt.params.max_new_tokens for prompt in prompts}
     blocks = [recorder.blocks[c.row] for c in done]
     accepted = [num_matching(b, c.token_ids) for b, c in zip(blocks, done, strict=True)]
@@ -210,8 +212,9 @@ def read_rounds(path: Path) -> Rounds:
     columns, about = read_columns(path)
     if about.get("format") != FORMAT:
         raise InputError(
-            f"{path} holds no recorded rounds (format {about.get('format')!r}, not {FORMAT!r}): "
-            "record them with dspark-batch bench --simulate PROMPTS"
+            f"{path} holds no recorded rounds: its format is {about.get('format')!r}, "
+            f"not {FORMAT!r}",
+            hint="record them: dspark-batch bench --simulate PROMPTS",
         )
     block_size = len(about["temperatures"])
     logits = np.concatenate(columns["confidence_logits"]).astype(np.float32)

@@ -92,8 +92,8 @@ class CudaDevice:
         except EngineError as problem:
             raise EngineError(
                 f"no room for {num_bytes / 1e9:.1f} GB on the GPU, where "
-                f"{self.free_bytes() / 1e9:.1f} GB are free ({problem}); "
-                "run fewer rows at once: --max-rows"
+                f"{self.free_bytes() / 1e9:.1f} GB are free ({problem})",
+                hint="run fewer rows at a time: --max-rows N",
             ) from problem
         self._allocated.append(address)
         self.zero(address, num_bytes)

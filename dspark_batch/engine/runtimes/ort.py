@@ -79,14 +79,17 @@ def open_session(
     inputs: Collection[str] = (),
     outputs: Collection[str] = (),
     device: str = "cpu",
+    again: str = "",
 ) -> ort.InferenceSession:
     """Open one graph on a device. `inputs` are those that it must have, its caches aside.
 
-    `outputs` are values inside the graph that can be fetched too.
+    `outputs` are values inside the graph that can be fetched too, `again` is the command that
+    builds the engine.
 
     Raises:
         EngineError: the file is missing, ONNX Runtime refuses it, or it has other inputs.
     """
+    hint = f"build the engine again: {again}" if again else None
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -94,7 +97,6 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     # The pair's two thread pools take turns: one that spins on would hold the other's cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    again = "build the engine again: dspark-batch export model --force"
     try:
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         graph: str | bytes = str(path)
@@ -106,12 +108,14 @@ def open_session(
         raise
     except Exception as problem:  # ORT's exceptions have no common public base
         raise EngineError(
-            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}; {again}"
+            f"{path}: ONNX Runtime {ort.__version__} cannot open it: {problem}", hint=hint
         ) from problem
     found = {value.name for value in session.get_inputs() if not value.name.startswith("past_")}
     if inputs and found != set(inputs):
         differing = ", ".join(sorted(found ^ set(inputs)))
-        raise EngineError(f"{path} was built by another version ({differing} differ); {again}")
+        raise EngineError(
+            f"{path} was built by another version of this program: {differing} differ", hint=hint
+        )
     return session
 
 
@@ -150,17 +154,17 @@ class OrtRuntime:
     ) -> None:
         """Open the pair in `folder`; `threads` 0 lets ONNX Runtime choose."""
         self._memory = memory or HostMemory()
-        device = self._memory.device
+        opening: dict[str, Any] = {
+            "threads": threads,
+            "device": self._memory.device,
+            "again": manifest.export_command,
+        }
         draft_info = manifest.draft
         draft_shape = draft_info.cache if draft_info else None
-        self._target = open_session(
-            folder / "target.onnx", threads=threads, inputs=TARGET_INPUTS, device=device
-        )
+        self._target = open_session(folder / "target.onnx", inputs=TARGET_INPUTS, **opening)
         self._draft = None
         if draft_shape:
-            self._draft = open_session(
-                folder / "draft.onnx", threads=threads, inputs=DRAFT_INPUTS, device=device
-            )
+            self._draft = open_session(folder / "draft.onnx", inputs=DRAFT_INPUTS, **opening)
         drafts = self._draft.get_inputs() if self._draft is not None else ()
         widths = [value.shape[1] for value in drafts if value.name == "context"]
         dtype = float_type(self._target, "past_key_0")

@@ -99,8 +99,8 @@ def open_on(graph: str | bytes, device: str, options: ort.SessionOptions) -> ort
     session = ort.InferenceSession(graph, options, providers=wanted)
     if session.get_providers()[0] != wanted[0]:
         raise EngineError(
-            f"ONNX Runtime could not load the libraries of {wanted[0]}; install them: "
-            "pip install 'onnxruntime-gpu[cuda,cudnn]', or run with --device cpu"
+            f"ONNX Runtime could not load the libraries of {wanted[0]}",
+            hint="pip install 'onnxruntime-gpu[cuda,cudnn]', or run with --device cpu",
         )
     return session
 

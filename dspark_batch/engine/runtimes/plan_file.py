@@ -72,13 +72,16 @@ class _Context:
 class PlanFile:
     """Invariant: after `open_contexts`, one context per profile, used by one stream."""
 
-    def __init__(self, trt: Any, device: Device, path: Path, *, graphs: bool = True) -> None:
-        """Read the plan; the plugin is registered already.
+    def __init__(
+        self, trt: Any, device: Device, path: Path, *, again: str = "", graphs: bool = True
+    ) -> None:
+        """Read the plan file; the plugin is registered already. `again` is what builds it.
 
         Raises:
             EngineError: TensorRT does not take it.
         """
         self.path = path
+        self.again = f"build the engine again: {again}" if again else None
         self._trt, self._device, self._graphs_on = trt, device, graphs
         self._log = _log_class(trt)()
         self._runtime = trt.Runtime(self._log)
@@ -144,7 +147,8 @@ class PlanFile:
         if room < 0:
             raise EngineError(
                 f"{self.path} leaves no room on the GPU for its working memory of "
-                f"{working / 1e9:.1f} GB; run fewer rows at once: --max-rows"
+                f"{working / 1e9:.1f} GB",
+                hint="run fewer rows at a time: --max-rows N",
             )
         engine.weight_streaming_budget_v2 = min(room, streamable)
 
@@ -208,9 +212,8 @@ class PlanFile:
     def _refused(self, problem: str) -> EngineError:
         said = "; ".join(self._log.errors[-3:]) or "it does not say why"
         return EngineError(
-            f"{self.path} {problem}: {self._trt.__name__} {self._trt.__version__}: {said}; "
-            "look at the GPU with nvidia-smi, or build the engine again: dspark-batch export model "
-            "--force"
+            f"{self.path} {problem}: {self._trt.__name__} {self._trt.__version__}: {said}",
+            hint=f"look at the GPU with nvidia-smi, or {self.again}",
         )
 
     def close(self) -> None:

@@ -101,8 +101,8 @@ class Model:
         differing = found ^ {*graph.inputs, *graph.outputs}
         if differing:
             raise EngineError(
-                f"{plan.path} was built by another version ({', '.join(sorted(differing))} "
-                "differ); build the engine again: dspark-batch export model --force"
+                f"{plan.path} was built by another version: {', '.join(sorted(differing))} differ",
+                hint=plan.again,
             )
         self.caches = Caches(device, plan, num_rows)
         self.num_uniforms = plan.most("uniforms")[1]

@@ -85,7 +85,8 @@ class TrtRuntime:
         self._rows: dict[int, _Row] = {}
 
         def open_model(graph: Graph) -> Model:
-            plan = PlanFile(trt, device, folder / f"{graph.name}.plan", graphs=graphs)
+            path = folder / f"{graph.name}.plan"
+            plan = PlanFile(trt, device, path, again=manifest.export_command, graphs=graphs)
             return Model(graph, plan, device, max_rows)
 
         self._target = open_model(TARGET)
@@ -107,8 +108,8 @@ class TrtRuntime:
         chunk = min(PREFILL_CHUNK, manifest.limits.max_tokens)
         if self._target.most("S") < chunk or self._target.most("T") < chunk:
             raise EngineError(
-                f"{self._target.plan.path} takes fewer than {chunk} tokens of a row at once; "
-                f"{again}"
+                f"{self._target.plan.path} takes fewer than {chunk} tokens of a row at once",
+                hint=again,
             )
         if self._draft is not None:
             given = self._target.plan.outputs["context"]
@@ -116,7 +117,8 @@ class TrtRuntime:
             if (given.dtype, given.shape[1]) != (taken.dtype, taken.shape[1]):
                 raise EngineError(
                     f"{self._draft.plan.path} takes context of another type or width than "
-                    f"{self._target.plan.path} gives; {again}"
+                    f"{self._target.plan.path} gives",
+                    hint=again,
                 )
 
     def _allocate(self) -> None:

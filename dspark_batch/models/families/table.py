@@ -27,7 +27,9 @@ def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise EngineError(f"target model_type {model_type!r} is not supported; supported: {known}")
+        raise EngineError(
+            f"target models of type {model_type!r} are not supported", hint=f"supported: {known}"
+        )
     try:
         return cast(DecoderSpec, import_module(FAMILIES[model_type]).spec(config))
     except KeyError as missing:

@@ -80,15 +80,17 @@ def compile_kernels(archs: Iterable[int] = ARCHS) -> tuple[Kernel, ...]:
 def _compile(arch: int) -> Kernel:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{known}" for known in ARCHS)
-        raise EngineError(f"there is no verification kernel for sm_{arch}; choose from {known}")
+        raise EngineError(
+            f"there is no verification kernel for sm_{arch}", hint=f"choose from {known}"
+        )
     try:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
     except ImportError as error:
         raise EngineError(
-            "Triton, which compiles the verification kernel, is not installed; "
-            'try: pip install "dspark-batch[tensorrt-rtx]"'
+            "Triton, which compiles the verification kernel, is not installed",
+            hint='pip install "dspark-batch[tensorrt-rtx]"',
         ) from error
     from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
@@ -115,7 +117,8 @@ def _compile(arch: int) -> Kernel:
     if metadata.name != KERNEL_NAME or parameter_bytes(ptx) != wanted or scratch:
         raise EngineError(
             f"Triton {triton.__version__} compiles the verification kernel to other parameters "
-            'than this program launches; try: pip install "triton==3.9.*"'
+            "than this program launches",
+            hint='pip install "triton==3.9.*"',
         )
     num_threads = metadata.num_warps * metadata.warp_size
     return Kernel(arch, num_threads, metadata.shared, built.asm["cubin"], ptx)
@@ -169,8 +172,9 @@ class CudaLauncher:
         if arch not in self._kernels:
             there = ", ".join(f"sm_{arch}" for arch in self._kernels)
             raise EngineError(
-                f"this GPU is sm_{arch}, and the engine has the verification kernel for {there} "
-                f"only; build the engine for sm_{arch}"
+                f"this GPU is sm_{arch}, but the engine has the verification kernel for {there} "
+                "only",
+                hint=f"build the engine with --gpu-arch {arch}",
             )
         return self._kernels[arch]
 
@@ -192,15 +196,15 @@ def _cuda_driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise EngineError(
-            "cuda-bindings, which launches the verification kernel, is not installed; "
-            'try: pip install "dspark-batch[tensorrt-rtx]"'
+            "cuda-bindings, which launches the verification kernel, is not installed",
+            hint='pip install "dspark-batch[tensorrt-rtx]"',
         ) from error
     try:
         _checked(driver.cuInit(0))
     except RuntimeError as error:  # how cuda-bindings says that it found no libcuda
         raise EngineError(
-            f"no NVIDIA driver on this machine ({error}); engines are built without one, but run "
-            "only where nvidia-smi shows a GPU"
+            f"there is no NVIDIA driver on this machine ({error})",
+            hint="run where nvidia-smi shows a GPU; building needs none",
         ) from error
     return driver
 

@@ -66,7 +66,7 @@ def import_tensorrt_rtx() -> Any:
     wheel = find_spec("tensorrt_rtx_libs")
     if wheel is None or wheel.origin is None:
         raise EngineError(
-            'TensorRT-RTX is not installed; try: pip install "dspark-batch[tensorrt-rtx]"'
+            "TensorRT-RTX is not installed", hint='pip install "dspark-batch[tensorrt-rtx]"'
         )
     libraries = [
         Path(wheel.origin).with_name(name)
@@ -97,7 +97,8 @@ def import_library(name: str) -> Any:
         return import_module("tensorrt")
     except ImportError as error:
         raise EngineError(
-            f'TensorRT cannot be imported ({error}); try: pip install "dspark-batch[tensorrt]"'
+            f"TensorRT cannot be imported ({error})",
+            hint='pip install "dspark-batch[tensorrt]"',
         ) from error
 
 
@@ -130,16 +131,16 @@ def check_network(trt: Any, network: Any) -> None:
     plugins = [layer for layer in layers if layer.type == trt.LayerType.PLUGIN_V3]
     if len(plugins) != 1:
         raise EngineError(
-            f"the network has {len(plugins)} plugin layers and must have one, {DOMAIN}::{OP_TYPE}; "
-            "register the plugin before parsing the graph"
+            f"the network has {len(plugins)} plugin layers and must have one, {DOMAIN}::{OP_TYPE}",
+            hint="register the plugin before parsing the graph",
         )
     operands = {name: plugins[0].get_input(i) for i, name in enumerate(INPUT_NAMES)}
     for name, operand in operands.items():
         wanted = _data_type(trt, name)
         if operand.dtype != wanted:
             raise EngineError(
-                f"{OP_TYPE}: {name} is {operand.dtype} and must be {wanted}; a graph in half "
-                "precision casts its logits to float32 before verification"
+                f"{OP_TYPE}: {name} is {operand.dtype} and must be {wanted}",
+                hint="cast the logits of a graph in half precision to float32 before verification",
             )
     for layer in layers:
         if layer.get_output(0).name == operands["draft_vocab"].name:
@@ -152,8 +153,8 @@ def _check_ascending(trt: Any, layer: Any) -> None:
         layer.__class__ = trt.IConstantLayer  # how the bindings cast
         if (np.diff(layer.weights) <= 0).any():
             raise EngineError(
-                f"{OP_TYPE}: the draft vocabulary must be ascending target ids, each once; sort "
-                "the rows of the draft's head by target id and export again"
+                f"{OP_TYPE}: the draft vocabulary must be ascending target ids, each once",
+                hint="sort the rows of the draft's head by target id and export again",
             )
 
 
@@ -180,7 +181,9 @@ def _creator_class(trt: Any) -> Any:
             if phase == trt.TensorRTPhase.RUNTIME:
                 kernels = kernels_from_arrays({field.name: field.data for field in fields})
             if not kernels:
-                raise EngineError(f"{OP_TYPE} was registered without kernels: no engine is built")
+                raise EngineError(
+                    f"{OP_TYPE} was registered without kernels, so no engine can be built"
+                )
             return plugin_class(kernels, self._make_launcher(kernels))
 
     return Creator

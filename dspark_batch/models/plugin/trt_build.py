@@ -86,12 +86,12 @@ def build_plan(request: PlanRequest) -> PlanReport:
     Path(request.plan).unlink(missing_ok=True)  # of a builder that died while it wrote
     said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == EngineError.exit_code:
-        raise EngineError(said)
+        message, hint = json.loads(said)
+        raise EngineError(message, hint=hint)
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
     raise EngineError(
-        f"{request.graph}: the builder of {request.library} died ({how}; its last line: {said}); "
-        "no plan was written. Another --precision or --gpu-arch builds other kernels; if it was "
-        "killed, memory ran out"
+        f"{request.graph}: the builder of {request.library} died ({how}; its last line: {said})",
+        hint="try another --precision or --gpu-arch; if it was killed, memory ran out",
     )
 
 
@@ -221,7 +221,7 @@ def _main() -> None:
     try:
         report = _build(PlanRequest(**json.load(sys.stdin)))
     except EngineError as error:
-        sys.stderr.write(f"\n{' '.join(str(error).split())}\n")
+        sys.stderr.write(f"\n{json.dumps([error.message, error.hint])}\n")
         sys.exit(error.exit_code)
     sys.stdout.write(f"\n{json.dumps(asdict(report))}\n")
 

@@ -76,7 +76,9 @@ class Keys:
         if value is None:
             raise EngineError(f"{self.header.path} lacks {self._architecture}.{key}")
         if isinstance(value, list):
-            raise EngineError(f"{self.header.path} varies {key} between layers; not supported")
+            raise EngineError(
+                f"{self.header.path} varies {key} between layers, which is not supported"
+            )
         return value
 
 
@@ -88,7 +90,7 @@ def config_from_metadata(header: GGUFHeader, architecture: str) -> dict[str, Any
     hidden_size = keys.need("embedding_length")
     head_dim = keys.get("attention.key_length", hidden_size // num_heads)
     if keys.get("rope.dimension_count", head_dim) != head_dim:
-        raise EngineError(f"{header.path} rotates a part of each head only; not supported")
+        raise EngineError(f"{header.path} rotates only a part of each head, which is not supported")
     if "token_embd.weight" not in header.tensors:
         raise EngineError(f"{header.path} has no token embedding, so it is no language model")
     metadata = header.metadata
@@ -160,7 +162,9 @@ def _rope_scaling(keys: Keys) -> dict[str, Any]:
     if kind == "none":
         return {"rope_type": "default"}
     if kind not in ("linear", "yarn"):
-        raise EngineError(f"{keys.header.path} scales rotary embeddings by {kind!r}; not supported")
+        raise EngineError(
+            f"{keys.header.path} scales rotary embeddings by {kind!r}, which is not supported"
+        )
     parameters = {"rope_type": kind, "factor": keys.need("rope.scaling.factor")}
     length = keys.get("rope.scaling.original_context_length")
     if length is not None:
@@ -184,7 +188,8 @@ def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
     unscaled = np.clip((turns - low) / (high - low), 0.0, 1.0)
     if not np.allclose(stored, 1 / ((1 - unscaled) / factor + unscaled), rtol=1e-4):
         raise EngineError(
-            f"{keys.header.path} has rotary factors that are not those of Llama 3; not supported"
+            f"{keys.header.path} has rotary factors other than those of Llama 3, which is not "
+            "supported"
         )
     return {"rope_type": "llama3", "factor": factor, **_LLAMA3_ROPE}
 

@@ -45,11 +45,11 @@ class GGUFWeights(Weights):
         architecture = header.metadata.get("general.architecture")
         if architecture not in FAMILIES:
             raise EngineError(
-                f"{path} has the GGUF architecture {architecture!r}; supported are "
-                + ", ".join(sorted(FAMILIES))
+                f"{path} has the GGUF architecture {architecture!r}, which is not supported",
+                hint=f"supported: {', '.join(sorted(FAMILIES))}",
             )
         if header.metadata.get("split.count", 0) > 1:
-            raise EngineError(f"{path} is one part of several; type: llama-gguf-split --merge")
+            raise EngineError(f"{path} is one part of several", hint="llama-gguf-split --merge")
         self._header = header
         self._architecture: str = architecture
         self._family = FAMILIES[architecture]
@@ -123,7 +123,8 @@ def _hf_names(header: GGUFHeader, family: Family) -> dict[str, str]:
         if match is None or part is None:
             raise EngineError(
                 f"{header.path} holds the tensor {source}, which a {family.model_type} model does "
-                "not have: a mixture of experts or another variant that is not supported"
+                "not have",
+                hint="mixtures of experts and other variants are not supported",
             )
         prefix = "" if layer is None else f"model.layers.{layer}."
         names[f"{prefix}{part}.{match['leaf']}"] = source

