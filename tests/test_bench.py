@@ -141,7 +141,7 @@ def test_without_matplotlib_there_is_a_table_and_a_hint(
     ("arguments", "message"),
     [
         ((), "PROMPTS is missing"),
-        (("--simulate",), "PROMPTS is missing to record, or --rounds FILE"),
+        (("--simulate",), "give PROMPTS to record, or --rounds FILE"),
         (("p.parquet", "--simulate", "--rounds", "r.parquet"), "not both"),
         (("p.parquet", "--gpu", "h100"), "--gpu needs --simulate"),
         (("p.parquet", "--floor", "5"), "--floor needs --simulate"),

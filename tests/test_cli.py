@@ -199,12 +199,12 @@ def test_every_error_of_ours_is_a_line_a_hint_and_its_exit_code(fakes, kind):
         ("run none.parquet", 3, "error: there is no file or folder none.parquet"),
         ("run night.toml", 3, "error: no job file night.toml"),
         ("run in.parquet --engine missing", 5, "build it with: dspark-batch export missing"),
-        ("run in.parquet --top-p 2", 2, "error: the options: top_p must be above 0 and at most 1"),
+        ("run in.parquet --top-p 2", 2, "error: top_p must be above 0 and at most 1"),
         ("run in.parquet --part-rows 0", 2, "error: --part-rows: Input should be greater than"),
         ("run in.parquet --spec maybe", 2, "'maybe' is not one of 'auto', 'on', 'off'"),
         ("run in.parquet --prompt-column x", 3, "error: the input has no column 'x'"),
-        ("run in.parquet --tempature 1", 2, "No such option '--tempature'. (Did you mean"),
-        ("run", 2, "Missing argument 'INPUT'"),
+        ("run in.parquet --tempature 1", 2, "error: no such option '--tempature'. (Did you mean"),
+        ("run", 2, "error: missing argument 'INPUT'"),
         ("status nowhere", 2, "error: nowhere is not the output of a run"),
         ("check in.parquet --engine missing", 5, "error: no engine missing"),
         ("check none.parquet --engine missing", 5, "error: no engine missing"),
@@ -256,7 +256,7 @@ def test_ctrl_c_exits_130_without_a_traceback(fakes):
     result = invoke("run", write(["one"]), "--progress", "none")
     assert (result.exit_code, result.stderr) == (
         130,
-        "interrupted: finished parts are kept\n\nhint: run the same command to continue\n",
+        "\ninterrupted: finished parts are kept\n\nhint: run the same command to continue\n",
     )
 
 

@@ -267,3 +267,22 @@ def test_mixed_columns_are_those_of_the_mixed_matrix() -> None:
     wanted = whole @ (matrix * rows[:, None])
     np.testing.assert_allclose(quantized * scales, wanted, atol=scales.max() / 2 + 1e-6)
     assert int(np.abs(quantized).max()) == 127
+
+
+def test_the_probe_is_the_product_that_graphs_have() -> None:
+    """To write it again: `int8._PROBE.write_bytes(product(int8.probe_weights()))`."""
+    assert int8._PROBE.read_bytes() == product(int8.probe_weights())
+
+
+def test_a_run_needs_no_onnx_where_sums_are_exact(engine: Path) -> None:
+    """It is imported to rewrite graphs, and takes longer than the rest of the start."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from dspark_batch.engine import open_engine\n"
+        "from dspark_batch.engine.runtimes import int8\n"
+        "open_engine(Path(sys.argv[1])).close()\n"
+        "print(int8.sums_exactly(), 'onnx' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(engine)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout in ("True False\n", "False True\n")

@@ -275,7 +275,7 @@ def test_a_continued_run_decodes_only_rows_without_a_part(tmp_path):
     summary = run(job, decode=decode)
     assert len(decode.admitted) == summary.num_run_rows == 30 - kept
     assert summary.counts.num_rows == 30
-    assert summary.lines()[0] == f"this run  {30 - kept} rows; the others were there already"
+    assert summary.lines()[0] == f"this run  {30 - kept} rows; the others are of earlier runs"
 
 
 @pytest.mark.parametrize("moment", ["write_table", "replace"])
@@ -374,7 +374,7 @@ def test_a_complete_output_is_left_alone(tmp_path):
     summary = run(job, decode=decode)
     assert decode.admitted == []
     assert summary.failure is None
-    assert summary.lines()[0] == "nothing to do: every part was there already"
+    assert summary.lines()[0] == "nothing to do: the output is complete"
     assert (job.output_folder / "run/record.json").read_text() == record
 
 
@@ -748,9 +748,10 @@ def test_the_summary_adds_up(tmp_path):
     assert values["run"]["phase_seconds"]["verify"] == 6.0
     text = "\n".join(summary.lines())
     assert "12 ok, 0 errors" in text
-    assert "48 of 48 rounds of a row, 120 tokens verified" in text
-    assert "length 2.50 in those, 2.50 in all; 60% of the verified tokens" in text
-    assert "by position 1: 75%, 2: 50%, 3: 25%" in text
+    assert "drafted   48 of 48 row rounds\n" in text
+    assert "verified  120 draft tokens, 60% accepted" in text
+    assert "per round 2.50 tokens where drafted, 2.50 overall" in text
+    assert "accepted up to position 1: 75%, 2: 50%, 3: 25%" in text
     assert str(job.output_folder / "data") in text
 
 

@@ -692,7 +692,7 @@ def test_gguf_llama3_scaling_is_found_in_its_divisors(tmp_path: Path) -> None:
     assert weights.config["rope_parameters"] == rope | {"factor": pytest.approx(32.0, rel=1e-5)}
     assert "rope_freqs.weight" not in weights.names()
     tiny.stored["rope_freqs.weight"] = divisors * np.linspace(1, 2, 32, dtype=np.float32)
-    with pytest.raises(EngineError, match="not those of Llama 3"):
+    with pytest.raises(EngineError, match="other than those of Llama 3"):
         open_weights(tiny.write(tmp_path / "odd.gguf"))
 
 

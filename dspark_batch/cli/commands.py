@@ -5,9 +5,10 @@ Summaries go to stdout, everything else to stderr. Nothing heavy is imported bef
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -37,22 +38,33 @@ class _Commands(click.Group):
         ctx.meta[_ARGV] = list(args)
         return super().parse_args(ctx, args)
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command."""
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command, and put an error of whatever kind into the same words."""
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **{**kwargs, "standalone_mode": False}) or sys.exit(0)
         except DSparkError as exc:
-            click.echo(f"error: {exc}", err=True)
-            ctx.exit(exc.exit_code)
-        except KeyboardInterrupt:
-            click.echo(
-                "interrupted: finished parts are kept\n\nhint: run the same command to continue",
-                err=True,
-            )
-            ctx.exit(130)
+            _fail(exc.message, exc.hint, exc.exit_code)
+        except click.exceptions.NoArgsIsHelpError as exc:
+            click.echo(exc.format_message(), err=True)
+            sys.exit(exc.exit_code)
+        except click.UsageError as exc:
+            command = exc.ctx.command_path if exc.ctx else "dspark-batch"
+            message = exc.format_message().rstrip(".")
+            _fail(f"{message[:1].lower()}{message[1:]}", f"{command} --help", exc.exit_code)
+        except click.ClickException as exc:
+            _fail(exc.format_message(), None, exc.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            message = "interrupted: finished parts are kept"
+            click.echo(f"{message}\n\nhint: run the same command to continue", err=True)
+            sys.exit(130)
 
 
-@click.group(cls=_Commands, context_settings=_SETTINGS)
+def _fail(message: str, hint: str | None, exit_code: int) -> NoReturn:
+    click.echo(f"error: {message}" + (f"\n\nhint: {hint}" if hint else ""), err=True)
+    sys.exit(exit_code)
+
+
+@click.group("dspark-batch", cls=_Commands, context_settings=_SETTINGS)
 @click.version_option(__version__, prog_name="dspark-batch")
 def main() -> None:
     """Run a language model over Parquet files of prompts, faster by speculative decoding.
@@ -93,9 +105,9 @@ def export(
     gpu_archs: tuple[int, ...],
     progress_mode: str,
 ) -> None:
-    """Build an engine from RECIPE: a TOML file, or the name of one in export/ (default: model).
+    """Build an engine from RECIPE.
 
-    An engine is a folder with everything that run needs: the target model's graph, the draft's, the
+    RECIPE is a TOML file, or the name of one in export/; by default it is model. An engine is a folder with everything that run needs: the target model's graph, the draft's, the
     tokenizer and what was measured. It goes to engines/NAME, or to engines/NAME-RUNTIME with
     --runtime. An engine that is up to date is kept.
 
@@ -138,9 +150,9 @@ def train(
     progress_mode: str,
     as_json: bool,
 ) -> None:
-    """Train a draft model from RECIPE: a TOML file, or the name of one in export/drafts/.
+    """Train a draft model from RECIPE.
 
-    The draft of export/drafts/NAME.toml goes to export/drafts/NAME. Stopped, the same command
+    RECIPE is a TOML file, or the name of one in export/drafts/. The draft of export/drafts/NAME.toml goes to export/drafts/NAME. Stopped, the same command
     continues.
 
     \b
@@ -148,7 +160,16 @@ def train(
       dspark-batch train export/drafts/tutorial.toml
     """
     from dspark_batch.job import open_progress
-    from dspark_batch.training import train as train_draft
+
+    try:
+        from dspark_batch.training import train as train_draft
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        raise UsageError(
+            "training needs PyTorch, which is not installed",
+            hint='pip install "dspark-batch[train]"',
+        ) from missing
 
     with open_progress(progress_mode) as progress:
         summary = train_draft(
@@ -177,9 +198,9 @@ def run(
     as_json: bool,
     **flags: object,
 ) -> None:
-    """Complete the prompts of INPUT: a Parquet file, a folder of them, a glob, or a job file.
+    """Complete the prompts of INPUT.
 
-    Every input row becomes an output row, in the same order, with all its columns. Stopped, the
+    INPUT is a Parquet file, a folder of them, a glob, or a job file (TOML). Every input row becomes an output row, in the same order, with all its columns. Stopped, the
     same command continues with the rows that are not there yet. Options win over the job file.
 
     \b
@@ -213,9 +234,9 @@ def run(
 @job_options
 @json_option
 def check(input: str, as_json: bool, **flags: object) -> None:
-    """Read, render and tokenize every row of INPUT as run would, without decoding any.
+    """Validate the rows of INPUT without decoding any.
 
-    Exits with 3 if a row is invalid.
+    Reads, renders and tokenizes every row as run would. Exits with 3 if one is invalid.
 
     \b
     Example:
@@ -238,7 +259,9 @@ def check(input: str, as_json: bool, **flags: object) -> None:
 @click.argument("output", type=click.Path(path_type=Path))
 @json_option
 def status(output: Path, as_json: bool) -> None:
-    """Show how far the run that writes to OUTPUT is. Reads files only, and never waits.
+    """Show how far the run that writes to OUTPUT is.
+
+    Reads files only, and never waits.
 
     \b
     Example:
@@ -253,9 +276,9 @@ def status(output: Path, as_json: bool) -> None:
 @click.option("--verify", is_flag=True, help="Compare engine files by hash instead of by size.")
 @json_option
 def doctor(verify: bool, as_json: bool) -> None:
-    """Show this machine, the engines in this folder, whether they run here, and what to do next.
+    """Show what this machine has, and what runs here.
 
-    A problem that it finds is a line of the report; the exit code is 0.
+    Lists hardware, versions and the engines of this folder, and the command to type next. A problem that it finds is a line of the report; the exit code is 0.
 
     \b
     Example:
@@ -326,9 +349,9 @@ def bench(
     progress_mode: str,
     **planning: Any,
 ) -> None:
-    """Measure decoding of PROMPTS on this machine: plain, with speculation on, and auto.
+    """Measure the speed of this machine.
 
-    Prints a table, then one JSON line. With --simulate it forecasts another machine instead; the
+    Decodes PROMPTS plainly, with speculation on, and with auto. Prints a table, then one JSON line. With --simulate it forecasts another machine instead; the
     options from --rounds on belong to that (docs/planning.md).
 
     \b

@@ -226,8 +226,8 @@ class Recipe(_Section):
             if candidate.exists():
                 return str(candidate)
         raise UsageError(
-            f"{self.path}: [{section}] weights = {weights!r} is not there; looked for "
-            + " and ".join(str(candidate) for candidate in candidates)
+            f"{self.path}: [{section}] weights = {weights!r} is not there",
+            hint="looked for " + " and ".join(str(candidate) for candidate in candidates),
         )
 
 
@@ -240,7 +240,7 @@ def load_recipe(path_or_name: str) -> Recipe:
     if path.suffix != ".toml" and len(path.parts) == 1:
         path = Path(RECIPE_FOLDER, f"{path_or_name}.toml")
     if not path.is_file():
-        raise UsageError(_no_recipe(path))
+        raise _no_recipe(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -258,12 +258,12 @@ def load_recipe(path_or_name: str) -> Recipe:
     return recipe
 
 
-def _no_recipe(path: Path) -> str:
+def _no_recipe(path: Path) -> UsageError:
     there = sorted(file.stem for file in path.parent.glob("*.toml"))
+    hint = f"recipes in {path.parent}/: {', '.join(there)}"
     if not there:
-        return f"no recipe {path}, and no other in {path.parent}/; run from the workspace folder"
-    listed = ", ".join(there)
-    return f"no recipe {path}{suggestion(path.stem, there)}; recipes in {path.parent}/: {listed}"
+        hint = f"run from the workspace, the folder that holds {RECIPE_FOLDER}/ with the recipes"
+    return UsageError(f"there is no recipe {path}{suggestion(path.stem, there)}", hint=hint)
 
 
 def _problem(detail: Any) -> str:

@@ -20,6 +20,7 @@ from dspark_batch.decode import CONFIDENCE_THRESHOLD, SamplingParams
 from dspark_batch.errors import InputError, StorageError, UsageError
 
 _DEFAULTS = SamplingParams()
+_OPTIONS = "the options"
 _MAX_SEED = 2**63 - 1  # the output column `seed` is int64
 
 RESULT_FIELDS = (
@@ -150,7 +151,7 @@ def load_job(source: str, flags: Mapping[str, object]) -> Job:
     Raises `UsageError` for an unknown key or a bad value, `InputError` for a missing job file.
     """
     if not source.endswith(".toml"):
-        return _job({"input": source}, flags=flags, source="the options")
+        return _job({"input": source}, flags=flags, source=_OPTIONS)
     path = Path(source)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +183,8 @@ def _job(values: Mapping[str, object], *, flags: Mapping[str, object], source: s
             elif key in flags:
                 problems.append(f"--{key.replace('_', '-')}: {message}")
             else:
-                problems.append(f"{source}: {key}: {message}" if key else f"{source}: {message}")
+                place = "" if source == _OPTIONS else f"{source}: "
+                problems.append(f"{place}{key}: {message}" if key else f"{place}{message}")
         raise UsageError("; ".join(problems)) from exc
 
 

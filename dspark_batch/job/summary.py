@@ -158,9 +158,9 @@ class Summary:
             f"tokens    {counts.num_prompt_tokens:,} prompt, {counts.num_new_tokens:,} new",
         ]
         if self.num_run_parts == 0 and self.failure is None:
-            lines.insert(0, "nothing to do: every part was there already")
+            lines.insert(0, "nothing to do: the output is complete")
         elif self.num_run_parts < self.num_parts:
-            lines.insert(0, f"this run  {self.num_run_rows:,} rows; the others were there already")
+            lines.insert(0, f"this run  {self.num_run_rows:,} rows; the others are of earlier runs")
         if self.wall_seconds:
             lines.append(
                 f"speed     {self.new_tokens_per_second:,.1f} new tokens/s "
@@ -176,19 +176,20 @@ class Summary:
         drafted = metrics.drafted_rounds(spec)
         if drafted:
             length = 1 + spec.num_accepted_tokens / drafted
-            lines.append(
-                f"drafted   {drafted:,} of {spec.num_rounds:,} rounds of a row, "
-                f"{spec.num_verified_tokens:,} tokens verified"
-            )
+            lookups = ""
             if spec.num_looked_up_tokens:
                 share = spec.num_looked_up_tokens / spec.num_draft_tokens
-                lines.append(f"          {share:.0%} of the blocks were looked up")
+                lookups = f"; {share:.0%} of the drafts by prompt lookup"
+            lines.append(f"drafted   {drafted:,} of {spec.num_rounds:,} row rounds{lookups}")
             lines.append(
-                f"accepted  length {length:.2f} in those, {spec.accepted_length:.2f} in all; "
-                f"{spec.acceptance_rate:.0%} of the verified tokens"
+                f"verified  {spec.num_verified_tokens:,} draft tokens, "
+                f"{spec.acceptance_rate:.0%} accepted"
+            )
+            lines.append(
+                f"per round {length:.2f} tokens where drafted, {spec.accepted_length:.2f} overall"
             )
             shares = (f"{k}: {share:.0%}" for k, share in enumerate(_by_position(spec), start=1))
-            lines.append(f"          by position {', '.join(shares)}")
+            lines.append(f"          accepted up to position {', '.join(shares)}")
         elif spec.num_rounds:
             lines.append("drafted   nothing: plain decoding")
         return [*lines, f"output    {self.output / 'data'}"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,8 +21,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dspark_batch.engine import Int8
-from dspark_batch.models.graph import product
 
+_PROBE = Path(__file__).with_name("int8_probe.onnx")
+"""What `models.graph.product` writes of `probe_weights`: a file, so that a run needs no onnx."""
 _ROWS = (1, 2, 3, 4, 8, 40)  # kernels differ by the number of rows
 _INNER = 256
 _TIMED = (32, 576, 3072)  # rows, inputs and outputs of a product that is timed
@@ -31,10 +33,8 @@ _REPEATS = 15
 @cache
 def sums_exactly() -> bool:
     """Whether products of the worst values with signed weights come out as integers do."""
-    weights = np.full((_INNER, 64), 127, np.int8)
-    weights[:, ::2] = -127
-    weights[::2, 1::4] = 0
-    session = _session(product(weights))
+    session = _session(_PROBE.read_bytes())
+    weights = probe_weights()
     for num_rows in _ROWS:
         x = np.full((num_rows, _INNER), 255, np.uint8)
         x[:, 1::4] = 0
@@ -45,6 +45,14 @@ def sums_exactly() -> bool:
     return True
 
 
+def probe_weights() -> NDArray[np.int8]:
+    """The weights in `int8_probe.onnx`, of which sums saturate at once where they can."""
+    weights = np.full((_INNER, 64), 127, np.int8)
+    weights[:, ::2] = -127
+    weights[::2, 1::4] = 0
+    return weights
+
+
 def remedy_name() -> str | None:
     """What is done to weights here, in words; None where they are exact as they are stored."""
     return None if sums_exactly() else "unsigned int8 weights"
@@ -52,6 +60,8 @@ def remedy_name() -> str | None:
 
 def measure_int8() -> Int8:
     """Probe and time products, which takes a moment."""
+    from dspark_batch.models.graph import product  # imports onnx, which a run does not need
+
     num_rows, height, width = _TIMED
     rng = np.random.default_rng(0)
     weights = rng.integers(-127, 128, (height, width), dtype=np.int8)

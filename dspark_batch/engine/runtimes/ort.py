@@ -41,7 +41,6 @@ from dspark_batch.engine.runtimes.ort_devices import (
 )
 from dspark_batch.engine.runtimes.session import ANYWHERE, Draws, Floats, Ints, Placement, Span
 from dspark_batch.errors import EngineError
-from dspark_batch.models.graph import reopened
 
 __all__ = [
     "OrtRuntime",
@@ -102,6 +101,8 @@ def open_session(
         graph: str | bytes = str(path)
         unsigned = device == "cpu" and not int8.sums_exactly()
         if outputs or unsigned:
+            from dspark_batch.models.graph import reopened  # imports onnx, which few runs need
+
             graph = reopened(path, outputs=outputs, unsigned=unsigned)
         session = open_on(graph, device, options)
     except EngineError:

@@ -13,7 +13,6 @@ from dspark_batch.engine.runtimes import int8
 from dspark_batch.engine.runtimes.memory import DeviceMemory, HostMemory, Memory
 from dspark_batch.engine.runtimes.session import ANYWHERE, Placement
 from dspark_batch.errors import EngineError
-from dspark_batch.models.graph import copy_graph
 
 _OLDEST = (1, 28)  # that knows every operator of opset 24 here
 _CUDA_PRECISIONS = ("fp32",)
@@ -109,4 +108,6 @@ def memory_of(device: str) -> Memory:
     """Where a device keeps its arrays."""
     if device == "cpu":
         return HostMemory()
+    from dspark_batch.models.graph import copy_graph  # imports onnx, which the CPU does not need
+
     return DeviceMemory(device, open_on(copy_graph(), device, ort.SessionOptions()))
