@@ -69,8 +69,8 @@ def _fail(message: str, hint: str | None, exit_code: int) -> NoReturn:
 def main() -> None:
     """Run a language model over Parquet files of prompts, faster by speculative decoding.
 
-    Build an engine once with export, then run jobs with it. The text is exactly what the model
-    gives without speculation.
+    Build an engine once with export, then run jobs with it. Greedy text is exactly the model's own,
+    and sampled text has the model's distribution.
 
     \b
     Exit codes: 0 done, 1 internal error, 2 usage, 3 input, 4 too many row errors, 5 engine,
@@ -107,7 +107,8 @@ def export(
 ) -> None:
     """Build an engine from RECIPE.
 
-    RECIPE is a TOML file, or the name of one in export/; by default it is model. An engine is a folder with everything that run needs: the target model's graph, the draft's, the
+    RECIPE is a TOML file, or the name of one in export/; by default it is model. An engine is a
+    folder with everything that run needs: the target model's graph, the draft's, the
     tokenizer and what was measured. It goes to engines/NAME, or to engines/NAME-RUNTIME with
     --runtime. An engine that is up to date is kept.
 
@@ -152,7 +153,8 @@ def train(
 ) -> None:
     """Train a draft model from RECIPE.
 
-    RECIPE is a TOML file, or the name of one in export/drafts/. The draft of export/drafts/NAME.toml goes to export/drafts/NAME. Stopped, the same command
+    RECIPE is a TOML file, or the name of one in export/drafts/. The draft of
+    export/drafts/NAME.toml goes to export/drafts/NAME. Stopped, the same command
     continues.
 
     \b
@@ -200,7 +202,8 @@ def run(
 ) -> None:
     """Complete the prompts of INPUT.
 
-    INPUT is a Parquet file, a folder of them, a glob, or a job file (TOML). Every input row becomes an output row, in the same order, with all its columns. Stopped, the
+    INPUT is a Parquet file, a folder of them, a glob, or a job file (TOML). Every input row becomes
+    an output row, in the same order, with all its columns. Stopped, the
     same command continues with the rows that are not there yet. Options win over the job file.
 
     \b
@@ -278,7 +281,8 @@ def status(output: Path, as_json: bool) -> None:
 def doctor(verify: bool, as_json: bool) -> None:
     """Show what this machine has, and what runs here.
 
-    Lists hardware, versions and the engines of this folder, and the command to type next. A problem that it finds is a line of the report; the exit code is 0.
+    Lists hardware, versions and the engines of this folder, and the command to type next. A problem
+    that it finds is a line of the report; the exit code is 0.
 
     \b
     Example:
@@ -351,7 +355,8 @@ def bench(
 ) -> None:
     """Measure the speed of this machine.
 
-    Decodes PROMPTS plainly, with speculation on, and with auto. Prints a table, then one JSON line. With --simulate it forecasts another machine instead; the
+    Decodes PROMPTS plainly, with speculation on, and with auto. Prints a table, then one JSON line.
+    With --simulate it forecasts another machine instead; the
     options from --rounds on belong to that (docs/planning.md).
 
     \b
