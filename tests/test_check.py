@@ -1,4 +1,4 @@
-"""The export's own check: what it lets through, and what it says of a graph that is wrong."""
+"""The check of an export: what passes, and what the message says about a wrong graph."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_divergence_is_the_kl_of_the_softmaxes(seed: int, scale: float) -> None:
 
 
 def build(folder: Path, target: Path, precision: str, change: Any) -> Path:
-    """The target's graph, of weights that `change(name, tensor)` may have changed."""
+    """The target's graph, with each weight replaced by `change(name, weight)`."""
     folder.mkdir()
     with open_weights(target) as weights:
         builder = GraphBuilder("target", folder, PRECISIONS[precision].data_type)
@@ -84,7 +84,7 @@ def test_a_graph_that_is_off_names_the_layer(
     rows = [rng.integers(1, VOCAB, n).tolist() for n in (40, 12, 30)]
     with open_weights(target) as weights:
         spec = decoder_spec(weights.config)
-        ours = Texts.of(spec, weights.tensor, rows, taps=TAPS)
+        ours = Texts.from_rows(spec, weights.tensor, rows, taps=TAPS)
         with pytest.raises(EngineError, match=f"fails its check.* from {named} "):
             check_target(path, spec, weights.tensor, ours, precision=precision)
 
@@ -126,13 +126,13 @@ def test_a_draft_that_is_off_is_not_installed(
             super().__init__(builder, spec, changed, **options)
 
     monkeypatch.setattr("dspark_batch.drafters.dspark.DSparkGraph", Wrong)
-    with pytest.raises(EngineError, match=rf"draft\.onnx: .* {figure} is"):
+    with pytest.raises(EngineError, match=rf"^draft\.onnx fails its check: {figure} is"):
         export_pair(tmp_path, *pair(tmp_path), precision=precision)
     assert not (tmp_path / "engines" / "tiny").exists()
 
 
 def test_the_reference_s_blocks_are_those_of_the_formulas(tmp_path: Path) -> None:
-    """Every block of a row, against a twin in float64 that was written without the package."""
+    """All blocks of a row, against a twin in float64 that uses nothing of the package."""
     target, draft = pair(tmp_path)
     rng = np.random.default_rng(0)
     row = rng.integers(1, VOCAB, 23).tolist()
@@ -165,17 +165,17 @@ def test_a_tap_of_another_layer_is_refused(tmp_path: Path) -> None:
     rows = [np.random.default_rng(0).integers(1, VOCAB, 30).tolist()] * 2
     with open_weights(target) as weights:
         spec = decoder_spec(weights.config)
-        shifted = Texts.of(spec, weights.tensor, rows, taps=(1, 2))
+        shifted = Texts.from_rows(spec, weights.tensor, rows, taps=(1, 2))
         with pytest.raises(EngineError, match="context_error"):
             check_target(path, spec, weights.tensor, shifted, precision="fp32")
 
 
 def test_texts_are_filled_up_and_cut_to_what_the_engine_takes() -> None:
     prompts = texts.example_prompts(None, vocab_size=VOCAB)
-    rows = texts.check_rows(None, prompts, vocab_size=VOCAB, most_tokens=20)
+    rows = texts.check_rows(None, prompts, vocab_size=VOCAB, max_tokens=20)
     assert sum(map(len, rows)) >= 2000
     assert max(map(len, rows)) == 20
-    assert rows == texts.check_rows(None, prompts, vocab_size=VOCAB, most_tokens=20)
+    assert rows == texts.check_rows(None, prompts, vocab_size=VOCAB, max_tokens=20)
 
 
 def test_a_tokenizer_s_rows_have_the_passages(tmp_path: Path) -> None:
@@ -185,6 +185,6 @@ def test_a_tokenizer_s_rows_have_the_passages(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
     tokenizer = Tokenizer.open(tmp_path)
     prompts = texts.example_prompts(tokenizer, vocab_size=2)
-    rows = texts.check_rows(tokenizer, prompts, vocab_size=2, most_tokens=400)
+    rows = texts.check_rows(tokenizer, prompts, vocab_size=2, max_tokens=400)
     wanted = [tuple(tokenizer.encode(text, add_special=True)) for text in texts.PASSAGES]
     assert rows[len(prompts) : len(prompts) + len(wanted)] == wanted

@@ -1,4 +1,4 @@
-"""The memory benchmark, and with it that an export does not hold the model it builds."""
+"""The memory benchmark, which also shows that an export does not hold the model in memory."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def test_building_holds_no_more_of_a_larger_model(precision: str, tmp_path: Path
     grown = {
         kind: large["steps"][step][kind] - small["steps"][step][kind] for kind in ("own", "total")
     }
-    # Held, it would be 60 MiB of int8 at the least, 120 of the source's bfloat16.
+    # A whole model in memory would add at least 60 MiB in int8, or 120 in the source's bfloat16.
     assert max(grown.values()) < 45 * MIB, grown
     assert not list(tmp_path.iterdir())

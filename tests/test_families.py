@@ -98,7 +98,7 @@ def test_graph_and_reference_equal_transformers(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["llama", "llama-every-head-its-own-keys", "gemma3"])
 def test_a_step_of_one_token_rounds_as_a_longer_one(name: str, tmp_path: Path) -> None:
-    """Alone and in company: the export measures it. Only the attention of an int8 target could."""
+    """The export measures by how much it does not; in int8, only the attention could differ."""
     source = write_target(tmp_path / "target", CASES[name])
     engine = export_pair(tmp_path, source, None, precision="int8")
     assert read_manifest(engine).parity["invariance"] == 0.0
@@ -108,7 +108,7 @@ def test_a_step_of_one_token_rounds_as_a_longer_one(name: str, tmp_path: Path) -
     "name", ["llama-tied", "llama-rope-llama3", "llama-rope-yarn", "qwen3", "gemma3", "gemma3-cap"]
 )
 def test_greedy_text_is_that_of_transformers(name: str, tmp_path: Path) -> None:
-    """Through the engine, many rows at once; prompts on both sides of Gemma's window of 6."""
+    """Through the engine, many rows at once; some prompts are longer than Gemma's window of 6."""
     torch = pytest.importorskip("torch")
     source = write_target(tmp_path / "target", CASES[name], seed=2)
     engine = open_engine(export_pair(tmp_path, source, None))
@@ -222,11 +222,11 @@ def test_smoothing_leaves_the_function_as_it_is(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("head_dim", [64, 128, 160, 256])
 def test_a_score_does_not_depend_on_what_is_beside_it(head_dim: int, tmp_path: Path) -> None:
-    """To the last bit: what a quantized target makes of one more would be another text."""
+    """To the last bit: in a quantized target, a difference of one bit can change the text."""
     b = GraphBuilder("scores", tmp_path)
     q = b.input("q", FLOAT, ["R", "kv", "S", head_dim])
     keys = b.input("keys", FLOAT, ["R", "kv", "C", head_dim])
-    scores = folded_scores(b, q, keys, head_dim=head_dim, lone=True)
+    scores = folded_scores(b, q, keys, head_dim=head_dim, may_be_one_row=True)
     b.output(scores, "scores", FLOAT, ["R", "kv", "S", "C"])
     session = ort.InferenceSession(str(b.save()), providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)

@@ -68,9 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def write_gemma4(folder: Path, *, seed: int = 0, **changes: Any) -> Any:
-    """A model with weights large enough that logits differ, and norms and scalars that are not 1.
-
-    Returned as well, in fp32.
+    """Write a model whose weights are large enough for logits to differ, and whose norms and
+    scalars are not 1. Returns it in fp32.
     """
     config = transformers.Gemma4TextConfig(**(BASE | changes))
     model = transformers.Gemma4ForCausalLM(config)
@@ -127,7 +126,7 @@ def test_graph_and_reference_equal_transformers(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["keys-as-values", "e2b"])
 def test_greedy_text_is_that_of_transformers(name: str, tmp_path: Path) -> None:
-    """Prompts on both sides of the window, many rows at once; layers keep caches of two shapes."""
+    """Many rows at once, some longer than the window; layers have caches of two shapes."""
     model = write_gemma4(tmp_path / "target", seed=3, **CASES[name])
     engine = open_engine(export_pair(tmp_path, tmp_path / "target", None))
     shapes = engine.manifest.target.cache.cache_shapes
@@ -201,7 +200,7 @@ def test_int8_stays_close_to_fp32(tmp_path: Path) -> None:
 
 
 def published(folder: Path, source: Path) -> Path:
-    """The same model as the multimodal checkpoints hold it: nested, with flat attention keys."""
+    """The same model as part of a multimodal checkpoint: nested, with flat attention keys."""
     config = json.loads((source / "config.json").read_text())
     del config["per_layer_config"], config["architectures"]
     text = config | {

@@ -51,12 +51,12 @@ def prompts() -> list[list[int]]:
 def parity(graph: Path, target: Path, precision: str) -> dict[str, float]:
     with open_weights(target) as weights:
         spec = decoder_spec(weights.config)
-        texts = Texts.of(spec, weights.tensor, prompts(), taps=TAPS)
+        texts = Texts.from_rows(spec, weights.tensor, prompts(), taps=TAPS)
         return check_target(graph, spec, weights.tensor, texts, precision=precision)
 
 
 def all_rounds(graph: DraftGraph) -> list[np.ndarray]:
-    """Everything that a draft says in rounds of ragged context, rows that sample among them."""
+    """All outputs of a draft in rounds with contexts of different lengths; some rows sample."""
     rng = np.random.default_rng(3)
     found = []
     for counts in ([3, 1, 5], [1, 4, 2], [2, 2, 1]):
@@ -180,6 +180,6 @@ def test_a_target_that_fp16_is_too_small_for_is_refused(tmp_path: Path) -> None:
     save_file(tensors, target / "model.safetensors")
     graph = build_draft(tmp_path / "fp16", target, draft, precision="fp16").path
     with pytest.raises(
-        EngineError, match=r"(?s)is nan.*nothing was installed; take --precision bf16"
+        EngineError, match=r"(?s)is nan.*nothing was installed.*hint: .* --precision bf16"
     ):
         parity(graph.with_name("target.onnx"), target, "fp16")

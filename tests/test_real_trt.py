@@ -9,7 +9,7 @@ import pytest
 from test_real import PACKAGE, ROOT, is_installed
 
 from dspark_batch.engine.manifest import read_manifest
-from dspark_batch.export import pipeline, plans
+from dspark_batch.export import pipeline, trt_plans
 from dspark_batch.models.plugin.trt_build import PlanReport
 
 pytest.importorskip("tensorrt_rtx_libs")
@@ -30,13 +30,13 @@ def test_the_default_pair_becomes_plans_for_two_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports: dict[str, PlanReport] = {}
-    build = plans.build_plans
+    build = trt_plans.build_plan_files
 
     def recorded(*arguments: Any, **options: Any) -> dict[str, PlanReport]:
         reports.update(build(*arguments, **options))
         return reports
 
-    monkeypatch.setattr(pipeline, "build_plans", recorded)
+    monkeypatch.setattr(pipeline, "build_plan_files", recorded)
     folder = pipeline.export(
         ROOT / "export" / "model.toml",
         output=tmp_path / "engine",

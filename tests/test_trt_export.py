@@ -16,9 +16,9 @@ from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, w
 from dspark_batch.engine.hardware import Gpus
 from dspark_batch.engine.manifest import PlansInfo, describe_file, read_manifest
 from dspark_batch.errors import EngineError
-from dspark_batch.export import pipeline, plans
-from dspark_batch.export.plans import DEFAULT_RTX_ARCHS, plans_info
+from dspark_batch.export import pipeline, trt_plans
 from dspark_batch.export.recipe import EngineSection
+from dspark_batch.export.trt_plans import DEFAULT_RTX_ARCHS, plan_files_info
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.graph.builder import FLOAT16, GraphBuilder
@@ -50,15 +50,15 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[int]]] = {
 
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> Reports:
-    """What the plans of the test's exports turned out to be."""
+    """Reports of the plan files that the exports of a test build."""
     found: Reports = {}
-    build = plans.build_plans
+    build = trt_plans.build_plan_files
 
     def recorded(*arguments: Any, **options: Any) -> Reports:
         found.update(build(*arguments, **options))
         return found
 
-    monkeypatch.setattr(pipeline, "build_plans", recorded)
+    monkeypatch.setattr(pipeline, "build_plan_files", recorded)
     return found
 
 
@@ -70,7 +70,7 @@ def export_tiny(folder: Path, family: str, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("family", PAIRS)
-def test_a_pair_becomes_plans_with_tensorrts_own_layers(
+def test_a_pair_becomes_plan_files_with_tensorrts_own_layers(
     family: str, tmp_path: Path, reports: Reports
 ) -> None:
     told: list[str] = []
@@ -85,7 +85,7 @@ def test_a_pair_becomes_plans_with_tensorrts_own_layers(
     assert made is not None
     assert (made.library, made.gpu_archs) == ("tensorrt_rtx", tuple(archs))
     assert made.library_version == reports["target"].library_version
-    # 96 tokens of a row, as many in a chunk of a prompt, 4 drafts and their anchor.
+    # 96 tokens of a row, 96 of a chunk of a prompt, 4 drafts and their anchor.
     assert made.capacity == 96 + 96 + 5
     assert list(made.profiles) == ["decode", "prefill"]
     assert made.profiles["decode"].tokens == (1, 10, 20)
@@ -109,7 +109,7 @@ def check_report(report: PlanReport, num_layers: int, *, verifies: bool, precisi
     layers = report.layers
     assert layers["KV_CACHE_UPDATE"] == 2 * num_layers
     assert layers["ATTENTION_INPUT"] == layers["ATTENTION_OUTPUT"] == num_layers
-    # A draft turns queries and keys apart: they are of different tokens.
+    # A draft rotates queries and keys separately: they belong to different tokens.
     assert layers["ROTARY_EMBEDDING"] == num_layers if verifies else 2 * num_layers
     assert layers.get("PLUGIN_V3", 0) == int(verifies)
     half = "BF16" if precision == "bf16" else "HALF"
@@ -142,7 +142,7 @@ def test_an_engine_without_a_draft_is_told_that_its_proposals_are_certain(
     assert draft.lookup is not None
 
 
-def test_an_engine_is_built_again_when_its_plans_are_for_something_else(
+def test_an_engine_is_built_again_when_its_plan_files_are_for_something_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[PlansInfo] = []
@@ -152,7 +152,7 @@ def test_an_engine_is_built_again_when_its_plans_are_for_something_else(
         built.append(made)
         return {}
 
-    monkeypatch.setattr(pipeline, "build_plans", build)
+    monkeypatch.setattr(pipeline, "build_plan_files", build)
     target = write_target(tmp_path / "target", PAIRS["llama"][0])
 
     def export_again(*archs: int, precision: str = "fp16", **options: Any) -> None:
@@ -171,12 +171,12 @@ def test_an_engine_is_built_again_when_its_plans_are_for_something_else(
     assert len(built) == 4
     assert read_manifest(tmp_path / "engines" / "tiny").plans is None
     export_again(89, max_rows=2)
-    monkeypatch.setattr(plans, "version", lambda _: "9.9")
+    monkeypatch.setattr(trt_plans, "version", lambda _: "9.9")
     export_again(89, max_rows=2)
     assert [made.library_version == "9.9" for made in built[-2:]] == [False, True]
 
 
-def test_a_plan_is_about_as_large_as_its_weights(
+def test_a_plan_file_is_about_as_large_as_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes, weights = [], []
@@ -193,7 +193,7 @@ def test_a_plan_is_about_as_large_as_its_weights(
 
 @pytest.mark.parametrize("case", ["keys-as-values", "e2b"])
 def test_a_gemma4_target_builds(case: str, tmp_path: Path) -> None:
-    """Layers of two shapes, of which some read the keys of others."""
+    """Its layers have two shapes, and some read the keys of others."""
     gemma4 = pytest.importorskip("test_gemma4")
     gemma4.write_gemma4(tmp_path / "target", **gemma4.CASES[case])
     graph = write_graph(tmp_path, tmp_path / "target")
@@ -233,7 +233,7 @@ def request(graph: Path, **changes: Any) -> PlanRequest:
     return PlanRequest(**values | changes)
 
 
-def test_a_refusal_of_the_builder_says_what_it_is_and_leaves_no_plan(tmp_path: Path) -> None:
+def test_a_refusal_of_the_builder_says_what_it_is_and_leaves_no_plan_file(tmp_path: Path) -> None:
     graph = write_graph(tmp_path, write_target(tmp_path / "target", target_config("llama")))
     with pytest.raises(
         EngineError, match=r"target\.onnx: .* refuses sizes: .* tokens.* MIN<=OPT<=MAX"
@@ -246,14 +246,14 @@ def test_a_refusal_of_the_builder_says_what_it_is_and_leaves_no_plan(tmp_path: P
     assert not list(tmp_path.glob("*.plan*"))
 
 
-def test_a_builder_that_dies_is_an_error_and_leaves_no_plan(
+def test_a_builder_that_dies_is_an_error_and_leaves_no_plan_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dying = tmp_path / "python"
-    dying.write_text('#!/bin/sh\necho half > "$0.plan.tmp"\necho "last words" >&2\nkill -SEGV $$\n')
+    dying.write_text('#!/bin/sh\necho half > "$0.plan"\necho "last words" >&2\nkill -SEGV $$\n')
     dying.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dying))
-    message = r"the builder of tensorrt_rtx died \(signal 11; its last line: last words\); no plan"
+    message = r"the builder of tensorrt_rtx died \(signal 11; its last line: last words\)"
     with pytest.raises(EngineError, match=message):
         build_plan(request(tmp_path / "python.onnx"))
     assert [path.name for path in tmp_path.iterdir()] == ["python"]
@@ -263,7 +263,7 @@ def section(**values: Any) -> EngineSection:
     return EngineSection.model_validate({"runtime": "tensorrt-rtx", **values})
 
 
-def test_plans_whose_weights_may_stay_on_the_host(
+def test_plan_files_whose_weights_may_stay_on_the_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[PlanRequest] = []
@@ -272,7 +272,7 @@ def test_plans_whose_weights_may_stay_on_the_host(
         asked.append(wanted)
         return build_plan(wanted)
 
-    monkeypatch.setattr(plans, "build_plan", build)
+    monkeypatch.setattr(trt_plans, "build_plan", build)
     engine = RTX + "gpu_archs = [89]\nweight_streaming = true\n"
     target = write_target(tmp_path / "target", target_config("llama"))
     folder = export_pair(tmp_path, target, 'drafter = "none"', precision="fp16", engine=engine)
@@ -286,36 +286,40 @@ def test_plans_whose_weights_may_stay_on_the_host(
 
 def archs(here: int | None, monkeypatch: pytest.MonkeyPatch, **values: Any) -> tuple[int, ...]:
     gpus = fake_gpus(here) if here else Gpus(problem="none")
-    monkeypatch.setattr(plans, "find_gpus", lambda: gpus)
-    monkeypatch.setattr(plans, "_library_version", lambda *_: "11.4")
-    found = plans_info(section(**values), block_size=4)
+    monkeypatch.setattr(trt_plans, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(trt_plans, "_library_version", lambda *_: "11.4")
+    found = plan_files_info(section(**values), block_size=4)
     assert found is not None
     return found.gpu_archs
 
 
-def test_what_gpu_a_plan_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_gpus_a_plan_file_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert archs(None, monkeypatch) == DEFAULT_RTX_ARCHS
     assert archs(90, monkeypatch) == DEFAULT_RTX_ARCHS  # which TensorRT-RTX does not know
     assert archs(89, monkeypatch) == (89,)
     assert archs(89, monkeypatch, gpu_archs=[120, 75]) == (120, 75)
     with pytest.raises(EngineError, match=r"does not build for sm_90; --gpu-arch can be 75, 80"):
         archs(None, monkeypatch, gpu_archs=[90])
-    with pytest.raises(EngineError, match=r"sm_75 has no bf16: take --precision fp16"):
+    with pytest.raises(EngineError, match=r"(?s)sm_75 has no bf16.*hint: .* --precision fp16"):
         archs(None, monkeypatch, gpu_archs=[75], precision="bf16")
     assert archs(90, monkeypatch, runtime="tensorrt") == (90,)
     assert archs(90, monkeypatch, runtime="tensorrt", gpu_archs=[90]) == (90,)
-    with pytest.raises(EngineError, match=r"for the GPU of this machine, sm_90, and for no other"):
+    with pytest.raises(
+        EngineError, match=r"for the GPU of this machine, sm_90, not for --gpu-arch 89"
+    ):
         archs(90, monkeypatch, runtime="tensorrt", gpu_archs=[89])
-    with pytest.raises(EngineError, match=r"this machine has none; .*--runtime tensorrt-rtx"):
+    with pytest.raises(EngineError, match=r"(?s)this machine has no GPU.*--runtime tensorrt-rtx"):
         archs(None, monkeypatch, runtime="tensorrt")
 
 
 def test_a_missing_library_is_named_before_anything_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plans, "packages_distributions", dict)
-    with pytest.raises(EngineError, match=r'tensorrt_rtx, .*pip install "dspark-batch\[tensorrt-r'):
-        plans_info(section(), block_size=4)
-    with pytest.raises(EngineError, match=r'tensorrt, which.*"dspark-batch\[tensorrt\]"'):
-        plans_info(section(runtime="tensorrt"), block_size=4)
-    assert plans_info(EngineSection.model_validate({}), block_size=4) is None
+    monkeypatch.setattr(trt_plans, "packages_distributions", dict)
+    with pytest.raises(
+        EngineError, match=r'(?s)tensorrt_rtx, .*pip install "dspark-batch\[tensorrt-r'
+    ):
+        plan_files_info(section(), block_size=4)
+    with pytest.raises(EngineError, match=r'(?s)tensorrt, which.*"dspark-batch\[tensorrt\]"'):
+        plan_files_info(section(runtime="tensorrt"), block_size=4)
+    assert plan_files_info(EngineSection.model_validate({}), block_size=4) is None

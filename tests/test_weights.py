@@ -37,7 +37,7 @@ def random(shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
 
 
 def write_folder(folder: Path, config: dict[str, Any], **files: Any) -> Path:
-    """A Hugging Face folder; JSON files by name without suffix."""
+    """Write a Hugging Face folder; JSON files are given by their names without suffix."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {"config": config, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -346,7 +346,7 @@ GEMMA4 = {
     ],
 )
 def test_heads_of_full_attention_are_those_of_transformers(changes: dict[str, Any]) -> None:
-    """As published, and as transformers writes the same config today."""
+    """In the published config, and in the one that transformers writes today."""
     transformers = pytest.importorskip("transformers")
     oracle = transformers.Gemma4TextConfig(**(GEMMA4 | changes))
     wanted = [(c.num_key_value_heads, c.head_dim) for c in oracle.per_layer_config]
@@ -462,7 +462,7 @@ def interleaved(values: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any,
 
 
 class TinyGGUF:
-    """A checkpoint as Hugging Face has it, and its GGUF file."""
+    """A checkpoint with Hugging Face names and values, and the GGUF file made from it."""
 
     def __init__(self, architecture: str, parts: dict[str, str], head_dim: int = HEAD_DIM) -> None:
         self.architecture = architecture
@@ -499,7 +499,7 @@ class TinyGGUF:
         if self.architecture == "llama" and part in ("attn_q", "attn_k"):
             stored = interleaved(values, HEADS if part == "attn_q" else KV_HEADS)
         if self.architecture == "gemma3" and part.endswith("norm"):
-            # Sums that are exact in float32, so that taking the one off gives the value back.
+            # These sums are exact in float32, so that subtracting 1 gives the same weights again.
             self.hf[name] = values = (values * 64).round().astype(np.float32) / 64
             stored = values + 1
         self.stored[source] = stored

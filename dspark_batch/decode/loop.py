@@ -1,4 +1,4 @@
-"""The heart: an iterator of prompts in, an iterator of completions out, one round at a time."""
+"""The decode loop: an iterator of prompts in, an iterator of completions out, round by round."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class DecodeStats:
-    """What decoding did so far; `host_seconds` is what no engine call took."""
+    """Time and counts so far. `host_seconds` is the time outside engine calls."""
 
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -53,13 +53,12 @@ def decode(
     confidence_threshold: float = CONFIDENCE_THRESHOLD,
     stats: DecodeStats,
 ) -> Iterator[Completion]:
-    """Complete every prompt; completions come as rows finish, exactly one per prompt.
+    """Complete every prompt. Completions come as rows finish, exactly one per prompt.
 
-    `spec` says when to draft: `off` (plain decoding), `on` (every round) or `auto` (where it pays).
+    `spec` says when to draft: `off` (never), `on` (every round) or `auto` (when it pays).
     `scheduler` says how much of a block is verified: `early-stop`, `async`, `threshold` (with
     `confidence_threshold`) or `whole`; None is `early-stop` under `auto`, `whole` under `on`.
-    The text depends on none of it: greedy rows get plain decoding's text, sampled rows its
-    distribution.
+    None of it changes the text: greedy rows get plain decoding's, sampled rows its distribution.
     """
     slots = Slots(engine, stats)
     schedule = open_schedule(
@@ -90,7 +89,7 @@ class Slots:
     def fill(self, prompts: Iterator[Prompt]) -> bool:
         """Admit and prefill prompts while a slot is free; False when no row is left.
 
-        Repeats while a whole intake ends on its first token, so that no prompt is left behind.
+        Repeats if all rows of an intake end on their first token, so that no prompt is left behind.
         """
         while self._free:
             admitted: list[RunningRow] = []
@@ -120,7 +119,7 @@ class Slots:
         return row
 
     def draft(self, rows: list[RunningRow]) -> DraftBlock | None:
-        """A block for every running row, empty but for `rows`; None if there are none of them."""
+        """A block for every running row, empty for all but `rows`; None if `rows` is empty."""
         if not rows:
             return None
         self._stats.num_drafted_rounds += 1
@@ -160,7 +159,7 @@ class Slots:
         return finished
 
     def _timed(self, phase: str, call: Callable[..., T], *arguments: object) -> T:
-        """Run an engine call and book its time; what passed since the last one was the host's."""
+        """Run an engine call and count its time. The time since the last call was the host's."""
         begin = time.perf_counter()
         self._stats.host_seconds += begin - self._clock
         result = call(*arguments)

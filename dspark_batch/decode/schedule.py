@@ -1,8 +1,8 @@
 """Whether a round drafts, for which rows, and how much of it is verified.
 
-Everything is decided by past rounds, measured costs and confidence that `algorithm.scheduler` may
-look at, so no text depends on it. Time is the cost table's: no clock is read, and a run decides
-the same again.
+Past rounds, measured costs and the confidence that `algorithm.scheduler` may look at decide
+everything, so the text does not depend on it. Time is that of the cost table. No clock is read, so
+a run that is repeated decides the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dspark_batch.decode.types import (
     VerifyResult,
 )
 
-# What `auto` may lose, in plain steps: docs/scheduling.md has the bound that they make.
+# What `auto` may lose, in plain steps. docs/scheduling.md derives the bound.
 _CREDIT = 3.0  # by drafts that seem to pay, and by the first looks
 _SHARE = 0.005  # of every plain step, by looking from then on
 _MOST_SAVED = 8.0  # of what drafting gained
@@ -66,7 +66,7 @@ def open_schedule(
     scheduler: str | None = None,
     confidence_threshold: float = CONFIDENCE_THRESHOLD,
 ) -> Schedule:
-    """The schedule of one decode: what `settled` says of these settings."""
+    """The schedule of one decode, by what `settled` makes of the settings."""
     spec, scheduler = settled(engine, spec, scheduler)
     if scheduler is None:
         return Plain()
@@ -89,11 +89,11 @@ class Drafting(Protocol):
 
 
 def settled(engine: Drafting, spec: str, scheduler: str | None) -> tuple[str, str | None]:
-    """Whether to draft, and how much to verify, with defaults filled in and as the engine allows.
+    """Spec and scheduler with defaults filled in, as far as the engine allows them.
 
-    The scheduler is `early-stop` under `auto` and `whole` under `on`, unless one is given, and
-    None where nothing is drafted. Where no costs were measured nothing can be weighed: then every
-    round drafts, and is verified whole or by the threshold.
+    The default scheduler is `early-stop` under `auto` and `whole` under `on`; it is None if nothing
+    is drafted. Without measured costs nothing can be weighed: then every round drafts, and is
+    verified whole or by the threshold.
     """
     if spec == "off" or not engine.block_size:
         return "off", None
@@ -119,7 +119,7 @@ class Plain:
 
 
 class Unweighed:
-    """Drafts every round, and verifies up to the first confidence below a threshold, or all."""
+    """Drafts every round, and verifies all of it or up to the first low confidence."""
 
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
@@ -163,18 +163,17 @@ class Prices:
         return self.costs.draft(num_rows, context=self.context, num_pending=num_pending)
 
     def step(self, num_drafting: float) -> rules.StepSeconds:
-        """Rounds that draft for so many rows; context that piled up before is no part of them."""
+        """Seconds of rounds that draft for so many rows, context that piled up before left out."""
         drafting = self.draft(num_drafting)
         return lambda num_tokens, longest: drafting + self.verify(num_tokens, longest)
 
 
 class Weighed:
-    """Weighs what verifying brings against what it costs; under `auto` what drafting does, too.
+    """Weighs what verifying brings against what it costs, and under `auto` drafting too.
 
-    `auto` keeps an account, in plain steps by the cost table: a round that drafted adds what its
-    tokens would have cost plainly, less what it cost, and every round a `_SHARE`. It drafts for
-    all rows where that pays, for some of them to look whether it does, and only as far as the
-    account allows.
+    `auto` keeps an account in plain steps by the cost table. A round that drafted adds what its
+    tokens would have cost plainly, less what it cost; every round adds a `_SHARE`. `auto` drafts
+    for all rows if that pays, or for some to look whether it does, as far as the account allows.
     """
 
     def __init__(
@@ -259,19 +258,19 @@ class Weighed:
             self._num_since_answer = 0
 
     def _passing(self, running: list[RunningRow], block: DraftBlock) -> list[RunningRow]:
-        """The rows that a draft pass was made for: where a lookup proposes, none is.
+        """The rows that a draft pass was made for: all but those that were looked up.
 
-        Which those are follows from the rows' past, so a plan may depend on it.
+        That follows from the rows' past, so a plan may depend on it.
         """
         looked_up = {s.slot for s, own in zip(running, block.looked_up, strict=True) if own}
         return [s for s in self._drafting if s.slot not in looked_up]
 
     def _believed(self, confidence: Confidence, rule: Rule) -> Confidence:
-        """What a rule gets to see: if it weighs, no more than this run has reason to trust."""
+        """What a rule gets to see: if it weighs, confidence scaled by what this run can trust."""
         return self._outlook.trusted(confidence) if rule in (_early_stop, _async) else confidence
 
     def _worth_drafting(self, running: list[RunningRow]) -> list[RunningRow]:
-        """All rows if drafting pays, some to look whether it does, or none: what is affordable."""
+        """All rows if drafting pays, some to look whether it does, or none, as affordable."""
         self._account = min(self._account + _SHARE, _MOST_SAVED)
         knows = self._outlook.num_seen >= _EVIDENCE
         pays = knows and (self._pays(running) or self._last_paid)
@@ -288,7 +287,7 @@ class Weighed:
         return rows
 
     def _pays(self, running: list[RunningRow]) -> bool:
-        """Whether the last blocks, played through again with so many rows, beat plain decoding."""
+        """Whether the last blocks, replayed with so many rows, beat plain decoding."""
         num_rows = len(running)
         if num_rows not in self._answers:
             step = self._prices.step(num_rows * self._outlook.share_passing)
@@ -312,7 +311,7 @@ class Weighed:
         return self._answers[num_rows]
 
     def _price(self, rows: list[RunningRow]) -> float:
-        """Seconds of a draft pass for these rows, their context that waits included."""
+        """Seconds of a draft pass for these rows, with the context that waits."""
         return self._prices.draft(len(rows), num_pending=sum(s.num_pending for s in rows))
 
     def _price_list(self, running: list[RunningRow]) -> Prices:

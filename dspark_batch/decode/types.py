@@ -1,4 +1,4 @@
-"""The values that cross borders between modules; every one but `RunningRow` is frozen.
+"""The values that cross borders between modules. All but `RunningRow` are frozen.
 
 Shapes: R running rows of a round, γ block size (draft tokens per block).
 """
@@ -19,7 +19,7 @@ CONFIDENCE_THRESHOLD = 0.5
 
 
 class FinishReason(StrEnum):
-    """Why a row ended; OpenAI's words."""
+    """Why a row ended, in OpenAI's words."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -51,8 +51,8 @@ class RowError:
 class SamplingParams:
     """How one row is generated. `temperature=0` is greedy; `top_k=0` and `top_p=1` filter nothing.
 
-    `stop` are strings: the text ends before the first one that appears. `seed` makes a row's
-    draws its own: the uniforms of a row depend on `seed` and the position of a token only.
+    `stop` are strings: the text ends before the first one that appears. A row's random numbers
+    depend on its `seed` and on token positions only.
     """
 
     max_new_tokens: int = 256
@@ -102,10 +102,10 @@ class SpecCounts:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What became of one prompt: exactly one per `Prompt`, `error` set when it failed.
+    """The result of one prompt: exactly one per `Prompt`, with `error` set if it failed.
 
-    `token_ids` includes the stop token that ended the row, if one did; `text` is None where the
-    engine has no tokenizer.
+    `token_ids` includes the stop token, if one ended the row; `text` is None if the engine has no
+    tokenizer.
     """
 
     row: int
@@ -119,7 +119,7 @@ class Completion:
 
 @dataclass(slots=True)
 class RunningRow:
-    """One running row: the only mutable value of the loop.
+    """A row that is being decoded: the one mutable value of the loop.
 
     Invariant between rounds: the target's cache holds positions `0 .. anchor_position - 1`, and
     `tokens[-1]` is the anchor, which is in no cache yet.

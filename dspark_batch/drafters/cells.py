@@ -1,4 +1,4 @@
-"""Where the tokens of a draft's round lie: cells per row, positions, and what a query sees."""
+"""Where the tokens of a draft pass lie: cells by row, positions, and what a query sees."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class RowInputs:
 class RoundCells:
     """The cells of a block, which has no padding, and of the tokens that enter the cache.
 
-    Either the context enters it and the block is attended to beside it, or (`behind`) the block
-    enters it too, right behind the context, for one attention over the cache.
+    Either only the context enters the cache, and the block is attended to beside it; or (`behind`)
+    the block enters it too, right behind the context, for one attention over the cache.
     """
 
     def __init__(

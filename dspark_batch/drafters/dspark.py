@@ -62,15 +62,14 @@ from dspark_batch.models.graph import (
     soft_cap,
     unfold_queries,
 )
-
-Tensor = Callable[[str], NDArray[Any]]
+from dspark_batch.models.weights import ReadTensor
 
 
 class DSparkGraph:
     """Builds one draft graph; `tensor(name)` gives a checkpoint weight."""
 
     def __init__(
-        self, builder: GraphBuilder, spec: DraftSpec, tensor: Tensor, *, precision: str
+        self, builder: GraphBuilder, spec: DraftSpec, tensor: ReadTensor, *, precision: str
     ) -> None:
         self.b = builder
         self.spec = spec

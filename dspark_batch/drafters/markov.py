@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import onnx
 import onnx.parser
-from numpy.typing import NDArray
 
 from dspark_batch.models.graph import DTYPES, MASKED, Linears, embedding
-
-Tensor = Callable[[str], NDArray[Any]]
+from dspark_batch.models.weights import ReadTensor
 
 # Candidates that a filter looks at; one that would keep more of them keeps everything.
 _CANDIDATES = 256
@@ -111,7 +108,9 @@ class MarkovWalk:
     vanilla, gated and rnn as in DeepSpec; the rnn carries its state from slot to slot.
     """
 
-    def __init__(self, linears: Linears, tensor: Tensor, head: str | None, anchors: str) -> None:
+    def __init__(
+        self, linears: Linears, tensor: ReadTensor, head: str | None, anchors: str
+    ) -> None:
         self._b, self._linears, self._tensor = linears.b, linears, tensor
         self._head, self._anchors = head, anchors
         table = tensor("markov_head.markov_w1.weight")

@@ -1,12 +1,12 @@
-"""The slow twin of the draft's graph: whole rows, no cache, plain NumPy in fp32.
+"""The draft's slow twin in NumPy: whole rows, no cache, fp32.
 
-It shares the spec and the weights with the graph and nothing else. The export compares the two;
-tests compare the graph with DeepSpec's network.
+It shares nothing with the graph but the spec and the weights. The export compares the two; tests
+compare the graph with DeepSpec's network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from dspark_batch.drafters.spec import CERTAIN, DraftSpec
 from dspark_batch.models import activate, cap, plain_norm, product, rotate, softmax
+from dspark_batch.models.weights import ReadTensor
 
 Array = NDArray[np.float32]
 Ints = NDArray[np.int64]
-Tensor = Callable[[str], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Blocks:
 
 
 class ReferenceDraft:
-    """One draft; its tables are read once, its other weights each time."""
+    """One draft. Embedding and head are read once, other weights when they are used."""
 
     def __init__(
         self,
         spec: DraftSpec,
-        tensor: Tensor,
+        tensor: ReadTensor,
         *,
         embed: NDArray[Any],
         head: NDArray[Any],

@@ -1,4 +1,4 @@
-"""What a draft takes from its target: whether they fit, the embedding, the output head."""
+"""What a draft shares with its target: whether they fit, the embedding, the output head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS = 2**12  # of two tables that are compared at a time
 
 @dataclass(frozen=True, slots=True)
 class DraftHead:
-    """The output head: its rows `[D, hidden]`, and where they lie if the target has written them.
+    """The output head: its rows `[D, hidden]`, and where they lie if the target wrote them.
 
     A shared int8 head wants its input divided by `rows` [hidden], as the target's is.
     """
@@ -63,7 +63,7 @@ def check_fits(spec: DraftSpec, weights: Weights, target: DecoderSpec) -> None:
 def embedding(
     draft: Weights, target: Weights, *, builder: GraphBuilder, stored: StoredWeight
 ) -> StoredWeight:
-    """The draft's own embedding, or the target's where it has none or the same."""
+    """The draft's own embedding, or the target's if it has none or an equal one."""
     name = "embed_tokens.weight"
     if name not in draft.names() or _same(draft.tensor(name), target.tensor(f"model.{name}")):
         return stored

@@ -7,7 +7,6 @@ network, a lookup, or a lookup ahead of a network (`drafter.FirstOf`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from dspark_batch.drafters.shared import DraftHead
     from dspark_batch.drafters.spec import DraftSpec
     from dspark_batch.models.graph import GraphBuilder, StoredWeight
+    from dspark_batch.models.weights import ReadTensor
 
 DRAFTERS = {
     "dspark": "dspark_batch.drafters.dspark:DSparkGraph",
@@ -35,7 +35,7 @@ class DraftGraph(Protocol):
         self,
         builder: GraphBuilder,
         spec: DraftSpec,
-        tensor: Callable[[str], NDArray[Any]],
+        tensor: ReadTensor,
         *,
         precision: str,
     ) -> None:

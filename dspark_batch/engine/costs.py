@@ -43,9 +43,9 @@ def measure_costs(
 ) -> CostTable:
     """Time target and draft passes over grids of rows, tokens and context.
 
-    Every time is the least over sweeps in which all passes of a size take turns: what else runs on
-    the machine for a while only adds, and is in one sweep of each, not in all sweeps of one. So do
-    allocations, which are in the first.
+    Each time is the least over sweeps in which all passes of a size take turns. Whatever else runs
+    on the machine only adds, and disturbs one sweep of each pass rather than all sweeps of one. The
+    first sweep also has the allocations.
     """
     widest = engine.block_size + 1
     rows = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < engine.max_rows] + [engine.max_rows]
@@ -75,9 +75,9 @@ def measure_costs(
 
 
 def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
-    """Give the engine this machine's cost table, measured now if none goes as far, and keep it.
+    """Give the engine this machine's cost table; measure and keep it if none has enough rows.
 
-    A folder that cannot be written keeps nothing; then every run measures.
+    If the folder cannot be written, every run measures again.
     """
     known = engine.costs.rows[-1] if engine.costs else 0
     if known >= engine.max_rows or not engine.block_size:
@@ -97,11 +97,11 @@ def _context_slopes(
     usual: NDArray[np.float64],
     clock: Clock,
 ) -> list[tuple[float, float]]:
-    """[rows] what a cached token more of every row adds to `usual` [rows, widths] target passes.
+    """[rows] seconds that a further cached token of every row adds to a target pass.
 
-    Of plain steps and of the widest pass, at three sizes; those between lie between. Empty where
-    rows cannot be long; sizes whose caches would be too large get those of the largest one
-    measured, in proportion.
+    Two numbers: for plain steps and for the widest pass. They are measured at three sizes and
+    interpolated; sizes whose caches would be too large get those of the largest one in proportion.
+    `usual` [rows, widths] are passes at the usual context. Empty if rows cannot be long.
     """
     room = {
         n: min(_LONG_CONTEXT, _MOST_CACHED // n, engine.max_tokens - usual.shape[1]) for n in rows
@@ -134,8 +134,8 @@ def _target_times(
 ) -> list[float]:
     """Least seconds of target passes with these lengths [R], over sweeps in which all take turns.
 
-    Rows stand at `context` without having been prefilled: what the caches hold does not matter to
-    the time, only how far they reach.
+    Rows stand at `context` without a prefill: the time depends on how far the caches reach, not on
+    what they hold.
     """
 
     tokens = np.zeros((len(plans[0]), engine.block_size), np.int64)
@@ -184,7 +184,7 @@ def _draft_times(
     """
 
     def times(num_rows: int, num_prefilled: int, *, number: int) -> list[float]:
-        """Of passes in a row; each but the first takes in one token of each row."""
+        """Of consecutive passes; each but the first takes in one token of each row."""
         found = []
         with _standing(engine, num_rows, num_prefilled) as running:
             if num_prefilled:
@@ -206,7 +206,7 @@ def _draft_times(
 
 
 def read_costs(folder: Path, key: str) -> CostTable | None:
-    """The table measured on hardware `key`; None if there is none, or one of an older form."""
+    """The table of hardware `key`; None if there is none, or only one of an older form."""
     path = folder / COSTS_FILE
     tables = json.loads(path.read_bytes()) if path.exists() else {}
     try:

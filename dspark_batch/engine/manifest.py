@@ -1,7 +1,7 @@
 """`engines/<name>/manifest.json`: everything that `run` needs to know about an engine.
 
-What was compiled decides what runs: no flag of `run` repeats a field of this file. Costs are kept
-beside it, in `costs.json`, because they belong to a machine and not to the engine.
+What was built decides what runs, so no option of `run` repeats a field of this file. Costs are kept
+beside it, in `costs.json`, because they belong to a machine.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class TargetInfo(_Part):
 
 
 class CalibrationInfo(_Part):
-    """How far confidence can be believed: rounds of whole blocks, decoded at export."""
+    """How well calibrated the confidence is, on rounds of whole blocks decoded at export."""
 
     rows: Literal["greedy", "sampled"]
     num_rounds: int
@@ -81,10 +81,7 @@ class CalibrationInfo(_Part):
 
 
 class DraftInfo(_Part):
-    """What proposes: a model, built into a graph from its checkpoint, a lookup, or both.
-
-    Of both, the lookup has the rows in which it finds something.
-    """
+    """What proposes: a network, a lookup, or a lookup ahead of a network."""
 
     drafter: str
     source: str | None
@@ -125,7 +122,7 @@ class Limits(_Part):
 
 
 class ProfileInfo(_Part):
-    """Sizes that one optimization profile of a plan takes: least, best and most."""
+    """Sizes that one optimization profile of a plan file takes: least, best and most."""
 
     rows: tuple[int, int, int]
     row_tokens: tuple[int, int, int]
@@ -178,7 +175,7 @@ class EngineManifest(_Part):
 
     @property
     def export_command(self) -> str:
-        """What builds the engine again: by its recipe's name, as `export` names an engine by it."""
+        """The command that builds the engine again; `export` names an engine by its recipe."""
         if self.runtime == "onnxruntime":
             return f"dspark-batch export {self.name} --force"
         recipe = self.name.removesuffix(f"-{self.runtime}")
@@ -186,7 +183,7 @@ class EngineManifest(_Part):
         return f"dspark-batch export {recipe} --runtime {self.runtime} {precision} --force"
 
     def fingerprint(self) -> dict[str, str]:
-        """Facts that decide what text comes out; a resumed run must find them unchanged."""
+        """Facts that decide the text; a run that continues must find them unchanged."""
         plans = self.plans
         library = {"library": f"{plans.library} {plans.library_version}"} if plans else {}
         text = {name: info.sha256 for name, info in self.files.items() if name in _TEXT_FILES}
@@ -213,7 +210,7 @@ def describe_file(path: Path) -> FileInfo:
 def read_manifest(folder: Path, *, verify: bool = True) -> EngineManifest:
     """Read and check an engine folder: its format, and every file by size and hash.
 
-    Without `verify` by size alone, which reads none of them.
+    Without `verify` files are compared by size only, and not read.
 
     Raises:
         EngineError: no engine here, another format, or a file is missing or was changed.

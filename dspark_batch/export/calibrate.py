@@ -1,4 +1,4 @@
-"""How far to trust the draft: rounds of example prompts, decoded with the engine itself."""
+"""How far to trust a draft, from rounds of example prompts that the engine itself decodes."""
 
 from __future__ import annotations
 
@@ -56,9 +56,8 @@ class _Recorder(EngineWrapper):
 def observe_rounds(
     engine: Engine, prompts: Sequence[Prompt]
 ) -> tuple[calibration.Rounds, list[Completion]]:
-    """Decode the prompts, verifying every block whole: no position is seen only if it looked good.
-
-    Blocks that the end of a row cuts short are left out.
+    """Decode the prompts and verify every block whole, so that no position is seen only if it
+    looked good. Blocks that the end of a row cuts short are left out.
     """
     recorder = _Recorder(engine)
     done = list(decode(prompts, recorder, spec="on", stats=DecodeStats()))
@@ -68,8 +67,8 @@ def observe_rounds(
 def calibrate(engine: Engine, prompts: Sequence[Sequence[int]]) -> DraftInfo:
     """The engine's draft with the confidence and acceptance that rounds of the prompts justify.
 
-    Greedy rows and sampled ones have each their own, the latter of temperature 1 and of every other
-    prompt: their passes take longer.
+    Greedy and sampled rows have calibrations of their own. Sampled rows are those of every other
+    prompt at temperature 1, because their passes take longer.
     """
     draft = engine.manifest.draft
     assert draft is not None

@@ -1,45 +1,48 @@
-"""The export's own check: the built graphs against an independent forward pass.
+"""The check of every export: the built graphs against independent references in NumPy.
 
-Three properties of the target, each of which a wrong graph breaks loudly: the logits are those of
-`models.reference`; the context output is the residual stream after the layers that the draft
-names (a tap shifted by one layer fails here); and a row's logits depend neither on its neighbours
-nor on how many tokens a call carries, without which speculative text would differ from plain. The
-draft's blocks are those of `drafters.reference`.
+Of the target it checks three properties:
+
+- the logits are those of `models.reference`
+- the context is the residual stream after the layers that the draft names, so that a tap shifted
+  by one layer fails here
+- a row's logits depend neither on other rows nor on the number of tokens in a call; otherwise
+  speculative decoding would give other text than plain decoding
+
+The draft's blocks must be those of `drafters.reference`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dspark_batch.drafters import ReferenceDraft
 from dspark_batch.engine import CacheInfo
 from dspark_batch.errors import EngineError
 from dspark_batch.export.probes import Array, DraftProbe, TargetProbe
-from dspark_batch.models import DecoderSpec, Forward, forward, reference, stream_name
+from dspark_batch.models import DecoderSpec, Forward, reference, stream_name
+from dspark_batch.models.weights import ReadTensor
 
-Tensor = Callable[[str], NDArray[Any]]
-
-# Largest accepted values, a few times what good engines have (int8: a KL of 0.006 for SmolLM2, 0.02
-# for Gemma 3 270M; with sums that saturate it is 0.12). Logits: KL divergence of the next-token
-# distribution from fp32, in nats. Context: error relative to the stream's norm. Invariance: largest
-# difference of a logit.
+# The largest values that pass, a few times those of good engines. In int8, `kl` is 0.006 for
+# SmolLM2 and 0.02 for Gemma 3 270M; sums that saturate make it 0.12.
+#   kl             KL divergence of the next-token distribution from that of fp32, in nats
+#   context_error  of a residual stream, relative to its norm
+#   invariance     largest difference of a logit
 LIMITS = {
     "fp32": {"kl": 1e-5, "context_error": 1e-3, "invariance": 1e-2},
     "int8": {"kl": 0.03, "context_error": 0.1, "invariance": 1e-2},
-    # In fp16 a sum in another order rounds otherwise; bf16 is checked as its twin in fp32.
+    # fp16 sums depend on their order. bf16 graphs are checked in fp32, so they do not.
     "fp16": {"kl": 1e-3, "context_error": 0.02, "invariance": 0.25},
     "bf16": {"kl": 5e-3, "context_error": 0.05, "invariance": 1e-2},
     "int8-weights": {"kl": 0.1, "context_error": 0.1, "invariance": 0.25},
     "int4-weights": {"kl": 0.6, "context_error": 0.5, "invariance": 0.25},
 }
 
-# The same of the draft, by slot; confidence as a probability.
+# The same for a draft, by slot; confidence as a probability.
 DRAFT_LIMITS = {
     "fp32": {"draft_kl": 1e-5, "draft_confidence": 1e-3},
     "int8": {"draft_kl": 0.02, "draft_confidence": 0.02},
@@ -49,62 +52,62 @@ DRAFT_LIMITS = {
     "int4-weights": {"draft_kl": 0.6, "draft_confidence": 0.2},
 }
 
-_GROUP_TOKENS = 256  # of a pass: their logits are what a check holds most of
-_BLOCK = 32  # tokens whose distributions are compared at a time
+_GROUP_TOKENS = 256  # of a pass; their logits take most of the memory of a check
+_BLOCK = 32  # tokens whose distributions are compared at once
 
-# Tokens of a row, and of caches as wide as rows beside it would make them: multiples of 64, as the
-# runtime's are.
+# Length of a short row, and cache capacities that longer rows in the batch would lead to: multiples
+# of 64, like those of the runtime.
 _SHORT, _CAPACITIES = 48, (64, 128, 512)
 
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """What graphs are checked on."""
+    """Rows of text with what the reference makes of them."""
 
     rows: Sequence[Sequence[int]]
     taps: Sequence[int]
     expected: Sequence[Forward]
-    """`reference.forward` of the rows with these taps."""
+    """Of each row, with these taps."""
 
     def context(self, row: int) -> Array:
-        """[n, taps * hidden] of a row, as the target gives it to a draft."""
+        """[n, taps * hidden] of a row, as the target gives it to the draft."""
         streams = self.expected[row].streams
         return np.concatenate([streams[tap] for tap in self.taps], axis=1)
 
     @classmethod
-    def of(
+    def from_rows(
         cls,
         spec: DecoderSpec,
-        tensor: Tensor,
+        read: ReadTensor,
         rows: Sequence[Sequence[int]],
         *,
         taps: Sequence[int],
         **options: Any,
     ) -> Self:
-        """The rows, run through the reference; `options` are its."""
-        return cls(rows, taps, forward(spec, tensor, rows, taps=taps, **options))
+        """Run the reference on the rows; `options` are passed to `reference.forward`."""
+        return cls(rows, taps, reference.forward(spec, read, rows, taps=taps, **options))
 
 
 def check_target(
     path: Path,
     spec: DecoderSpec,
-    tensor: Tensor,
+    read: ReadTensor,
     texts: Texts,
     *,
     precision: str,
 ) -> dict[str, float]:
-    """Measure parity and invariance of `path`; the figures go into the manifest.
+    """Compare the target's graph with the reference; returns figures for the manifest.
 
-    `tokens` is their number; `kl` in nats, `agreement` of the likeliest tokens, both means over
-    tokens; `context_error` of the tap that is furthest off; `invariance` of a logit.
+    `tokens` is their number; `kl` (in nats) and `agreement` of the likeliest tokens are means over
+    them; `context_error` is that of the worst tap; `invariance` the largest difference of a logit.
 
     Raises:
-        EngineError: one of the figures is over its limit.
+        EngineError: a figure is over its limit.
     """
     probe = TargetProbe(path, spec, capacity=max(map(len, texts.rows)) + 8)
     total = sum(map(len, texts.rows))
     found = {"tokens": float(total), "kl": 0.0, "context_error": 0.0, "agreement": 0.0}
-    head = reference.head_weight(spec, tensor)  # read once: of a GGUF file that takes a while
+    head = reference.head_weight(spec, read)  # once: a GGUF file takes a while
     for group in _groups(texts.rows):
         starts, chosen = [0] * len(group), [texts.rows[r] for r in group]
         capacity = max(map(len, chosen))
@@ -121,39 +124,36 @@ def check_target(
             found["agreement"] += float(same) * share
             by_tap = np.split(row_context, max(len(texts.taps), 1), axis=1)
             for part, tap in zip(by_tap, texts.taps, strict=False):
-                error = _distance(part, texts.expected[r].streams[tap])
+                error = _relative_error(part, texts.expected[r].streams[tap])
                 found["context_error"] = max(found["context_error"], error)
     found["invariance"] = _invariance(probe, texts.rows)
     for name, limit in LIMITS[precision].items():
         if not found[name] <= limit:
             cause = "the weights or the graph of this family are wrong"
-            advice = "please report this with the model's name"
+            hint = "please report this, with the name of the model"
             if probe.in_half and not np.isfinite(found["kl"]):
-                cause = "fp16 ends at 65504, and this target goes beyond"
-                advice = "take --precision bf16"
+                cause = "this target has values over 65504, the largest of fp16"
+                hint = "export again with --precision bf16"
             elif name != "invariance":
-                cause += f", from {_offender(path, spec, tensor, texts.rows[0])} on"
-            raise EngineError(
-                f"{path}: the built graph fails its check: {name} is {found[name]:.3g}, over "
-                f"{limit:.3g} for {precision} ({found}); {cause}",
-                hint=f"nothing was installed; {advice}",
-            )
+                cause += f", from {_first_wrong(path, spec, read, texts.rows[0])} on"
+            problem = _over_limit(name, found, limit, precision)
+            raise EngineError(f"{path.name} {problem}; {cause}; nothing was installed", hint=hint)
     return found
 
 
 def check_draft(
     path: Path, cache: CacheInfo, slow: ReferenceDraft, texts: Texts, *, precision: str
 ) -> dict[str, float]:
-    """Compare the draft's graph with `slow`; the figures go into the manifest.
+    """Compare the draft's graph with `slow`; returns figures for the manifest.
 
-    `draft_tokens` is the number of slots; the others are means over them: `draft_kl` in nats,
-    `draft_agreement` of drafted tokens, `draft_confidence`, how far it is off as a probability.
+    `draft_tokens` is the number of slots compared. The others are means over them: `draft_kl` in
+    nats, `draft_agreement` of drafted tokens, `draft_confidence` the error as a probability.
 
-    Both draft after every γ tokens of every row, from the streams of the reference. A slot counts
-    as long as both have drafted the same tokens before it: the walk depends on them.
+    Both draft after every γ tokens of every row, with the reference's context. A slot counts only
+    if both drafted the same tokens before it, because its logits depend on them.
 
     Raises:
-        EngineError: one of the figures is over its limit.
+        EngineError: a figure is over its limit.
     """
     sums = dict.fromkeys(("kl", "agreement", "confidence"), 0.0)
     count = 0
@@ -177,17 +177,25 @@ def check_draft(
     parity = {"draft_tokens": float(count), **parity}
     for name, limit in DRAFT_LIMITS[precision].items():
         if not parity[name] <= limit:
+            problem = _over_limit(name, parity, limit, precision)
             raise EngineError(
-                f"{path}: the built graph fails its check: {name} is {parity[name]:.3g}, over "
-                f"{limit:.3g} for {precision} ({parity}); the draft's weights or the graph of "
-                "this layout are wrong",
-                hint="nothing was installed; please report this with the draft's name",
+                f"{path.name} {problem}; the weights or the graph of this layout are wrong; "
+                "nothing was installed",
+                hint="please report this, with the name of the draft",
             )
     return parity
 
 
+def _over_limit(name: str, figures: Mapping[str, float], limit: float, precision: str) -> str:
+    listed = ", ".join(f"{name} {figure:.3g}" for name, figure in figures.items())
+    return (
+        f"fails its check: {name} is {figures[name]:.3g}, over {limit:.3g} for {precision} "
+        f"({listed})"
+    )
+
+
 def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """Indices of rows that run together: of similar length, so that little is padding."""
+    """Indices of rows to run together, of similar length so that there is little padding."""
     group: list[int] = []
     for r in sorted(range(len(rows)), key=lambda r: len(rows[r])):
         if group and (len(group) + 1) * len(rows[r]) > _GROUP_TOKENS:
@@ -197,7 +205,7 @@ def _groups(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     yield group
 
 
-def _distance(found: Array, wanted: Array) -> float:
+def _relative_error(found: Array, wanted: Array) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
@@ -205,32 +213,32 @@ def _sigmoid(x: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-x.astype(np.float64))), np.float32)
 
 
-def _offender(path: Path, spec: DecoderSpec, tensor: Tensor, row: Sequence[int]) -> str:
-    """The layer behind which the stream's error rises most; the head where none does."""
+def _first_wrong(path: Path, spec: DecoderSpec, read: ReadTensor, row: Sequence[int]) -> str:
+    """Name and errors of the layer in which the error of the stream rises most, or of the head."""
     layers = range(-1, spec.num_layers)
-    expected = forward(spec, tensor, [row], taps=layers)[0]
+    expected = reference.forward(spec, read, [row], taps=layers)[0]
     names = [stream_name(i) for i in layers]
     probe = TargetProbe(path, spec, capacity=len(row), outputs=names)
     streams = probe.fetch([row], names)
     errors = [
-        _distance(found.astype(np.float32), expected.streams[i])
+        _relative_error(found.astype(np.float32), expected.streams[i])
         for i, found in zip(layers, streams, strict=True)
     ]
     rises = [errors[0], *np.diff(errors)]
     worst = int(np.argmax(np.nan_to_num(rises, nan=np.inf)))
-    head = _distance(probe.run([row], [0], probe.empty(1))[0][0], expected.logits)
+    head = _relative_error(probe.run([row], [0], probe.empty(1))[0][0], expected.logits)
     if head - errors[-1] > rises[worst]:
-        return f"lm_head (error {errors[-1]:.2g} before it, {head:.2g} behind)"
+        return f"lm_head (error {errors[-1]:.2g} before it, {head:.2g} after it)"
     before = errors[worst - 1] if worst else 0.0
     name = f"model.layers.{worst - 1}" if worst else "model.embed_tokens"
-    return f"{name} (error {before:.2g} before it, {errors[worst]:.2g} behind)"
+    return f"{name} (error {before:.2g} before it, {errors[worst]:.2g} after it)"
 
 
 def divergence(wanted: Array, found: Array) -> float:
-    """Mean KL(wanted || found) over tokens, in nats.
+    """Mean KL(wanted || found) over tokens, in nats, from the logits of both.
 
-    As log(1 + E[exp(d) - 1 - d]), E over the wanted distribution and d the differences of the
-    logits less their mean under it: nothing large cancels, so fp32 does.
+    Computed as log(1 + E[exp(d) - 1 - d]), where E is over the wanted distribution and d is the
+    difference of the logits minus its mean: nothing large cancels, so fp32 is precise enough.
     """
     total = 0.0
     with np.errstate(over="ignore", invalid="ignore"):
@@ -246,9 +254,10 @@ def divergence(wanted: Array, found: Array) -> float:
 
 
 def _invariance(probe: TargetProbe, prompts: Sequence[Sequence[int]]) -> float:
-    """Largest change of a row's last five logits: alone, in company, token by token, at once.
+    """Largest difference in the logits of a row's last five tokens between ways to compute them.
 
-    Also of a short row's where the cache has room for no more, and for many more tokens.
+    They are: all at once, one token at a time, and with other rows in the batch. For a short row
+    also: in a cache that it fills, and in larger ones.
     """
     row, others = prompts[0], prompts[1:4]
     head, tail = list(row[:-5]), list(row[-5:])

@@ -1,16 +1,18 @@
-"""From a recipe to an engine folder, step by step; a folder appears whole or not at all.
+"""From a recipe to an engine folder, which appears whole or not at all.
 
-open      weights of target and draft             ensures both are readable and fit each other
-read      example texts, by independent forwards  ensures that there is something to check against
-build     target.onnx, draft.onnx, tokenizer      ensures every weight is in a file, once
-check     graphs against those                    ensures logits, taps, invariance, blocks
-plan      target.plan, draft.plan (TensorRT)      ensures one plugin, sizes that a run needs
-measure   calibration, cost table                 ensures the scheduler knows this machine
-install   manifest, rename                        ensures `run` finds a complete engine
+| step | what it does | what it ensures |
+|---|---|---|
+| open | weights of target and draft | both can be read, and fit each other |
+| read | example texts through an independent forward pass | there is something to check against |
+| build | target.onnx, draft.onnx, tokenizer | every weight is in a file, once |
+| check | the graphs against the forward pass | logits, taps, invariance, blocks |
+| measure | calibration, cost table | the scheduler knows this machine |
+| compile | target.plan, draft.plan (TensorRT) | one plugin, the sizes that a run needs |
+| install | manifest, rename | `run` finds a complete engine |
 
-No step needs a GPU with TensorRT-RTX: graphs of a TensorRT runtime are checked and calibrated with
-ONNX Runtime, those of bf16, which it has no kernels for, as twins that compute in fp32. Their costs
-are measured at the first run, by the machine that runs.
+With TensorRT-RTX no step needs a GPU: graphs for TensorRT are checked and calibrated with ONNX
+Runtime. It has no bf16 kernels, so bf16 graphs are checked as twins that compute in fp32. Costs of
+TensorRT engines are measured on their first run.
 """
 
 from __future__ import annotations
@@ -63,9 +65,9 @@ from dspark_batch.engine.runtimes import runtime_module
 from dspark_batch.errors import EngineError
 from dspark_batch.export.calibrate import calibrate
 from dspark_batch.export.check import Texts, check_draft, check_target
-from dspark_batch.export.plans import build_plans, plans_info
 from dspark_batch.export.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.export.texts import check_rows, example_prompts
+from dspark_batch.export.trt_plans import build_plan_files, plan_files_info
 from dspark_batch.models import DecoderGraph, Outliers, Smoothing
 from dspark_batch.models.families import decoder_spec
 from dspark_batch.models.graph import PRECISIONS, GraphBuilder, StoredWeight, in_fp32
@@ -87,8 +89,8 @@ def export(
 ) -> Path:
     """Build the engine of a recipe in `output` and return that folder.
 
-    An engine that is there and was built from the same recipe and sources is kept, unless `force`.
-    `runtime`, `precision` and `gpu_archs` take the place of what the recipe says.
+    An engine of the same recipe and sources is kept, unless `force`. `runtime`, `precision` and
+    `gpu_archs` win over the recipe.
 
     Raises:
         UsageError: the recipe is wrong.
@@ -110,7 +112,7 @@ def build(
 ) -> Path:
     """As `export`, for a recipe at hand.
 
-    Without a draft the target gives the outputs of `context_layer_ids` as context: what a draft is
+    Without a draft, the target's context is the outputs of `context_layer_ids`: what a draft is
     trained on.
     """
     runtime_module("onnxruntime")  # what every graph is checked with, whatever it is for
@@ -152,7 +154,7 @@ class _Export:
             self._draft_spec = draft_spec(draft)
             check_fits(self._draft_spec, draft, self._spec)
             self._draft_vocab = draft_vocab(draft, self._draft_spec)
-        self._plans = plans_info(recipe.engine, block_size=self._block_size)
+        self._plans = plan_files_info(recipe.engine, block_size=self._block_size)
 
     def run(self, *, force: bool) -> Path:
         """Every step; the folder is renamed into place at the end."""
@@ -278,18 +280,18 @@ class _Export:
     def _read_texts(self, folder: Path) -> Smoothing:
         """Run the example texts through an independent forward pass.
 
-        What it finds is what the graphs are checked against. The outliers that it sees on the way
-        go into the weights, where the precision wants that.
+        The graphs are checked against its results. Large activations that it sees go into the
+        weights, if the precision wants that.
         """
         vocab_size, most = self._spec.vocab_size, self._recipe.engine.max_tokens // 2
         tokenizer = Tokenizer.open(folder) if Tokenizer.present(folder) else None
         prompts = example_prompts(tokenizer, vocab_size=vocab_size)
         self._prompts = [prompt[:most] for prompt in prompts]
-        rows = check_rows(tokenizer, self._prompts, vocab_size=vocab_size, most_tokens=most)
+        rows = check_rows(tokenizer, self._prompts, vocab_size=vocab_size, max_tokens=most)
         total = sum(map(len, rows))
         self._progress(f"running {total:,} tokens of text through an independent forward pass")
         outliers = Outliers()
-        self._texts = Texts.of(
+        self._texts = Texts.from_rows(
             self._spec, self._target.tensor, rows, taps=self._taps, observe=outliers
         )
         if not PRECISIONS[self._recipe.engine.precision].smoothed:
@@ -341,7 +343,7 @@ class _Export:
 
     def _build_plans(self, folder: Path, plans: PlansInfo) -> None:
         taps = self._taps or (self._spec.num_layers - 1,)
-        build_plans(
+        build_plan_files(
             folder,
             plans,
             block_size=self._block_size,
@@ -409,7 +411,7 @@ class _Export:
 
 
 def _origin(draft: DraftInfo | None) -> tuple[object, ...]:
-    """What a draft was built from, without what was measured of it."""
+    """What a draft was built from, without what was measured."""
     if draft is None:
         return ()
     lookup = (draft.lookup.drafter, draft.lookup.settings) if draft.lookup else ()

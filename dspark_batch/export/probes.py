@@ -1,4 +1,4 @@
-"""Graphs run by hand, on rows whose tokens and context are known: for checks and measurements."""
+"""Run a graph on given rows, outside of an engine, for checks and benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Caches = list[NDArray[Any]]
 
 
 class TargetProbe:
-    """Runs `target.onnx` on rows from given caches and returns logits and context of all tokens."""
+    """Runs `target.onnx` on rows and caches, and returns logits and context of all tokens."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class TargetProbe:
         capacity: int,
         outputs: Sequence[str] = (),
     ) -> None:
-        """`outputs` are values of the graph that can be fetched too."""
+        """`outputs` are more values of the graph that `fetch` can return."""
         self._session = open_session(path, threads=0, outputs=outputs)
         self._shapes = spec.cache_shapes
         self._dtype = float_type(self._session, "past_key_0")
@@ -48,7 +48,7 @@ class TargetProbe:
         return self._dtype is np.float16
 
     def empty(self, num_rows: int, *, capacity: int | None = None) -> Caches:
-        """Caches of rows without tokens; their usual capacity is the probe's."""
+        """Empty caches for rows, by default of the probe's capacity."""
         return [
             np.zeros((num_rows, num_kv_heads, capacity or self._capacity, head_dim), self._dtype)
             for num_kv_heads, head_dim in self._shapes
@@ -58,7 +58,7 @@ class TargetProbe:
     def run(
         self, rows: Sequence[Sequence[int]], starts: Sequence[int], caches: Caches
     ) -> tuple[list[Array], list[Array], Caches]:
-        """Logits [n, V] and context [n, taps * hidden] per row of n tokens, and new caches."""
+        """Logits [n, V] and context [n, taps * hidden] of each row of n tokens, and new caches."""
         ends = np.cumsum([len(row) for row in rows])[:-1]
         names = [f"{kind}_{i}" for i in range(len(self._shapes)) for kind in ("key", "value")]
         outputs = ["logits", "context", *(f"present_{name}" for name in names)]
@@ -67,7 +67,7 @@ class TargetProbe:
         return np.split(logits, ends), np.split(context, ends), new
 
     def fetch(self, rows: Sequence[Sequence[int]], names: Sequence[str]) -> list[NDArray[Any]]:
-        """The values `names` of one pass over whole rows."""
+        """The values `names` of one pass over the rows, from their start."""
         feeds = self._feeds(rows, [0] * len(rows), self.empty(len(rows)))
         found: list[NDArray[Any]] = self._session.run(list(names), feeds)
         return found
@@ -102,7 +102,7 @@ class TargetProbe:
 
 
 class DraftProbe:
-    """Runs `draft.onnx` on rows of known context, a block after every γ tokens."""
+    """Runs `draft.onnx` on rows whose context is known, and drafts after every γ tokens."""
 
     def __init__(self, path: Path, cache: CacheInfo) -> None:
         self._session = open_session(path, threads=0, inputs=DRAFT_INPUTS)
@@ -114,10 +114,10 @@ class DraftProbe:
     def rounds(
         self, rows: Sequence[Sequence[int]], contexts: Sequence[Array]
     ) -> Iterator[tuple[list[int], Ints, Array, Array]]:
-        """Round n: the rows that have more than n γ tokens, by index, and their greedy blocks.
+        """Greedy blocks of each round; `contexts` [t, taps * hidden] are of a row's t tokens.
 
-        `contexts` [t, taps * hidden] are of a row's t tokens. A block is tokens and confidence
-        logits [R, γ] and logits [R, γ, D].
+        Round n, counted from 1, has the R rows with more than n γ tokens: their indices, drafted
+        tokens [R, γ], logits [R, γ, D] and confidence logits [R, γ].
         """
         gamma = self._block_size
         longest = max(map(len, rows))

@@ -1,6 +1,6 @@
 """Recipes: what an engine is built from (`export/*.toml`).
 
-Unknown keys are errors with a suggestion, so a typing error cannot silently mean a default.
+Unknown keys are errors with a suggestion, so that a typo cannot silently mean a default.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Section(BaseModel):
 
 
 class TargetSection(_Section):
-    """`[target]`: the model whose distribution the output must have."""
+    """`[target]`: the model whose text is wanted."""
 
     weights: Text
     """A GGUF file, a Hugging Face folder or `package:DISTRIBUTION/path`; see `weights`."""
@@ -166,7 +166,7 @@ class EngineSection(_Section):
 
 
 class Recipe(_Section):
-    """One recipe file. A target without a draft of its own gets a lookup, which costs nothing."""
+    """One recipe file. Without `[draft]` it gets prompt lookup, which needs no weights."""
 
     target: TargetSection
     draft: DraftSection | None = DraftSection(drafter="ngram")
@@ -188,9 +188,9 @@ class Recipe(_Section):
     def with_engine(
         self, *, runtime: str | None, precision: str | None, gpu_archs: tuple[int, ...]
     ) -> Recipe:
-        """With other settings of the engine, None or empty as they are.
+        """With other settings of the engine; None and empty keep the recipe's.
 
-        Another runtime has precisions of its own, and its default where none is given.
+        Another runtime has other precisions, and its default if none is given.
         """
         values = self.engine.model_dump()
         if runtime is not None and runtime != self.engine.runtime:
@@ -206,17 +206,17 @@ class Recipe(_Section):
 
     @property
     def target_source(self) -> str:
-        """What to give to `open_weights`; `UsageError` where nothing is there."""
+        """What to give to `open_weights`. Raises `UsageError` if nothing is there."""
         return self._source(self.target.weights, "target")
 
     @property
     def draft_source(self) -> str | None:
-        """What to give to `open_weights`, None without weights; `UsageError` as above."""
+        """What to give to `open_weights`; None without weights. Raises `UsageError` as above."""
         weights = self.draft.weights if self.draft else None
         return None if weights is None else self._source(weights, "draft")
 
     def _source(self, weights: str, section: str) -> str:
-        """A package source as it is, a path looked up from the workspace, then from the recipe."""
+        """A package source as it is; a path from the workspace, or else the recipe's folder."""
         if weights.startswith(PACKAGE_PREFIX):
             return weights
         folder = self.path.resolve().parent
@@ -234,7 +234,7 @@ class Recipe(_Section):
 def load_recipe(path_or_name: str) -> Recipe:
     """Read a recipe by path, or by name from `export/` in the current folder.
 
-    `UsageError` names the file and every wrong key, or the recipes there are.
+    Raises `UsageError`, which names the file and every wrong key, or the recipes that exist.
     """
     path = Path(path_or_name).expanduser()
     if path.suffix != ".toml" and len(path.parts) == 1:

@@ -1,4 +1,4 @@
-"""A few prompts of different kinds, on which an export checks, calibrates and measures itself."""
+"""The example texts on which an export checks its graphs and calibrates confidence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from dspark_batch.engine import TemplateError, Tokenizer
 
-TEXTS = (
+PROMPTS = (
     "What is the capital of France?",
     "Write a Python function that returns the n-th Fibonacci number and explain how it works.",
     "A shop sells pens at 3 dollars each. Tom buys 4 pens and pays with a 20 dollar bill. "
@@ -90,23 +90,23 @@ PASSAGES = (
     "La bibliothèque ouvre à neuf heures du matin. Das Museum ist montags geschlossen. El tren a "
     "Sevilla sale a las 17:45 desde el andén número 4. Il prezzo è di 12,50 euro a persona.",
 )
-"""Prose, code, tables, other languages: what a target writes; the prompts are what it reads."""
-_LEAST_TOKENS = 2400  # that most tokenizers make of the above
+"""Prose, code, tables and other languages, such as a target writes in answer to prompts."""
+_MIN_TOKENS = 2400  # what most tokenizers make of the texts above
 
 
 def example_prompts(tokenizer: Tokenizer | None, *, vocab_size: int) -> list[tuple[int, ...]]:
-    """Token ids of the texts, rendered as one user message where the target has a template.
+    """Token ids of `PROMPTS`, each as a user message if the target has a chat template.
 
-    Without a tokenizer: as many seeded random prompts.
+    Without a tokenizer: as many random prompts, always the same.
     """
     if tokenizer is None:
         rng = np.random.default_rng(0)
-        return [tuple(rng.integers(0, vocab_size, 24).tolist()) for _ in TEXTS]
+        return [tuple(rng.integers(0, vocab_size, 24).tolist()) for _ in PROMPTS]
     prompts = []
-    for text in TEXTS:
+    for text in PROMPTS:
         rendered, special = text, True
         if tokenizer.has_template:
-            with suppress(TemplateError):  # a template that wants more than a user message
+            with suppress(TemplateError):  # the template needs more than a user message
                 rendered, special = tokenizer.render([{"role": "user", "content": text}]), False
         prompts.append(tuple(tokenizer.encode(rendered, add_special=special)))
     return prompts
@@ -117,17 +117,17 @@ def check_rows(
     prompts: Sequence[tuple[int, ...]],
     *,
     vocab_size: int,
-    most_tokens: int,
+    max_tokens: int,
 ) -> list[tuple[int, ...]]:
-    """The prompts, the passages and, if those are fewer, seeded random rows up to 2,400 tokens.
+    """The prompts and `PASSAGES`, plus random rows (always the same) up to 2,400 tokens in all.
 
-    No row is longer than `most_tokens`.
+    Rows are cut to `max_tokens`.
     """
     rows = list(prompts)
     if tokenizer is not None:
         rows += [tuple(tokenizer.encode(text, add_special=True)) for text in PASSAGES]
-    rows = [row[:most_tokens] for row in rows]
+    rows = [row[:max_tokens] for row in rows]
     rng = np.random.default_rng(1)
-    while sum(map(len, rows)) < _LEAST_TOKENS:
-        rows.append(tuple(rng.integers(0, vocab_size, min(64, most_tokens)).tolist()))
+    while sum(map(len, rows)) < _MIN_TOKENS:
+        rows.append(tuple(rng.integers(0, vocab_size, min(64, max_tokens)).tolist()))
     return rows

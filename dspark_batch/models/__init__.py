@@ -1,4 +1,8 @@
-"""Target models: their families, their weights and the graphs that are built from them."""
+"""Target models: a decoder as data (`DecoderSpec`), its ONNX graph and its NumPy reference.
+
+Rooms inside: `families` (from a config to a `DecoderSpec`), `weights` (reading them), `graph`
+(writing ONNX), `plugin` (the verification op).
+"""
 
 import lazy_loader
 

@@ -4,7 +4,6 @@ from .decoder import stream_name as stream_name
 from .reference import Forward as Forward
 from .reference import activate as activate
 from .reference import cap as cap
-from .reference import forward as forward
 from .reference import plain_norm as plain_norm
 from .reference import product as product
 from .reference import rotate as rotate

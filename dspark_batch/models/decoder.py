@@ -1,28 +1,32 @@
-"""The target graph: a decoder with a KV cache, taps for the draft, and verification inside.
+"""The target graph: a decoder with a KV cache, taps for the draft, and verification.
 
-Inputs, for R rows with T tokens in all, S the most tokens of one row, C the cache's capacity:
+Sizes of a call: R rows with T tokens in all, S tokens in the longest row, N tokens whose logits
+are computed; the caches have room for C tokens of each row. Inputs:
 
-    tokens        int64 [T]       flattened tokens of the call, row after row
-    starts        int64 [R]       tokens of each row that the cache already holds
-    token_index   int64 [R, S]    flattened token of each cell; padding points to any token
-    cell_index    int64 [T]       cell (row * S + s) of each flattened token
-    logit_tokens  int64 [N]       flattened tokens whose logits are computed
-    past_key_i, past_value_i      float [R, kv, C, d]: bind to the same buffers as present_*;
-                                  kv and d may differ by i, which counts the layers with keys and
-                                  values of their own
+    tokens        int64 [T]             tokens of the first row, then of the second, ...
+    starts        int64 [R]             number of tokens of each row that its cache holds already
+    token_index   int64 [R, S]          index into `tokens` for each cell; for padding any index
+    cell_index    int64 [T]             cell of each token, as row * S + s
+    logit_tokens  int64 [N]             indices into `tokens`: those whose logits are computed
+    past_key_i    float [R, kv, C, d]
+    past_value_i  float [R, kv, C, d]
 
-and those of `plugin.contract` (N rows of logits). A cell of padding writes keys beyond its row's
-length, where they are masked and later overwritten, so C >= max(starts) + S must hold. Outputs:
+and those of `plugin.contract`. Outputs:
 
-    num_accepted, bonus  int64 [R]
-    context              float [T, taps * hidden]   residual stream after the tapped layers
-    logits               float [N, V]               for measurements; a run never fetches it
-    present_key_i, present_value_i
+    num_accepted  int64 [R]
+    bonus         int64 [R]
+    context       float [T, taps * hidden]   residual stream after the tapped layers
+    logits        fp32  [N, V]               for measurements; a run never fetches it
+    present_key_i, present_value_i           the caches with the new tokens; shaped as the past
+
+i counts the layers with keys and values of their own; kv and d may differ between them. Past and
+present must be bound to the same buffers, and C >= max(starts) + S must hold: padding cells write
+keys too, beyond the end of their row, where they are masked and later overwritten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -58,24 +62,24 @@ from dspark_batch.models.graph import (
 from dspark_batch.models.plugin import contract, onnx_body
 from dspark_batch.models.smoothing import Smoothing
 from dspark_batch.models.spec import DecoderSpec, LayerSpec
+from dspark_batch.models.weights import ReadTensor
 
-Tensor = Callable[[str], NDArray[Any]]
 _TYPES = {"float32": FLOAT, "int64": INT64}
 
 
 def stream_name(layer: int) -> str:
-    """What the residual stream `[T, hidden]` after a layer is called; -1 is the embedding."""
+    """Name in the graph of the residual stream `[T, hidden]` after a layer (-1: the embedding)."""
     return f"stream_{layer}"
 
 
 class DecoderGraph:
-    """Builds the graph of one target. `tensor(name)` gives a weight by Hugging Face name."""
+    """Builds the graph of one target."""
 
     def __init__(
         self,
         builder: GraphBuilder,
         spec: DecoderSpec,
-        tensor: Tensor,
+        read: ReadTensor,
         *,
         precision: str,
         smoothing: Smoothing | None = None,
@@ -83,7 +87,7 @@ class DecoderGraph:
         self.b = builder
         self._smooth = smoothing or Smoothing()
         self.spec = spec
-        self._tensor = tensor
+        self._read = read
         self._linears = Linears(builder, precision)
         self._masks: dict[tuple[int | None, int], str] = {}
         self._ropes: dict[object, tuple[str, str]] = {}
@@ -91,9 +95,10 @@ class DecoderGraph:
     def build(
         self, *, taps: Sequence[int], draft_vocab: NDArray[np.int64] | None, max_tokens: int
     ) -> None:
-        """Emit every node. `taps` are layer indices, -1 the embedding (DeepSpec convention).
+        """Add all nodes. `taps` are layer indices, with -1 for the embedding, as in DeepSpec.
 
-        Without a `draft_vocab` drafts have no distribution: whatever is proposed is certain.
+        `draft_vocab` maps draft ids to target ids. None: there is no draft network; drafts, if
+        there are any, are looked up and certain.
         """
         b, spec = self.b, self.spec
         self._tokens = b.input("tokens", INT64, ["T"])
@@ -126,7 +131,10 @@ class DecoderGraph:
         self._verify(draft_vocab)
 
     def head_weights(self) -> tuple[dict[str, StoredWeight], NDArray[np.float32] | None]:
-        """Where the head of the built graph lies, and what its input is divided by: for a draft."""
+        """What a draft needs to share the head: where it is stored, and its smoothing factors.
+
+        The head's input must be divided by the factors; None: it is not smoothed.
+        """
         if self._linears.precision.weight_bits is None:
             name = "model.embed_tokens" if self.spec.tied_head else "lm_head"
             return {"lm_head": self.b.stored(name)}, None
@@ -140,7 +148,7 @@ class DecoderGraph:
         offsets = b.op("Unsqueeze", b.op("Range", zero, num_cells, one), b.constant([0]))
         starts = b.op("Unsqueeze", self._starts, b.constant([1]))
         self._cell_positions = b.op("Add", starts, offsets)  # [R, S]
-        # A cell of padding may lie beyond the tables.
+        # A padding cell may lie beyond the end of the tables.
         last = b.constant(self._max_tokens - 1)
         self._rope_positions = b.op("Min", self._cell_positions, last)
         capacity = b.op("Squeeze", b.op("Shape", self._caches[0][0], start=2, end=3))
@@ -148,9 +156,9 @@ class DecoderGraph:
         self._key_positions = b.op("Unsqueeze", keys, b.constant([0, 1]))  # [1, 1, C]
 
     def _mask(self, layer: LayerSpec) -> str:
-        """Causal, and inside the window of a sliding layer.
+        """Causal mask, inside the window of a sliding layer.
 
-        `[R, 1, S, C]` of truth values for native attention, else `[R, 1, G * S, C]` to be added.
+        For native attention bool `[R, 1, S, C]`; else `[R, 1, G * S, C]`, to be added to scores.
         """
         native = self._linears.precision.native_attention
         window, group = layer.window, 1 if native else self.spec.group(layer)
@@ -181,18 +189,18 @@ class DecoderGraph:
         return self._ropes[layer.rope]
 
     def _norm(self, x: str, name: str, *, factor: float = 1.0, feeds: str | None = None) -> str:
-        """RMSNorm, times a constant; `feeds` is the smoothed layer that takes the result."""
-        weight = self._tensor(f"{name}.weight").astype(np.float32) + self.spec.norm_offset
+        """RMSNorm, times `factor`; `feeds` is the smoothed linear layer that takes the result."""
+        weight = self._read(f"{name}.weight").astype(np.float32) + self.spec.norm_offset
         if feeds is not None:
             weight = self._smooth.divide(feeds, weight)
         return rms_norm(self.b, x, name, weight * np.float32(factor), self.spec.epsilon)
 
     def _stream(self, x: str, like: str) -> Activation:
-        """An input `[n, hidden]` of linear layers."""
+        """`x` `[n, hidden]` as the input of linear layers; `like`: a 1-D value of length n."""
         return self._linears.activation(x, like, size=self.spec.hidden_size, mix=STREAM_MIX)
 
     def _matrix(self, name: str) -> NDArray[Any]:
-        return self._tensor(f"{name}.weight").T
+        return self._read(f"{name}.weight").T
 
     def _layer(self, i: int, layer: LayerSpec, x: str) -> str:
         b, spec, name = self.b, self.spec, f"model.layers.{i}"
@@ -209,7 +217,7 @@ class DecoderGraph:
         if spec.layer_input_size:
             x = b.op("Add", x, self._layer_input(i, x))
         if spec.layer_scalar:
-            scalar = self._tensor(f"{name}.layer_scalar")
+            scalar = self._read(f"{name}.layer_scalar")
             x = b.op("Mul", x, b.number(scalar.astype(np.float32)))
         return x
 
@@ -235,10 +243,10 @@ class DecoderGraph:
             mixed = attention(b, q, keys, values, self._mask(layer))
         else:
             q = fold_queries(b, q, num_kv_heads=layer.num_kv_heads, head_dim=size)
-            lone = heads == layer.num_kv_heads
-            scores = folded_scores(b, q, keys, head_dim=size, lone=lone)
+            may_be_one_row = heads == layer.num_kv_heads
+            scores = folded_scores(b, q, keys, head_dim=size, may_be_one_row=may_be_one_row)
             probs = b.op("Softmax", b.op("Add", scores, self._mask(layer)), axis=-1)
-            mixed = row_product(b, probs, values, lone=lone)
+            mixed = row_product(b, probs, values, may_be_one_row=may_be_one_row)
             mixed = unfold_queries(b, mixed, num_heads=heads, head_dim=size)
         flat = tokens_from_rows(b, mixed, self._cell_index, width=heads * size)
         activation = linears.activation(flat, self._tokens)
@@ -246,8 +254,10 @@ class DecoderGraph:
         return linears.linear(out, activation, self._matrix(out), self._smooth.rows(out))
 
     def _queries(self, i: int, layer: LayerSpec, x: str) -> str:
-        """Rotated and scaled queries `[R, heads, S, d]`; keys and values of its own go into the
-        layer's cache on the way."""
+        """Rotated and scaled queries `[R, heads, S, d]`.
+
+        Also writes the layer's keys and values, if it has its own, into its cache.
+        """
         b, spec = self.b, self.spec
         name, heads, kv_heads = f"model.layers.{i}.self_attn", spec.num_heads, layer.num_kv_heads
         sizes = [heads, kv_heads, kv_heads][: len(layer.projections)]
@@ -276,10 +286,10 @@ class DecoderGraph:
         return q
 
     def _projected(self, i: int, layer: LayerSpec, x: str) -> str:
-        """`[T, (heads + ...) * d]`: queries, and the layer's own keys and values."""
+        """Queries and the layer's own keys and values, `[T, n * d]` for n heads in all."""
         linears, name = self._linears, f"model.layers.{i}.self_attn"
         matrices = {part: self._matrix(f"{name}.{part}_proj") for part in layer.projections}
-        if not self.spec.qk_norm:  # else the norm's weight carries the scale
+        if not self.spec.qk_norm:  # otherwise the norm's weight has the scale
             matrices["q"] = matrices["q"] * np.float32(self.spec.scale(layer))
         if not self.spec.v_norm:
             values = self._smooth.divide_values(f"{name}.o_proj", matrices["v"], self.spec, layer)
@@ -291,7 +301,7 @@ class DecoderGraph:
         return linears.linear(wide, activation, merged, self._smooth.rows(wide))
 
     def _cached(self, layer: LayerSpec, new: tuple[str, str]) -> tuple[str, str]:
-        """Keys and values `[R, kv, S, d]` written into the next cache, `[R, kv, C, d]` each."""
+        """Write keys and values `[R, kv, S, d]` into the next cache; returns both, `[.., C, d]`."""
         b, n = self.b, len(self._keys_values)
         shape: list[Dim] = ["R", layer.num_kv_heads, "C", layer.head_dim]
         keys, values = (
@@ -306,14 +316,14 @@ class DecoderGraph:
         return keys, values
 
     def _embedded(self, name: str, scale: float) -> str:
-        """Rows of table `name` `[V, n]`, which may be a tied head too, times the family's scale."""
+        """Rows of the table `name` `[V, n]` (which may be the head as well), times `scale`."""
         b, kind = self.b, self._linears.precision.table_type
-        table = b.weight(name, self._tensor(f"{name}.weight"), DTYPES[kind])
+        table = b.weight(name, self._read(f"{name}.weight"), DTYPES[kind])
         rows = embedding(b, table, self._tokens, kind)
         return b.op("Mul", rows, b.number(scale)) if scale != 1.0 else rows
 
     def _layer_inputs(self, embedded: str) -> str:
-        """What every layer gets of its own from the tokens, `[T, layers, n]`."""
+        """Per-layer inputs `[T, layers, n]`."""
         b, spec, linears = self.b, self.spec, self._linears
         size, name = spec.layer_input_size, "model.per_layer_model_projection"
         activation = linears.activation(embedded, self._tokens)
@@ -326,7 +336,7 @@ class DecoderGraph:
         return b.op("Mul", both, b.number(2**-0.5))
 
     def _layer_input(self, i: int, x: str) -> str:
-        """`[T, hidden]`: layer i's own input, gated by the stream."""
+        """Layer i's per-layer input, gated by the residual stream `x`: `[T, hidden]`."""
         b, linears, name = self.b, self._linears, f"model.layers.{i}"
         gate = linears.linear(
             f"{name}.per_layer_input_gate",
@@ -349,7 +359,7 @@ class DecoderGraph:
         activation = self._stream(normed, logit_tokens)
         source = "model.embed_tokens" if spec.tied_head else "lm_head"
         name = source if linears.precision.weight_bits is None else "lm_head"
-        table = self._tensor(f"{source}.weight")
+        table = self._read(f"{source}.weight")
         logits = linears.head(name, activation, table, self._smooth.rows("lm_head"))
         logits = soft_cap(b, logits, spec.logit_cap)
         self._logits = b.output(logits, "logits", FLOAT, ["N", spec.vocab_size])
@@ -357,10 +367,10 @@ class DecoderGraph:
     def _verify(self, draft_vocab: NDArray[np.int64] | None) -> None:
         b = self.b
         b.function(onnx_body.verify_function())
-        if draft_vocab is None:  # nothing is drawn from a draft: one token stands for none
+        if draft_vocab is None:  # no draft logits are read: one token stands in for a vocabulary
             draft_vocab = np.zeros(1, np.int64)
         sizes = {"D": len(draft_vocab)}
-        of_graph = {"logits": self._logits, "draft_vocab": "draft_vocab"}
+        inside = {"logits": self._logits, "draft_vocab": "draft_vocab"}
         b.weight("draft_vocab", draft_vocab.astype(np.int64))
         for name in contract.FED:
             operand = contract.OPERANDS[name]
@@ -368,7 +378,7 @@ class DecoderGraph:
             b.input(name, _TYPES[operand.dtype], shape)
         results = b.ops(
             contract.OP_TYPE,
-            *(of_graph.get(name, name) for name in contract.INPUT_NAMES),
+            *(inside.get(name, name) for name in contract.INPUT_NAMES),
             outputs=len(contract.OUTPUTS),
             domain=contract.DOMAIN,
             **contract.ATTRIBUTES,

@@ -1,7 +1,7 @@
-"""The slow twin of the decoder graph: whole sequences, no cache, plain NumPy in fp32.
+"""The reference: a slow twin of the target graph, in plain NumPy and fp32, without a cache.
 
-It shares the spec and the weights with the graph and nothing else: no block, no index, no cache.
-The export compares the two, and tests compare both with transformers.
+It shares only the spec and the weights with the graph. An export compares the two; tests compare
+both with transformers.
 """
 
 from __future__ import annotations
@@ -14,52 +14,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.models.spec import DecoderSpec, LayerSpec, RopeSpec
+from dspark_batch.models.weights import ReadTensor
 
 Array = NDArray[np.float32]
-Tensor = Callable[[str], NDArray[Any]]
 Observe = Callable[[str, Array, Sequence[NDArray[Any]]], None]
-_BLOCK = 2**24  # weights that are turned to fp32 at a time
+_BLOCK = 2**24  # elements of a weight that are converted to fp32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """One sequence: what its logits are made of, and the stream after each tapped layer."""
+    """Result for one sequence of T tokens."""
 
     normed: Array
-    """[T, hidden] the input of the head."""
+    """[T, hidden] input of the head."""
     streams: dict[int, Array]
-    """[T, hidden] the residual stream by layer (-1: the embedding)."""
+    """[T, hidden] residual stream after each tapped layer (-1: the embedding)."""
     head: Callable[[Array], Array]
+    """From `[T, hidden]` to logits `[T, V]`."""
 
     @property
     def logits(self) -> Array:
-        """[T, V], computed each time: for many tokens they are large."""
+        """[T, V], computed at each access: for many tokens they are large."""
         return self.head(self.normed)
 
 
 def forward(
     spec: DecoderSpec,
-    tensor: Tensor,
+    read: ReadTensor,
     sequences: Sequence[Sequence[int]],
     *,
     taps: Sequence[int] = (),
     observe: Observe = lambda name, x, matrices: None,
 ) -> list[Forward]:
-    """Run the decoder over each sequence by itself; reads every weight once and keeps none.
+    """Run the decoder over each sequence on its own. Weights are read when needed and not kept.
 
-    `observe(name, x, matrices)` sees the input `[tokens, in]` of every linear layer, and the
-    weights `[out, in]`, as stored, that are applied to it.
+    `observe(name, x, matrices)` is called for each linear layer: with its input `[tokens, in]` and
+    the weights `[out, in]`, as stored, that are applied to it.
     """
-    decoder = _Decoder(spec, tensor, sequences, observe=observe)
+    decoder = _Decoder(spec, read, sequences, observe=observe)
     streams = {}
     for i, stream in decoder.streams():
         if i in taps:
             streams[i] = decoder.split(stream)
     normed = decoder.normed(stream)
-    observe("lm_head", normed, [head_weight(spec, tensor)])
+    observe("lm_head", normed, [head_weight(spec, read)])
 
     def head(x: Array) -> Array:
-        return logits(spec, head_weight(spec, tensor), x)
+        return logits(spec, head_weight(spec, read), x)
 
     return [
         Forward(row, {i: parts[r] for i, parts in streams.items()}, head)
@@ -67,9 +68,9 @@ def forward(
     ]
 
 
-def head_weight(spec: DecoderSpec, tensor: Tensor) -> NDArray[Any]:
-    """The head `[V, hidden]`, as stored."""
-    return tensor(f"{'model.embed_tokens' if spec.tied_head else 'lm_head'}.weight")
+def head_weight(spec: DecoderSpec, read: ReadTensor) -> NDArray[Any]:
+    """Weight `[V, hidden]` of the head, as stored."""
+    return read(f"{'model.embed_tokens' if spec.tied_head else 'lm_head'}.weight")
 
 
 def logits(spec: DecoderSpec, weight: NDArray[Any], normed: Array) -> Array:
@@ -78,7 +79,7 @@ def logits(spec: DecoderSpec, weight: NDArray[Any], normed: Array) -> Array:
 
 
 def row_blocks(matrix: NDArray[Any]) -> Iterator[tuple[slice, Array]]:
-    """The matrix in fp32, some rows at a time."""
+    """The matrix in fp32, a block of rows at a time."""
     step = max(1, _BLOCK // matrix.shape[1])
     for begin in range(0, len(matrix), step):
         rows = slice(begin, begin + step)
@@ -91,20 +92,20 @@ class _Decoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        tensor: Tensor,
+        read: ReadTensor,
         sequences: Sequence[Sequence[int]],
         *,
         observe: Observe,
     ) -> None:
-        self._spec, self._tensor, self._observe = spec, tensor, observe
+        self._spec, self._read, self._observe = spec, read, observe
         self._tokens = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sequences])
         self._ends = np.cumsum([len(ids) for ids in sequences])[:-1]
         self._positions = np.concatenate([np.arange(len(ids)) for ids in sequences])
-        self._lenders = {layer.shares_with for layer in spec.layers}
-        self._keys_values: dict[int, tuple[Array, Array]] = {}  # of layers that others read
+        self._shared = {layer.shares_with for layer in spec.layers}
+        self._keys_values: dict[int, tuple[Array, Array]] = {}  # of the layers in _shared
 
     def split(self, x: Array) -> list[Array]:
-        """`[T, n]` by sequence."""
+        """`[T, n]` of all tokens, split by sequence."""
         return np.split(x, self._ends)
 
     def streams(self) -> Iterator[tuple[int, Array]]:
@@ -129,15 +130,15 @@ class _Decoder:
                 y = self._apply(f"{name}.per_layer_projection", gate * inputs[:, i])
                 x = x + self._norm(f"{name}.post_per_layer_input_norm", y)
             if spec.layer_scalar:
-                x = x * np.asarray(self._tensor(f"{name}.layer_scalar"), dtype=np.float32)
+                x = x * np.asarray(self._read(f"{name}.layer_scalar"), dtype=np.float32)
             yield i, x
 
     def normed(self, x: Array) -> Array:
-        """The last stream, ready for the head."""
+        """Input of the head, from the last residual stream."""
         return self._norm("model.norm", x)
 
     def _weight(self, name: str) -> NDArray[Any]:
-        return self._tensor(f"{name}.weight")
+        return self._read(f"{name}.weight")
 
     def _rows(self, name: str) -> Array:
         return np.asarray(self._weight(name)[self._tokens], dtype=np.float32)
@@ -155,7 +156,7 @@ class _Decoder:
         return plain_norm(x, self._spec.epsilon) * (scale + np.float32(self._spec.norm_offset))
 
     def _layer_inputs(self, embedded: Array) -> Array:
-        """What every layer gets of its own from the tokens, `[T, layers, n]`."""
+        """Per-layer inputs `[T, layers, n]`."""
         spec = self._spec
         shape = (len(embedded), spec.num_layers, spec.layer_input_size)
         projected = self._apply("model.per_layer_model_projection", embedded)
@@ -191,7 +192,7 @@ class _Decoder:
             if spec.v_norm:
                 v = plain_norm(v, spec.epsilon)
             own = self._rotated(layer, k), v
-            if i in self._lenders:
+            if i in self._shared:
                 self._keys_values[i] = own
         else:
             assert layer.shares_with is not None
@@ -212,7 +213,7 @@ def plain_norm(x: Array, epsilon: float) -> Array:
 
 
 def rotate(rope: RopeSpec, x: Array, positions: NDArray[np.int64]) -> Array:
-    """RoPE of heads `[.., heads, d]` at positions `[..]`: halves turn against each other."""
+    """RoPE of heads `[.., heads, d]` at positions `[..]`; a pair lies d / 2 apart."""
     cos, sin = (
         table[positions][..., None, :] for table in rope.tables(int(positions.max(initial=0)) + 1)
     )
@@ -222,13 +223,13 @@ def rotate(rope: RopeSpec, x: Array, positions: NDArray[np.int64]) -> Array:
 
 
 def softmax(scores: Array) -> Array:
-    """Over the last axis; -inf is 0."""
+    """Softmax over the last axis; -inf becomes 0."""
     probs = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return np.asarray(probs / probs.sum(axis=-1, keepdims=True))
 
 
 def product(x: Array, matrix: NDArray[Any]) -> Array:
-    """`[T, in]` times `[out, in]` transposed."""
+    """`[T, in]` times the transpose of `[out, in]`, in fp32."""
     y = np.empty((len(x), len(matrix)), np.float32)
     for rows, block in row_blocks(matrix):
         y[:, rows] = x @ block.T
@@ -236,14 +237,14 @@ def product(x: Array, matrix: NDArray[Any]) -> Array:
 
 
 def cap(x: Array, limit: float | None) -> Array:
-    """Soft cap; None caps nothing."""
+    """limit * tanh(x / limit); None: x itself."""
     if limit is None:
         return x
     return np.asarray(limit * np.tanh(x / np.float32(limit)), dtype=np.float32)
 
 
 def activate(kind: str, x: Array) -> Array:
-    """`silu`, or else GELU by tanh."""
+    """`DecoderSpec.activation`: `silu`, or else `gelu_tanh`."""
     if kind == "silu":
         return np.asarray(x / (1 + np.exp(-x)), dtype=np.float32)
     inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x)

@@ -1,9 +1,9 @@
-"""SmoothQuant: move the outliers of an activation into the weight, before both become int8.
+"""SmoothQuant: move outliers from an activation into the weight, before both become int8.
 
-Channel j of a linear layer's input is divided by s_j and row j of its weight multiplied by it,
-with s_j = sqrt(max|X_j| / max|W_j|) (Xiao et al. 2023, Eq. 4, alpha = 0.5). The product is the
-same. The division costs nothing at run time: it goes into what produces the input: the norm's
-weight, the value projection's columns, the up projection's columns.
+Channel j of a linear layer's input is divided by s_j, and row j of its weight multiplied by it,
+with s_j = sqrt(max|X_j| / max|W_j|) (Xiao et al. 2023, Eq. 4, alpha = 0.5). The product stays the
+same. The division costs nothing at run time, because it is folded into what produces the input:
+the norm's weight, the columns of the value projection or those of the up projection.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ _SMALLEST = np.float32(1e-5)
 
 
 class Outliers:
-    """Sees the inputs of linear layers in a forward pass: `reference.forward(..., observe=it)`."""
+    """Largest values of each linear layer; give it to `reference.forward` as `observe`."""
 
     def __init__(self) -> None:
         self._largest: dict[str, Array] = {}
         self._weights: dict[str, Array] = {}
 
     def __call__(self, name: str, x: Array, matrices: Sequence[NDArray[Any]]) -> None:
-        """Note the largest value of every channel, of the input and of the weights."""
+        """Record the largest absolute value of each channel, in the input and in the weights."""
         self._largest[name] = np.abs(x).max(axis=0)
         self._weights[name] = np.max(
             [np.abs(block).max(axis=0) for m in matrices for _, block in row_blocks(m)], axis=0
         )
 
     def factors(self, spec: DecoderSpec) -> dict[str, Array]:
-        """s `[in]` of every linear layer, by the name of its input.
+        """s `[in]` of each linear layer, by the name that `forward` gives it.
 
-        The output projection's factors are equal within a group of query heads, which share a
-        value, and 1 where values are normed after their projection: no weight in front can take
-        them.
+        Those of the output projection are equal within a group of query heads, which share a
+        value head. They are 1 if values are normed after their projection, since then no weight
+        in front can take the division.
         """
         factors = {
             name: np.sqrt(np.maximum(largest, _SMALLEST) / np.maximum(weights, _SMALLEST))
@@ -59,23 +59,23 @@ class Outliers:
 
 
 class Smoothing:
-    """The factors of one target; without any, nothing is scaled."""
+    """Smoothing factors of one target. Without factors, nothing is scaled."""
 
     def __init__(self, factors: Mapping[str, Array] | None = None) -> None:
         self._factors = dict(factors or {})
 
     def rows(self, name: str) -> Array | None:
-        """Factors on the rows of the `[in, out]` weight of the layer whose input is `name`."""
+        """Factors on the rows of weight `[in, out]` of linear layer `name`; None: no scaling."""
         return self._factors.get(name)
 
     def divide(self, name: str, weight: NDArray[Any]) -> NDArray[Any]:
-        """`[.., n]` of what produces the `n` channels of `name`: a norm, or columns."""
+        """`weight` `[.., n]` over the factors of `name`, whose n input channels it produces."""
         return weight / self._factors[name] if self._factors else weight
 
     def divide_values(
         self, name: str, columns: NDArray[Any], spec: DecoderSpec, layer: LayerSpec
     ) -> NDArray[Any]:
-        """The value projection `[in, kv * d]` in front of the output projection `name`."""
+        """Value projection `[in, kv * d]` over the factors of the output projection `name`."""
         if not self._factors:
             return columns
         grouped = self._factors[name].reshape(layer.num_kv_heads, spec.group(layer), layer.head_dim)

@@ -1,4 +1,4 @@
-"""What a decoder is, as data: a target family is a function from a config to a `DecoderSpec`."""
+"""`DecoderSpec`: all that the graph and the reference need to know about a decoder, as data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary frequencies `[d/2]` (fp32) and the factor on cos and sin (YaRN; else 1)."""
+    """Rotary frequencies `[d/2]` (fp32), and a factor on cos and sin (of YaRN, otherwise 1)."""
 
     inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
@@ -28,21 +28,21 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One layer's attention."""
+    """Attention of one layer."""
 
     rope: RopeSpec
     num_kv_heads: int
     head_dim: int
     window: int | None = None
-    """Newest keys that a query of a sliding layer sees, its own among them; None: all."""
+    """Newest keys that a query sees in a sliding layer, counting its own; None: all keys."""
     keys_as_values: bool = False
     """No value projection: values are the raw key projection (Gemma 4)."""
     shares_with: int | None = None
-    """The layer whose keys and values this one reads; None: it has its own (Gemma 4)."""
+    """Layer whose keys and values this one reads (Gemma 4); None: it has its own."""
 
     @property
     def projections(self) -> str:
-        """Which of q, k and v the layer computes."""
+        """Which of q, k and v the layer computes, as a string."""
         if self.shares_with is not None:
             return "q"
         return "qk" if self.keys_as_values else "qkv"
@@ -50,7 +50,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder-only transformer; the flags are the differences between families."""
+    """A decoder-only transformer. The fields with a default are what families differ in."""
 
     family: str
     vocab_size: int
@@ -64,23 +64,24 @@ class DecoderSpec:
     v_norm: bool = False
     """RMSNorm without a weight over each head's value (Gemma 4)."""
     sandwich_norms: bool = False
-    """Norms after attention and after the MLP too (Gemma)."""
+    """Norms also after attention and after the MLP (Gemma)."""
     norm_offset: float = 0.0
     """Added to every norm weight (Gemma 3 stores w - 1)."""
     layer_scalar: bool = False
-    """A stored factor on each layer's output (Gemma 4)."""
+    """Each layer's output is multiplied by a stored number (Gemma 4)."""
     layer_input_size: int = 0
-    """Width of an input of its own that every layer gets from the tokens; 0: none (Gemma 4)."""
+    """Width of the per-layer inputs, which are made from the tokens (Gemma 4); 0: none."""
     embedding_scale: float = 1.0
     attention_scale: float | None = None
-    """None: head_dim ** -0.5."""
+    """Factor on query times key; None: head_dim ** -0.5."""
     logit_cap: float | None = None
-    """Soft cap of the logits: cap * tanh(logit / cap)."""
+    """Soft cap of the logits: cap * tanh(logit / cap); None: no cap."""
     tied_head: bool = False
+    """The output head is the embedding table."""
     max_positions: int = 2048
 
     def scale(self, layer: LayerSpec) -> float:
-        """Factor on query times key."""
+        """Factor on query times key in a layer."""
         return self.attention_scale or layer.head_dim**-0.5
 
     def group(self, layer: LayerSpec) -> int:
@@ -94,7 +95,7 @@ class DecoderSpec:
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
-        """Key/value heads and head size of every layer with keys and values of its own."""
+        """(key/value heads, head size) of each layer that has keys and values of its own."""
         return tuple(
             (layer.num_kv_heads, layer.head_dim)
             for layer in self.layers
@@ -106,7 +107,7 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def activation(name: str) -> str:
-    """The MLP's non-linearity by its name in a config; ValueError for one there is no graph of."""
+    """`DecoderSpec.activation` for a config's name. Raises ValueError for an unsupported one."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not supported")
     return _ACTIVATIONS[name]
@@ -115,9 +116,9 @@ def activation(name: str) -> str:
 def rope_from_parameters(
     parameters: Mapping[str, Any], *, head_dim: int, max_positions: int
 ) -> RopeSpec:
-    """Frequencies of a nested `rope_parameters`: default, linear, proportional, llama3 and YaRN.
+    """RoPE of one `rope_parameters` dict: default, linear, proportional, llama3 or YaRN.
 
-    Raises ValueError for another `rope_type`, rather than fall back to the default silently.
+    Raises ValueError for any other `rope_type`: the default in its place would be silently wrong.
     """
     theta = float(parameters["rope_theta"])
     kind = parameters.get("rope_type", "default")
@@ -125,7 +126,7 @@ def rope_from_parameters(
     powers = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
     frequencies = 1.0 / theta**powers
     factor = float(parameters.get("factor", 1.0) or 1.0)
-    if kind == "proportional":  # the slow end of the spectrum does not turn
+    if kind == "proportional":  # the lowest frequencies do not rotate at all
         frequencies[int(share * head_dim // 2) :] = 0.0
         return _rope(frequencies / factor)
     if share != 1.0:

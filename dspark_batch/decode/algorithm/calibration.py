@@ -1,8 +1,8 @@
 """Sequential temperature scaling of the confidence head, one temperature per position.
 
-The labels are those of full verification on held-out rounds: a confidence is only as good as the
-target, sampling temperature and domain it was fitted for. Scaling keeps the order within a
-position and cannot move a logit of 0.
+It is fitted on rounds whose whole block was verified. A confidence is only as good as the target,
+the sampling temperature and the texts that it was fitted for. Scaling keeps the order within a
+position, and cannot move a logit of 0.
 
 Shapes: n rounds, γ block size.
 """
@@ -28,10 +28,10 @@ def fit(confidence_logits: Reals, accepted: ArrayLike) -> NDArray[np.float64]:
     """Temperatures [γ] that make survival match what was observed.
 
     `confidence_logits` [n, γ]; `accepted` [n] draft tokens accepted with the whole block verified.
-    Position by position: the temperature with the smallest error of survival against "accepted up
-    to here", those before it being fixed. Among those that are as good but for `_TOLERANCE` it is
-    the one nearest to 1: late positions are seldom reached, and the smallest error of all is often
-    chance there. Raises ValueError without rounds.
+    Position by position, with those before it fixed, it takes the temperature with the smallest
+    error of survival against "accepted up to here". Of those that are as good within `_TOLERANCE`
+    it takes the one nearest to 1: late positions are seldom reached, so the smallest error there is
+    often chance. Raises ValueError without rounds.
     """
     num_rounds, block_size = confidence_logits.shape
     if num_rounds == 0:
@@ -90,7 +90,8 @@ class Rounds:
     def acceptance(self) -> NDArray[np.float64]:
         """[γ] conditional acceptance by position.
 
-        One virtual success and failure, so that a position never reached is not taken for certain.
+        One virtual success and one failure keep a position that was never reached from being
+        certain.
         """
         passed = self.survived.sum(axis=0)
         reached = np.concatenate([[len(self.accepted)], passed[:-1]])
@@ -134,8 +135,8 @@ class Calibrated:
 def calibrated(rounds: Rounds, *, scaled: NDArray[np.bool_] | None = None) -> Calibrated:
     """Temperatures fitted on every other row, errors of the others, acceptance of all.
 
-    Rounds of one row are too much alike to be told apart; with one row or none nothing is scaled.
-    `scaled` [n] are the rounds that temperatures are for; logits of the others count as they are.
+    Nothing is scaled with fewer than two rows, since the rounds of one row are too much alike.
+    `scaled` [n] are the rounds that temperatures are for; other logits count as they are.
     """
     block_size = rounds.logits.shape[1]
     scaled = np.ones(len(rounds.accepted), bool) if scaled is None else scaled

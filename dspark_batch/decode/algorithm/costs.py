@@ -1,8 +1,8 @@
-"""What a round costs on this machine, as measured: the scheduler's denominator.
+"""What a round costs on this machine, from measured passes.
 
-A target pass is priced by its rows R, its tokens B, the tokens S of its longest row and the cached
-tokens C of a row. Linear layers cost by B. Attention is laid out per row, so every row pays for S,
-and reads its whole cache.
+The cost of a target pass depends on its rows R, its tokens B, the tokens S of its longest row and
+the cached tokens C of a row. Linear layers cost by B. Attention is laid out per row, so every row
+pays for S, and reads its whole cache.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike
 class CostTable:
     """Measured seconds of the target's and the draft's pass, by the size of the batch.
 
-    Invariant: both grids ascend from 1, every time is positive, what is added per token is not
-    negative. `tokens_per_row` has two points or more: a table that is flat in tokens would make
-    "verify everything" optimal by construction.
+    Invariant: both grids ascend from 1, every time is positive, and no further token makes a pass
+    cheaper. `tokens_per_row` has at least two points: with one, "verify everything" would always
+    win.
     """
 
     rows: tuple[int, ...]
@@ -156,8 +156,8 @@ class CostTable:
     def draft(self, num_rows: float, *, context: float = 0.0, num_pending: int = 0) -> float:
         """Seconds of a draft pass for `num_rows` rows; it always drafts the whole block.
 
-        `num_pending` tokens of context, of all rows together, are taken in on the way. Less than
-        one row is a pass that is made now and then; none costs nothing.
+        It takes in `num_pending` tokens of context, of all rows together. Less than one row stands
+        for a pass that is made only now and then.
         """
         if num_rows < 1:
             return num_rows * self.draft(1, context=context) + num_pending * self.intake_seconds
@@ -192,7 +192,7 @@ class VerifyCurve:
     __slots__ = ("_base", "_num_rows", "_slope", "_uniform", "_widths")
 
     def __init__(self, num_rows: int, uniform: list[float], lone: list[float]) -> None:
-        """`uniform` and `lone` [γ+1] are the two ends of what each longest row may cost."""
+        """Seconds [γ+1] by the longest row: if all rows are as long, and if only one is."""
         self._num_rows = num_rows
         self._uniform = uniform
         self._widths = [num_rows * width for width in range(1, len(uniform) + 1)]
@@ -204,7 +204,7 @@ class VerifyCurve:
             self._base.append(every - slope * num_rows * (extra + 1))
 
     def __call__(self, num_tokens: float, longest: int | None = None) -> float:
-        """Without `longest`, of a pass whose rows have about equally many tokens."""
+        """Seconds; without `longest`, of a pass whose rows have about as many tokens each."""
         if longest is None or longest > len(self._base):
             return _interpolate(self._widths, self._uniform, num_tokens)
         return self._base[longest - 1] + self._slope[longest - 1] * num_tokens

@@ -1,8 +1,7 @@
-"""What drafting may be expected to bring, from the blocks of past rounds.
+"""What to expect of drafting, from the blocks of past rounds.
 
-A schedule that has to say whether drafting pays, before it drafts, plays the last blocks through
-again: what would it have verified of them, at which cost, for how many tokens? So what it expects
-is what it would do, at any number of rows.
+Before it drafts, a schedule must say whether drafting pays. So it replays the last blocks at the
+present number of rows: what would it have verified of them, at which cost, for how many tokens?
 
 Shapes: γ block size, R rows, J replayed rounds.
 """
@@ -36,17 +35,17 @@ class Outlook:
 
     @property
     def has_blocks(self) -> bool:
-        """Whether there is anything to expect by."""
+        """Whether there are blocks to replay."""
         return bool(self._blocks)
 
     def expect(self, acceptance: Confidence) -> None:
-        """Begin with blocks of this conditional acceptance [γ]."""
+        """Start with blocks of this conditional acceptance [γ]."""
         self._blocks.extend([acceptance] * _PRIOR_BLOCKS)
 
     def see(self, confidence: Confidence, *, num_passing: int | None = None) -> None:
         """Keep the blocks [R, γ] of a round, verified or not: calibrated confidence.
 
-        `num_passing` of them a draft pass was made for; all where it is not said.
+        A draft pass was made for `num_passing` of them; None: for all.
         """
         self._blocks.extend(confidence)
         self.num_seen += len(confidence)
@@ -56,17 +55,17 @@ class Outlook:
 
     @property
     def share_passing(self) -> float:
-        """Share of the blocks, the last ones most, that a draft pass was made for."""
+        """Share of blocks that a draft pass was made for; recent ones count most."""
         return self._num_passing / self._num_drafted if self._num_drafted else 1.0
 
     def learn(self, *, predicted: float, accepted: float) -> None:
-        """Draft tokens of one plan: expected by untrusted confidence, and found."""
+        """Take in how many drafts of a plan were expected to be accepted, and how many were."""
         self._predicted = _DECAY * self._predicted + predicted
         self._accepted = _DECAY * self._accepted + accepted
 
     @property
     def trust(self) -> float:
-        """Accepted over predicted draft tokens: a factor on survival, 1 to start with.
+        """Accepted over predicted drafts: a factor on survival that starts at 1.
 
         Calibration holds for the texts that it was fitted on; this follows the run's own.
         """
@@ -84,9 +83,9 @@ class Outlook:
         return np.asarray(np.mean(self._blocks, axis=0))
 
     def rounds(self, num_rows: int) -> NDArray[np.float64]:
-        """The last blocks dealt out to rounds of `num_rows` rows: confidence [J, R, γ].
+        """The last blocks as rounds of `num_rows` rows: confidence [J, R, γ].
 
-        Blocks are used again where there are too few.
+        If there are too few blocks they are used again.
         """
         num_rounds = max(1, min(_MOST_ROUNDS, _KEPT_BLOCKS // num_rows))
         blocks = np.array(self._blocks)[-num_rounds * num_rows :]

@@ -1,4 +1,4 @@
-"""Target families: each is a function from a Hugging Face config to a `DecoderSpec`."""
+"""Target families: `decoder_spec` turns a config into a `DecoderSpec`; one module per family."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Gemma 3 (text): scaled embeddings, four norms a layer, sliding windows with their own RoPE."""
+"""Gemma 3 (text): scaled embeddings, four norms per layer, sliding windows with their own RoPE."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dspark_batch.models import DecoderSpec, activation, rope_from_parameters
+from dspark_batch.models import DecoderSpec, rope_from_parameters
 from dspark_batch.models.families import llama
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """`DecoderSpec` of a `model_type: gemma3_text` config."""
-    # No published model has a cap on its scores, and transformers ignores one.
+    """Spec of a config with `model_type: gemma3_text`."""
+    # No published model caps its attention scores, and transformers would ignore the cap.
     for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
         if config.get(name):
             raise ValueError(f"{name} is not supported")
     parameters = config["rope_parameters"]
-    plain = llama.spec({**config, "rope_parameters": parameters["full_attention"]})
+    plain = llama.spec(
+        {
+            **config,
+            "hidden_act": config["hidden_activation"],
+            "rope_parameters": parameters["full_attention"],
+        }
+    )
     full = plain.layers[0]
     rope = rope_from_parameters(
         parameters["sliding_attention"],
@@ -32,12 +38,10 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         plain,
         family="gemma3",
         layers=tuple(kinds[kind] for kind in config["layer_types"]),
-        activation=activation(config["hidden_activation"]),
         qk_norm=True,
         sandwich_norms=True,
         norm_offset=1.0,
         embedding_scale=config["hidden_size"] ** 0.5,
         attention_scale=config["query_pre_attn_scalar"] ** -0.5,
         logit_cap=config.get("final_logit_softcapping"),
-        tied_head=bool(config.get("tie_word_embeddings", True)),
     )

@@ -1,6 +1,6 @@
-"""Gemma 4 (text): Gemma 3 with other heads in full layers, normed values, shared keys and values.
+"""Gemma 4 (text): Gemma 3 with other head sizes in full layers, normed values, shared keys.
 
-The mixture-of-experts variant is not supported; an input per layer (E2B, E4B) is.
+Per-layer inputs (E2B, E4B) are supported, mixtures of experts are not.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dspark_batch.models import DecoderSpec, LayerSpec, activation, rope_from_parameters
+from dspark_batch.models import DecoderSpec, LayerSpec, rope_from_parameters
 from dspark_batch.models.families import llama
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """`DecoderSpec` of a `model_type: gemma4_text` or `gemma4_unified_text` config."""
+    """Spec of a config with `model_type: gemma4_text` or `gemma4_unified_text`."""
     if config.get("enable_moe_block"):
         raise ValueError("enable_moe_block (a mixture of experts) is not supported")
     if config.get("use_bidirectional_attention") == "all":
@@ -23,7 +23,13 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     if layer_input_size and config["vocab_size_per_layer_input"] < config["vocab_size"]:
         raise ValueError("vocab_size_per_layer_input is smaller than vocab_size")
     parameters = config["rope_parameters"]
-    plain = llama.spec({**config, "rope_parameters": parameters["sliding_attention"]})
+    plain = llama.spec(
+        {
+            **config,
+            "hidden_act": config["hidden_activation"],
+            "rope_parameters": parameters["sliding_attention"],
+        }
+    )
     sliding = replace(plain.layers[0], window=config["sliding_window"])
     full = replace(
         sliding,
@@ -41,8 +47,7 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
     return replace(
         plain,
         family="gemma4",
-        layers=_shared([kinds[kind] for kind in config["layer_types"]], config),
-        activation=activation(config["hidden_activation"]),
+        layers=_with_sharing([kinds[kind] for kind in config["layer_types"]], config),
         qk_norm=True,
         v_norm=True,
         sandwich_norms=True,
@@ -51,18 +56,20 @@ def spec(config: Mapping[str, Any]) -> DecoderSpec:
         embedding_scale=config["hidden_size"] ** 0.5,
         attention_scale=1.0,
         logit_cap=config.get("final_logit_softcapping"),
-        tied_head=bool(config.get("tie_word_embeddings", True)),
     )
 
 
-def _shared(layers: list[LayerSpec], config: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
-    """The last `num_kv_shared_layers` read the keys of the last layer of their kind before them."""
+def _with_sharing(layers: list[LayerSpec], config: Mapping[str, Any]) -> tuple[LayerSpec, ...]:
+    """Let each of the last `num_kv_shared_layers` read the keys and values of an earlier layer.
+
+    That is the last layer of the same kind that has keys and values of its own.
+    """
     first = len(layers) - (config.get("num_kv_shared_layers") or 0)
     newest = {layer: i for i, layer in enumerate(layers[:first])}
     if missing := set(layers[first:]) - set(newest):
         raise ValueError(
-            f"num_kv_shared_layers {len(layers) - first} leaves no layer that "
-            f"{len(missing)} of the kinds of layer_types could share keys with"
+            f"num_kv_shared_layers {len(layers) - first} leaves no earlier layer to share with for "
+            f"{len(missing)} of the kinds in layer_types"
         )
     return (
         *layers[:first],

@@ -1,4 +1,4 @@
-"""Qwen3 family: Llama with RMSNorm on the heads of queries and keys."""
+"""Qwen3: Llama with an RMSNorm on the heads of queries and keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dspark_batch.models.families import llama
 
 
 def spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """`DecoderSpec` of a `model_type: qwen3` config."""
+    """Spec of a config with `model_type: qwen3`."""
     if config.get("use_sliding_window"):
-        raise ValueError("use_sliding_window is not supported for qwen3")
+        raise ValueError("use_sliding_window is not supported")
     return replace(llama.spec(config), family="qwen3", qk_norm=True)

@@ -1,4 +1,4 @@
-"""Target families: each is a function from a Hugging Face config to a `DecoderSpec`."""
+"""The table of target families, and `decoder_spec`, which looks up a config's family in it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FAMILIES = {
 
 
 def decoder_spec(config: Mapping[str, Any]) -> DecoderSpec:
-    """The spec of a target config.
+    """The `DecoderSpec` of a target with this `Weights.config`.
 
     Raises:
-        EngineError: the family is not known, or the config asks for something it cannot do.
+        EngineError: the family is unknown, a key is missing or a setting is not supported.
     """
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:

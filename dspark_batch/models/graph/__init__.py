@@ -1,4 +1,4 @@
-"""How graphs are written: a builder, the blocks of a transformer, linear layers by precision."""
+"""Writing ONNX graphs: a builder, transformer blocks, and linear layers in every precision."""
 
 import lazy_loader
 

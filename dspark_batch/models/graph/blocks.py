@@ -1,8 +1,9 @@
-"""Graph blocks that every model shares: norms, embeddings, RoPE, attention.
+"""Graph blocks that target and draft share: norms, embeddings, RoPE, attention.
 
-Tokens of a call are flattened: `[T, hidden]`. Only attention is laid out per row, `[R, S]`, where
-S is the longest row of this call: `token_index` [R, S] says which flattened token fills each cell
-(padding: any), `cell_index` [T] in which cell, `row * S + s`, each token lies.
+The T tokens of a call are flattened, `[T, hidden]`. Only attention has a cell for each row and
+token, `[R, S]`, with S the length of the longest row in the call: `token_index` [R, S] is the
+flattened token in each cell (any token in padding), `cell_index` [T] the cell of each token, as
+`row * S + s`.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ from numpy.typing import NDArray
 
 from dspark_batch.models.graph.builder import DTYPES, GraphBuilder
 
-MOST_SUMMED = 128  # terms of a sum that MLAS, ONNX Runtime's CPU kernels, never cuts
-MASKED = -1.0e30  # added to the score of a key that a query must not see; finite, so never NaN
+MAX_SUMMED = 128  # terms of a sum that MLAS (ONNX Runtime's CPU kernels) never splits
+MASKED = -1.0e30  # added to the score of a masked key; finite, so that nothing becomes NaN
 
 Matrix = NDArray[Any]
 
 
 def rms_norm(b: GraphBuilder, x: str, name: str, weight: Matrix, epsilon: float) -> str:
-    """RMSNorm over the last axis, computed in fp32."""
+    """RMSNorm over the last axis, in fp32."""
     scale = b.weight(name, weight, np.float32)
     return b.narrow(b.op("RMSNormalization", b.wide(x), scale, axis=-1, epsilon=epsilon))
 
 
 def plain_norm(b: GraphBuilder, x: str, size: int, epsilon: float) -> str:
-    """RMSNorm without a weight over the last axis, of `size`; in fp32."""
+    """RMSNorm without a weight, over the last axis of length `size`, in fp32."""
     ones = b.constant(np.ones(size), np.float32)
     return b.narrow(b.op("RMSNormalization", b.wide(x), ones, axis=-1, epsilon=epsilon))
 
 
 def soft_cap(b: GraphBuilder, x: str, cap: float | None) -> str:
-    """cap * tanh(x / cap) of fp32 values; None caps nothing."""
+    """cap * tanh(x / cap) of an fp32 value; None: `x` itself."""
     if cap is None:
         return x
     size = b.constant(cap, np.float32)
@@ -41,7 +42,7 @@ def soft_cap(b: GraphBuilder, x: str, cap: float | None) -> str:
 
 
 def embedding(b: GraphBuilder, table: str, tokens: str, data_type: int) -> str:
-    """Rows of `table`, which is of `data_type`, in the graph's own type."""
+    """Rows of `table`, which has type `data_type`, in the type of the graph."""
     rows = b.op("Gather", table, tokens)
     return rows if data_type == b.data_type else b.op("Cast", rows, to=b.data_type)
 
@@ -49,7 +50,7 @@ def embedding(b: GraphBuilder, table: str, tokens: str, data_type: int) -> str:
 def rope_tables(
     b: GraphBuilder, name: str, tables: tuple[NDArray[np.float32], NDArray[np.float32]]
 ) -> tuple[str, str]:
-    """cos and sin `[max, d/2]` as weights of the graph's own type."""
+    """cos and sin `[max, d/2]` as weights in the type of the graph."""
     dtype = DTYPES[b.data_type]
     cos, sin = (
         b.weight(f"{name}.{w}", t, dtype) for w, t in zip(("cos", "sin"), tables, strict=True)
@@ -73,30 +74,37 @@ def tokens_from_rows(b: GraphBuilder, x: str, cell_index: str, *, width: int) ->
 
 
 def rotate(b: GraphBuilder, x: str, tables: tuple[str, str], positions: str) -> str:
-    """Half-split RoPE of `[R, heads, S, d]` at `positions` [R, S]; tables `[max, d/2]` cos, sin."""
+    """RoPE of `[R, heads, S, d]` at `positions` [R, S]; a pair lies d / 2 apart.
+
+    `tables`: cos and sin, `[max, d/2]`.
+    """
     return b.op("RotaryEmbedding", x, *tables, positions, interleaved=0)
 
 
 def attention(b: GraphBuilder, q: str, keys: str, values: str, seen: str) -> str:
-    """`q` [R, heads, S, d] over `keys`, `values` [R, kv, n, d] where `seen` [R, 1, S, n] -> as q.
+    """Attention as one node, for which TensorRT has a fused kernel; the result is shaped as `q`.
 
-    One node. ONNX Runtime on the CPU is faster with `folded_scores`; TensorRT has a fused kernel.
+    `q` [R, heads, S, d], `keys` and `values` [R, kv, n, d], mask `seen` bool [R, 1, S, n]. On the
+    CPU, ONNX Runtime is faster with `folded_scores`.
     """
     return b.op("Attention", q, keys, values, seen, scale=1.0)
 
 
-def folded_scores(b: GraphBuilder, q: str, keys: str, *, head_dim: int, lone: bool = False) -> str:
+def folded_scores(
+    b: GraphBuilder, q: str, keys: str, *, head_dim: int, may_be_one_row: bool = False
+) -> str:
     """`q` [R, kv, G*S, d] times `keys` [R, kv, n, d] transposed -> [R, kv, G*S, n].
 
-    In products of at most `MOST_SUMMED` terms: a longer sum is cut by ONNX Runtime's CPU kernels
-    (MLAS) where n and the number of threads say, so a score would depend on how many keys lie
-    beside its own, and a row's text on the length of its neighbours. `lone`: see `row_product`.
+    Sums of more than `MAX_SUMMED` terms are cut here. MLAS would cut them depending on n and the
+    number of threads; then a score would depend on how many other keys there are, and the text of
+    a row on the length of other rows. `may_be_one_row`: see `row_product`.
     """
 
     def product(q: str, keys: str) -> str:
-        return row_product(b, q, b.op("Transpose", keys, perm=[0, 1, 3, 2]), lone=lone)
+        turned = b.op("Transpose", keys, perm=[0, 1, 3, 2])
+        return row_product(b, q, turned, may_be_one_row=may_be_one_row)
 
-    sizes = [min(MOST_SUMMED, head_dim - i) for i in range(0, head_dim, MOST_SUMMED)]
+    sizes = [min(MAX_SUMMED, head_dim - i) for i in range(0, head_dim, MAX_SUMMED)]
     if len(sizes) == 1:
         return product(q, keys)
     parts = [b.ops("Split", x, b.constant(sizes), outputs=len(sizes), axis=3) for x in (q, keys)]
@@ -106,13 +114,13 @@ def folded_scores(b: GraphBuilder, q: str, keys: str, *, head_dim: int, lone: bo
     return first
 
 
-def row_product(b: GraphBuilder, x: str, y: str, *, lone: bool) -> str:
-    """`x` [R, kv, M, n] times `y` [R, kv, n, k]; `lone` if M can be 1.
+def row_product(b: GraphBuilder, x: str, y: str, *, may_be_one_row: bool) -> str:
+    """`x` [R, kv, M, n] times `y` [R, kv, n, k]; `may_be_one_row`: M can be 1.
 
-    MLAS has another kernel for products of one row, which rounds otherwise than the one for many.
-    So that a plain step and a verification agree, the first row goes along twice.
+    For M = 1, MLAS would take a kernel that rounds differently, and a plain step would no longer
+    agree with a verification. So if M can be 1, the first row is multiplied twice.
     """
-    if not lone:
+    if not may_be_one_row:
         return b.op("MatMul", x, y)
     begin, one, rows = b.constant([0]), b.constant([1]), b.constant([2])
     twice = b.op("Concat", x, b.op("Slice", x, begin, one, rows), axis=2)
@@ -120,10 +128,10 @@ def row_product(b: GraphBuilder, x: str, y: str, *, lone: bool) -> str:
 
 
 def fold_queries(b: GraphBuilder, q: str, *, num_kv_heads: int, head_dim: int) -> str:
-    """`[R, heads, S, d]` -> `[R, kv, G * S, d]`: the query heads of a group share one product.
+    """`[R, heads, S, d]` -> `[R, kv, G * S, d]`: the G query heads of a group share one product.
 
-    On the CPU this reads each key once per group instead of once per head; `docs/design.md` has
-    what that gains over `Attention` with grouped heads.
+    On the CPU this reads each key once per group instead of once per head; `docs/design.md` says
+    how much faster that is than `Attention` with grouped heads.
     """
     return b.op("Reshape", q, b.constant([0, num_kv_heads, -1, head_dim]))
 
@@ -134,7 +142,7 @@ def unfold_queries(b: GraphBuilder, x: str, *, num_heads: int, head_dim: int) ->
 
 
 def activate(b: GraphBuilder, x: str, kind: str) -> str:
-    """The MLP's non-linearity: `silu` or `gelu_tanh`."""
+    """The activation function of an MLP: `silu` or `gelu_tanh`."""
     if kind == "silu":
         return b.op("Mul", x, b.op("Sigmoid", x))
     if kind == "gelu_tanh":

@@ -1,7 +1,7 @@
-"""A small ONNX graph writer: nodes by name, weights streamed to an external file.
+"""`GraphBuilder`, a small writer of ONNX graphs whose weights go to a file of their own.
 
-Weights go to `<graph>.onnx.data` the moment they are added, a block of rows at a time, so that a
-build never holds more than what it is writing, and a second graph may refer to a weight that the
+A weight is written to `<graph>.onnx.data` as soon as it is added, a block of rows at a time, so
+that a build holds no more in memory than that block. A second graph can refer to a weight that the
 first one wrote (`share`).
 """
 
@@ -21,8 +21,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 24
 IR_VERSION = 11
-_ALIGNMENT = 4096  # bytes; a multiple of the page size lets the runtime map a weight in place
-_BLOCK = 2**26  # bytes of a weight that are converted and written at a time
+_ALIGNMENT = 4096  # bytes: a page, so that the runtime can map a weight in place
+_BLOCK = 2**26  # bytes of a weight that are converted and written at once
 FLOAT, FLOAT16, BFLOAT16, INT64, BOOL = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -38,7 +38,7 @@ Dim = int | str
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """Where a weight lies: file name in the engine folder, byte range, ONNX type and shape."""
+    """Where a weight is stored: file name in the engine folder, byte range, ONNX type, shape."""
 
     location: str
     offset: int
@@ -48,10 +48,10 @@ class StoredWeight:
 
 
 class GraphBuilder:
-    """Collects one graph. Values are names; `op` appends a node and returns its output's name.
+    """Collects one graph. Values are names: `op` adds a node and returns the name of its output.
 
-    `folder` receives `<name>.onnx` and `<name>.onnx.data` on `save`. `data_type` is that of the
-    graph's activations; what half precision does not do is computed between `wide` and `narrow`.
+    The graph is written to `<name>.onnx` and `<name>.onnx.data` in `folder`. `data_type` is the
+    type of its activations; what needs more than half precision goes between `wide` and `narrow`.
     """
 
     def __init__(self, name: str, folder: Path, data_type: int = FLOAT) -> None:
@@ -72,18 +72,18 @@ class GraphBuilder:
     # values -------------------------------------------------------------------------------------
 
     def input(self, name: str, data_type: int, shape: Sequence[Dim]) -> str:
-        """Declare a graph input; strings in `shape` are symbolic dimensions."""
+        """Declare a graph input. Strings in `shape` are symbolic dimensions."""
         self._inputs.append(helper.make_tensor_value_info(name, data_type, list(shape)))
         return name
 
     def output(self, value: str, name: str, data_type: int, shape: Sequence[Dim]) -> str:
-        """Declare `value` as the graph output `name`, renaming it in place; returns `name`."""
+        """Rename `value` to `name` and declare it as a graph output; returns `name`."""
         self.rename(value, name)
         self._outputs.append(helper.make_tensor_value_info(name, data_type, list(shape)))
         return name
 
     def rename(self, value: str, name: str) -> str:
-        """Give `value` a name that others can find it by; returns `name`."""
+        """Rename `value` to `name`, so that it can be found from outside; returns `name`."""
         for node in self._nodes:
             for values in (node.input, node.output):
                 for i, candidate in enumerate(values):
@@ -92,7 +92,7 @@ class GraphBuilder:
         return name
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:
-        """A small constant kept in the graph file; equal constants are stored once."""
+        """A small constant, stored in the graph file; equal constants are stored once."""
         array = np.asarray(value, dtype=dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
@@ -102,14 +102,14 @@ class GraphBuilder:
         return self._constants[key]
 
     def number(self, value: Any) -> str:
-        """A constant of the graph's own type."""
+        """A constant in the type of the graph."""
         return self.constant(value, DTYPES[self.data_type])
 
     def weight(self, name: str, array: NDArray[Any], dtype: Any = None) -> str:
-        """Write `array` to the data file and declare it as initializer `name`, once per name.
+        """Write `array` to the data file as initializer `name`, unless `name` is there already.
 
-        `dtype` is what it is stored as; default: what it is. Rows of int4 have an even length: two
-        values share a byte.
+        It is stored as `dtype`, by default as it is. int4 rows must have an even length, because
+        two values share a byte.
         """
         if name in self._stored:
             return name
@@ -141,7 +141,7 @@ class GraphBuilder:
         return self.share(name, stored)
 
     def share(self, name: str, stored: StoredWeight) -> str:
-        """Declare an initializer whose bytes lie in some data file of the folder, once per name."""
+        """Declare initializer `name`, whose bytes are in a data file of the folder already."""
         if name in self._stored:
             return name
         tensor = TensorProto(name=name, data_type=stored.data_type, dims=stored.shape)
@@ -154,23 +154,23 @@ class GraphBuilder:
         return name
 
     def has(self, name: str) -> bool:
-        """Whether the graph has a weight of that name, written or shared."""
+        """Whether the graph has weight `name`, written or shared."""
         return name in self._stored
 
     def stored(self, name: str) -> StoredWeight:
-        """Where weight `name` lies, for `share` in another graph."""
+        """Where weight `name` is stored, to `share` it with another graph."""
         return self._stored[name]
 
     # nodes --------------------------------------------------------------------------------------
 
     def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """Append a node with one output and return the output's name."""
+        """Add a node with one output; returns the output's name."""
         return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
         self, op_type: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any
     ) -> list[str]:
-        """Append a node with `outputs` outputs and return their names."""
+        """Add a node with `outputs` outputs; returns their names."""
         self._count += 1
         stem = f"{op_type}_{self._count}"
         names = [stem if outputs == 1 else f"{stem}_{i}" for i in range(outputs)]
@@ -181,15 +181,15 @@ class GraphBuilder:
         return names
 
     def wide(self, value: str) -> str:
-        """A value of the graph's own type as fp32."""
+        """Cast a value in the type of the graph to fp32."""
         return value if self.data_type == FLOAT else self.op("Cast", value, to=FLOAT)
 
     def narrow(self, value: str) -> str:
-        """An fp32 value in the graph's own type."""
+        """Cast an fp32 value to the type of the graph."""
         return value if self.data_type == FLOAT else self.op("Cast", value, to=self.data_type)
 
     def function(self, function: onnx.FunctionProto) -> None:
-        """Carry a model-local function; call it with `ops(..., domain=function.domain)`."""
+        """Add a model-local function; call it with `ops(..., domain=function.domain)`."""
         self._functions.append(function)
         self._domains.setdefault(function.domain, 1)
 
@@ -211,9 +211,9 @@ class GraphBuilder:
 
 
 def in_fp32(graph: Path, folder: Path) -> Path:
-    """Write the twin of a bfloat16 graph that computes in fp32, and return it.
+    """Write a copy of a bfloat16 graph that computes in fp32 to `folder`; returns its path.
 
-    The weights stay what and where they are: `folder` must hold their data file too.
+    The weights are not copied: `folder` must have the data file of the graph too.
     """
     model = onnx.load(graph, load_external_data=False)
     casts = []
@@ -243,7 +243,7 @@ def in_fp32(graph: Path, folder: Path) -> Path:
 
 
 def copy_graph() -> bytes:
-    """A model whose output `target` [n] is its input `source` [n], bytes: a copy on any device."""
+    """A model that copies bytes on any device, from its input `source` [n] to output `target`."""
     graph = helper.make_graph(
         [helper.make_node("Identity", ["source"], ["target"])],
         "copy",

@@ -1,8 +1,8 @@
 """Precisions, and linear layers in each of them.
 
-A precision says what a graph's activations are and how it stores the weights of its linear layers.
-Whatever is no linear layer (norms, embeddings, softmax, heads over them) follows from the type of
-the activations, which is the graph builder's.
+A precision is the type of a graph's activations and the format of the weights of its linear
+layers. Everything else (norms, embeddings, softmax) follows the type of the activations, which is
+the `data_type` of the graph builder.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ from dspark_batch.models.graph.builder import BFLOAT16, DTYPES, FLOAT, FLOAT16, 
 
 Matrix = NDArray[Any]
 STREAM_MIX, DOWN_MIX = 64, 16
-"""Channels that are mixed before they are quantized: of inputs that are as wide as the residual
-stream, and of `down_proj`'s, which are wider."""
-INT4_BLOCK = 32  # rows of a matrix that share a scale in each column
-_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # of the scale that cuts nothing off
-_BLOCK = 2**24  # weights that are quantized at a time
+"""Number of channels that are mixed with each other before quantization: in inputs as wide as the
+residual stream, and in the wider input of `down_proj`."""
+INT4_BLOCK = 32  # rows of a matrix that share one scale per column
+_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # scales to try; 1 is the one without clipping
+_BLOCK = 2**24  # weights that are quantized at once
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What a graph is built of."""
+    """Types of the activations and weights of a graph."""
 
     data_type: int
     """ONNX type of activations, caches and context."""
     weight_bits: int | None = None
-    """Of linear layers; None: their type is that of the activations."""
+    """Bits of the weights of linear layers; None: they have the type of the activations."""
     by_token: bool = False
-    """Activations are quantized too, each token with its own scale."""
+    """Activations are quantized too, with one scale per token."""
     native_attention: bool = False
-    """One `Attention` node a layer, which TensorRT has kernels for; else products and a softmax."""
+    """Attention is one node per layer, for TensorRT's kernels; else two products and a softmax."""
 
     @property
     def smoothed(self) -> bool:
-        """Whether outliers of activations go into the weights: int8 weights alone lose by it."""
+        """Whether SmoothQuant is applied; it makes int8 weights with float activations worse."""
         return self.by_token or self.weight_bits == 4
 
     @property
     def table_type(self) -> int:
-        """ONNX type of embedding tables: beside quantized layers, fp16 will do."""
+        """ONNX type of embedding tables; next to int8 activations, fp16 is exact enough."""
         return FLOAT16 if self.by_token else self.data_type
 
 
@@ -60,7 +60,7 @@ PRECISIONS = {
 
 
 def hadamard(size: int) -> NDArray[np.float32]:
-    """Sylvester's orthonormal matrix `[size, size]`, its own inverse; `size` is a power of two."""
+    """Orthonormal Hadamard matrix `[size, size]`, its own inverse; `size` is a power of two."""
     matrix = np.ones((1, 1), np.float32)
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
@@ -72,8 +72,8 @@ def quantize_columns(
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric int8 per output channel: `[in, out]` -> int8 `[in, out]`, scales `[out]`.
 
-    `rows` [in] are factors on the rows of the matrix; then every `mix` rows are mixed, as
-    `Linears.activation` mixes what they are multiplied with.
+    First the rows of the matrix are multiplied by `rows` [in], then groups of `mix` rows are mixed,
+    as `Linears.activation` mixes the channels that they will be multiplied with.
     """
     height, width = matrix.shape
     quantized = np.empty((height, width), np.int8)
@@ -94,10 +94,10 @@ def quantize_columns(
 
 
 def quantize_blocks(matrix: Matrix) -> tuple[NDArray[Any], NDArray[np.float32]]:
-    """int4 by blocks of rows: `[in, out]` -> int4 `[in, out]`, scales `[in / 32, out]`.
+    """int4 in blocks of rows: `[in, out]` -> int4 `[in, out]`, scales `[in / 32, out]`.
 
-    Of a few scales a block gets the one with the smallest squared error: the largest value may be
-    cut off for the sake of the others. Scales are positive, which TensorRT insists on.
+    Several scales are tried, and each block and column gets the one with the smallest squared
+    error, even if it clips the largest values. Scales are positive, as TensorRT requires.
     """
     height, width = matrix.shape
     quantized = np.empty((height, width), INT4)
@@ -120,29 +120,30 @@ def quantize_blocks(matrix: Matrix) -> tuple[NDArray[Any], NDArray[np.float32]]:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A flattened activation `[T, n]` and, once a quantized layer asked, its int8 form."""
+    """Input `[T, n]` of linear layers, and its quantized form if the precision has one."""
 
     value: str
     quantized: str | None = None
     scale: str | None = None
+    """[T, 1]"""
     mix: int = 1
+    """Number of channels mixed with each other."""
 
 
 class Linears:
-    """Emits linear layers in one precision.
+    """Adds linear layers to a graph, in one precision.
 
-    `int8` is row-wise: each token is quantized with its own scale (absolute maximum / 127), the
-    weights per output channel, and the integer product is exact. A row's result therefore depends
-    neither on its neighbours nor on the number of tokens in the call. Activations are stored
-    unsigned with zero point 128, because the u8 x s8 product is the one with a fast kernel on
-    every x86 CPU (VNNI, AMX); the value is the symmetric one.
+    In `int8`, each token is quantized with its own scale (absolute maximum / 127) and the weights
+    per output channel; the integer product is exact. So a result depends neither on other rows nor
+    on the number of tokens in the call. Activations are symmetric, but stored unsigned with zero
+    point 128, because every x86 CPU with VNNI or AMX has a fast kernel for u8 x s8.
 
-    A few large channels of a token cost the others their resolution. So every few channels are
-    mixed by a Hadamard matrix first, and the rows of the weight with them (QuaRot, Ashkboos et al.
-    2024): the product is the same, and what was one large value is many middling ones.
+    One large channel would leave the other channels of its token too few steps. So small groups of
+    channels are mixed by a Hadamard matrix first, and the rows of the weight likewise (QuaRot,
+    Ashkboos et al. 2024): the product stays the same, and the large value is spread over its group.
 
-    With quantized weights alone the product is one of floats: `DequantizeLinear` gives the matrix,
-    which a compiler fuses.
+    If only the weights are quantized, `DequantizeLinear` makes a float matrix of them, which
+    TensorRT fuses with the product.
     """
 
     def __init__(self, builder: GraphBuilder, precision: str) -> None:
@@ -155,9 +156,9 @@ class Linears:
         self._zero_points: dict[str, str] = {}
 
     def activation(self, value: str, like: str, *, size: int = 1, mix: int = 1) -> Activation:
-        """Prepare `[T, n]` as input of linear layers; `like` is any 1-D value of length T.
+        """Prepare `value` `[T, n]` as the input of linear layers; `like`: a 1-D value of length T.
 
-        `mix` channels are mixed, of `size` n; fewer where it is no multiple.
+        Groups of `mix` channels are mixed, smaller ones if `size`, which is n, is not a multiple.
         """
         if not self.precision.by_token:
             return Activation(value)
@@ -176,7 +177,7 @@ class Linears:
     def linear(
         self, name: str, x: Activation, matrix: Matrix, rows: NDArray[np.float32] | None = None
     ) -> str:
-        """`[T, in] @ [in, out]`; `matrix` is `[in, out]`, `rows` [in] factors on its rows."""
+        """`[T, in] @ [in, out]`; `rows` [in] are factors on the rows of `matrix`."""
         if not self.precision.by_token:
             scaled = matrix if rows is None else matrix * rows[:, None]
             return self.b.op("MatMul", x.value, self._matrix(name, scaled))
@@ -199,10 +200,10 @@ class Linears:
     def head(
         self, name: str, x: Activation, table: Matrix, rows: NDArray[np.float32] | None = None
     ) -> str:
-        """`[T, in] @ tableᵀ` in fp32, table `[out, in]`; `rows` [in] as in `linear`, for int8.
+        """`[T, in] @ tableᵀ` in fp32, for a table `[out, in]`; `rows` [in] as in `linear`.
 
-        In a float precision it is stored as it is, so that an embedding can be a head too. A head
-        has 8 bits at least.
+        Float precisions store the table as it is, so that it can also be the embedding, and ignore
+        `rows`. Quantized ones use int8, even with int4 weights.
         """
         b = self.b
         if self.precision.weight_bits is None:
@@ -213,9 +214,9 @@ class Linears:
         return b.wide(b.op("MatMul", x.value, self._columns(name, table.T, rows)))
 
     def _matrix(self, name: str, matrix: Matrix) -> str:
-        """`matrix` as a value of the graph's type.
+        """`matrix` as a value in the type of the graph.
 
-        int4 wants whole blocks; a matrix that has none is of int8.
+        int4 needs whole blocks; a matrix without them gets int8.
         """
         bits = self.precision.weight_bits
         if bits is None:
@@ -238,7 +239,7 @@ class Linears:
 
     def _write(self, name: str, weights: Matrix, scales: NDArray[np.float32]) -> None:
         dtype = DTYPES[self.b.data_type]
-        if dtype == np.float16:  # TensorRT refuses a scale of 0, which small ones would become
+        if dtype == np.float16:  # TensorRT refuses a scale of 0, to which small ones would round
             scales = np.maximum(scales, np.finfo(np.float16).smallest_subnormal, dtype=np.float32)
         self.b.weight(name, weights)
         self.b.weight(f"{name}.scale", scales, dtype)

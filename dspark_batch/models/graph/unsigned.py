@@ -1,7 +1,7 @@
-"""Products of int8 with unsigned weights, for processors whose sums saturate with signed ones.
+"""int8 products with unsigned weights, for CPUs on which sums with signed weights saturate.
 
-A weight w becomes w + 128, unsigned, with zero point 128: the same number. `runtimes.int8` knows
-where that is needed and why.
+A weight w is stored as w + 128, unsigned, with zero point 128, which is the same number.
+`engine.runtimes.int8` finds out which CPUs need that.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from dspark_batch.models.graph.builder import IR_VERSION, OPSET
 
 _PRODUCT, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
-_WEIGHT, _ZERO_POINT = 1, 5  # of the product's inputs
+_WEIGHT, _ZERO_POINT = 1, 5  # positions among the inputs of the product
 
 
 def reopened(path: Path, *, outputs: Collection[str] = (), unsigned: bool = False) -> bytes:
-    """The graph in `path` with values of it as further outputs, and with unsigned weights.
+    """The graph in `path` with more of its values as `outputs` and, if wanted, unsigned weights.
 
-    Its data files stay what they are: a runtime turns the weights as it opens them. Raises as
-    `rewrite`.
+    Data files do not change: the runtime converts the weights when it opens the graph. Raises
+    ValueError as `rewrite` does.
     """
     model = onnx.load(path, load_external_data=False)
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
@@ -35,13 +35,12 @@ def reopened(path: Path, *, outputs: Collection[str] = (), unsigned: bool = Fals
 
 
 def rewrite(model: onnx.ModelProto) -> None:
-    """Make every product of a signed stored weight one of an unsigned one.
+    """Give all int8 products, also those in branches and functions, unsigned weights.
 
-    The three nodes that turn a weight are folded when a session is opened. A weight of several
-    products is turned once, and products in branches are found too.
+    Three nodes convert each weight; the runtime folds them when it opens the graph.
 
     Raises:
-        ValueError: a product whose weight is not stored in the graph, which nothing could turn.
+        ValueError: a product's weight is not an initializer of the graph.
     """
     signed = {
         tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.INT8
@@ -53,7 +52,7 @@ def rewrite(model: onnx.ModelProto) -> None:
         if node.op_type == _PRODUCT and node.domain == _DOMAIN
     ]
     if unknown := {node.input[_WEIGHT] for node in products} - signed:
-        raise ValueError(f"int8 products of weights that are not stored: {sorted(unknown)}")
+        raise ValueError(f"int8 products with weights that are not stored: {sorted(unknown)}")
     if not products:
         return
     shift, zero_point = "int8.shift", "int8.zero_point"
@@ -63,10 +62,10 @@ def rewrite(model: onnx.ModelProto) -> None:
             numpy_helper.from_array(np.array(128, np.uint8), zero_point),
         ]
     )
-    turned = []
+    conversions = []
     for name in dict.fromkeys(node.input[_WEIGHT] for node in products):
         wide, shifted = f"{name}.wide", f"{name}.shifted"
-        turned += [
+        conversions += [
             helper.make_node("Cast", [name], [wide], to=TensorProto.INT16),
             helper.make_node("Add", [wide, shift], [shifted]),
             helper.make_node("Cast", [shifted], [f"{name}.unsigned"], to=TensorProto.UINT8),
@@ -76,13 +75,13 @@ def rewrite(model: onnx.ModelProto) -> None:
             node.input.append("")
         node.input[_ZERO_POINT] = zero_point
         node.input[_WEIGHT] = f"{node.input[_WEIGHT]}.unsigned"
-    nodes = [*turned, *model.graph.node]
+    nodes = [*conversions, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
 
 def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    """Nodes, and those of their branches."""
+    """The nodes, and those inside their branches."""
     for node in nodes:
         yield node
         for attribute in node.attribute:
@@ -91,9 +90,9 @@ def _nodes(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def product(weights: NDArray[Any], *, unsigned: bool = False) -> bytes:
-    """A model of one product `x @ weights`, as `models.linears` writes it, or in fp32.
+    """A model of one product, y = x @ weights: as `Linears` writes it, or fp32 for fp32 weights.
 
-    x `[T, in]` is uint8 with zero point 128, or float.
+    x `[T, in]` is uint8 with zero point 128, or fp32.
     """
     integers = weights.dtype == np.int8
     node = helper.make_node("MatMul", ["x", "weights"], ["y"])

@@ -1,8 +1,8 @@
-"""Weight sources as named arrays: `open_weights(source)`.
+"""Weights read as named arrays: `open_weights(source)` for every format.
 
-A source is a GGUF file, a Hugging Face folder (safetensors and `config.json`), or
-`package:DISTRIBUTION/path/inside`, a file or folder that an installed Python package ships.
-Whatever the format, what comes out has Hugging Face names, values and configuration.
+A source is a GGUF file, a Hugging Face folder (`config.json` and safetensors), or
+`package:DISTRIBUTION/path/inside`, either of them inside an installed Python package. Names,
+values and config are always those of Hugging Face.
 """
 
 import lazy_loader

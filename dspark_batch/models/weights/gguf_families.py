@@ -1,6 +1,7 @@
-"""GGUF architectures: tensor names and metadata keys in Hugging Face terms.
+"""The supported GGUF architectures: tensor names and metadata keys in Hugging Face terms.
 
-Adding one is an entry in `FAMILIES` and the function that gives its own configuration keys.
+To add one, write an entry in `FAMILIES` and a function for the config keys that only it has. What
+the file leaves out is left out here too: `hf_config` has the defaults.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ _LAYER_NAMES = {
 }
 _HEAD_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 
-# Per-frequency divisors of the rotary embedding: a function of the configuration, not a weight.
+# Divisors of the rotary frequencies. They follow from the config, so they are not a weight.
 ROPE_FACTORS = "rope_freqs.weight"
-# Llama 3.1 and later stretch wavelengths relative to these; the factor varies between models.
+# The same in Llama 3.1 and all later ones; only the factor differs.
 _LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 
-# Gemma 3 27B is the one size whose attention scale is not that of its head size.
+# Gemma 3 27B is the only size whose attention scale does not follow from its head size.
 _GEMMA_27B_LAYERS = 62
 
 
@@ -52,9 +53,13 @@ class Family:
     model_type: str
     model_class: str
     layer_names: Mapping[str, str]
+    """GGUF name of a layer's tensor -> Hugging Face name."""
     config: Callable[[Keys], dict[str, Any]]
+    """Config keys that only this architecture has."""
     permuted: frozenset[str] = frozenset()
+    """Projections whose rows the converter permuted: their rotary pairs are interleaved."""
     norm_offset: float = 0.0
+    """What the converter added to every norm weight."""
 
 
 class Keys:
@@ -65,13 +70,13 @@ class Keys:
         self._architecture = architecture
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Value of a key or the default. A float32 becomes the shortest decimal that rounds to it:
-        1e-5 is stored as 9.9999997e-06."""
+        """Value of a key, or the default. Floats are rounded as far as float32 allows: the file
+        has 9.9999997e-06 for 1e-5."""
         value = self.header.metadata.get(f"{self._architecture}.{key}", default)
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def need(self, key: str) -> Any:
-        """Value of a key that every file must have."""
+        """Value of a key that must be there and be the same for all layers."""
         value = self.get(key)
         if value is None:
             raise EngineError(f"{self.header.path} lacks {self._architecture}.{key}")
@@ -83,7 +88,7 @@ class Keys:
 
 
 def config_from_metadata(header: GGUFHeader, architecture: str) -> dict[str, Any]:
-    """The metadata as a `config.json`, not yet normalized."""
+    """The metadata as a Hugging Face config, not yet normalized."""
     family = FAMILIES[architecture]
     keys = Keys(header, architecture)
     num_heads = keys.need("attention.head_count")
@@ -92,7 +97,7 @@ def config_from_metadata(header: GGUFHeader, architecture: str) -> dict[str, Any
     if keys.get("rope.dimension_count", head_dim) != head_dim:
         raise EngineError(f"{header.path} rotates only a part of each head, which is not supported")
     if "token_embd.weight" not in header.tensors:
-        raise EngineError(f"{header.path} has no token embedding, so it is no language model")
+        raise EngineError(f"{header.path} has no token embedding, so it is not a language model")
     metadata = header.metadata
     ids = {
         f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -118,49 +123,45 @@ def config_from_metadata(header: GGUFHeader, architecture: str) -> dict[str, Any
 
 
 def _dense_config(keys: Keys) -> dict[str, Any]:
-    """Llama and Qwen3: one rotary embedding, biases told by the tensors that are there."""
+    """Llama and Qwen3: one rotary embedding, and biases if their tensors are there."""
     tensors = keys.header.tensors
     return {
-        "hidden_act": "silu",
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors,
-        "rope_parameters": {
-            "rope_theta": keys.get("rope.freq_base", 10_000.0),
-            **(_llama3_scaling(keys) or _rope_scaling(keys)),
-        },
+        "rope_parameters": _rope_base(keys, "rope.freq_base")
+        | (_llama3_scaling(keys) or _rope_scaling(keys)),
     }
 
 
 def _gemma3_config(keys: Keys) -> dict[str, Any]:
     num_heads, head_dim = keys.need("attention.head_count"), keys.need("attention.key_length")
     is_27b = keys.need("block_count") == _GEMMA_27B_LAYERS
-    pattern = keys.get("attention.sliding_window_pattern", 6)
+    pattern = keys.get("attention.sliding_window_pattern")
     if isinstance(pattern, list):
         layers = {"layer_types": [("full", "sliding")[flag] + "_attention" for flag in pattern]}
     else:
-        layers = {"sliding_window_pattern": pattern}
+        layers = {"sliding_window_pattern": pattern} if pattern else {}
     return {
         **layers,
         "sliding_window": keys.need("attention.sliding_window"),
         "final_logit_softcapping": keys.get("final_logit_softcapping"),
         "query_pre_attn_scalar": keys.need("embedding_length") // num_heads if is_27b else head_dim,
         "rope_parameters": {
-            "full_attention": {
-                "rope_theta": keys.get("rope.freq_base", 1_000_000.0),
-                **_rope_scaling(keys),
-            },
-            "sliding_attention": {
-                "rope_theta": keys.get("rope.freq_base_swa", 10_000.0),
-                "rope_type": "default",
-            },
+            "full_attention": _rope_base(keys, "rope.freq_base") | _rope_scaling(keys),
+            "sliding_attention": _rope_base(keys, "rope.freq_base_swa"),
         },
     }
+
+
+def _rope_base(keys: Keys, key: str) -> dict[str, Any]:
+    base = keys.get(key)
+    return {} if base is None else {"rope_theta": base}
 
 
 def _rope_scaling(keys: Keys) -> dict[str, Any]:
     kind = keys.get("rope.scaling.type", "none")
     if kind == "none":
-        return {"rope_type": "default"}
+        return {}
     if kind not in ("linear", "yarn"):
         raise EngineError(
             f"{keys.header.path} scales rotary embeddings by {kind!r}, which is not supported"
@@ -173,10 +174,10 @@ def _rope_scaling(keys: Keys) -> dict[str, Any]:
 
 
 def _llama3_scaling(keys: Keys) -> dict[str, Any] | None:
-    """The `llama3` parameters whose divisors the file stores, None where it stores none.
+    """Parameters of `llama3` scaling, found from the divisors in the file; None: it has none.
 
-    The file has no scaling key in that case, only the divisors, so reading the metadata alone
-    would silently give an unscaled model. The parameters found must reproduce them.
+    Such a file has no scaling key in its metadata, so that without the divisors the model would
+    silently be unscaled. The parameters found must reproduce them.
     """
     if ROPE_FACTORS not in keys.header.tensors:
         return None

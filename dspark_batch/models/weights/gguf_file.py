@@ -1,8 +1,8 @@
-"""A GGUF file as `Weights`: Hugging Face names, configuration and values.
+"""A GGUF file as `Weights`, with Hugging Face names, config and values.
 
-llama.cpp's converter changes three things on the way in, and they are undone here: tensor names,
-the row order of query and key projections in Llama (it interleaves the rotary pairs), and norm
-weights in Gemma (it stores 1 + weight).
+llama.cpp's converter changes three things, which are undone here: tensor names; the row order of
+query and key projections in Llama, where it interleaves the rotary pairs; and norm weights in
+Gemma, which it stores as 1 + weight.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _SPECIAL_TOKEN_KEYS = {
 
 
 class GGUFWeights(Weights):
-    """Invariant: every tensor of the file has a Hugging Face name, or the file is refused."""
+    """Weights in a GGUF file. Invariant: each of its tensors has a Hugging Face name."""
 
     def __init__(self, path: Path) -> None:
-        """Read the header; `EngineError` for an architecture or a tensor that is not known."""
+        """Read the header. Raises EngineError for an unknown architecture or tensor."""
         header = read_header(path)
         architecture = header.metadata.get("general.architecture")
         if architecture not in FAMILIES:
@@ -49,7 +49,10 @@ class GGUFWeights(Weights):
                 hint=f"supported: {', '.join(sorted(FAMILIES))}",
             )
         if header.metadata.get("split.count", 0) > 1:
-            raise EngineError(f"{path} is one part of several", hint="llama-gguf-split --merge")
+            raise EngineError(
+                f"{path} is one part of several",
+                hint="merge them: llama-gguf-split --merge FIRST_PART.gguf MERGED.gguf",
+            )
         self._header = header
         self._architecture: str = architecture
         self._family = FAMILIES[architecture]
@@ -79,7 +82,7 @@ class GGUFWeights(Weights):
             heads = self.config["num_attention_heads" if is_query else "num_key_value_heads"]
             return _uninterleaved(values, heads)
         if self._family.norm_offset and part.endswith("_norm"):
-            # Taken off in float32: near 1 a half type has not the digits that the weight needs.
+            # In float32: near 1, a half type is too coarse for the difference.
             return values.astype(np.float32) - np.float32(self._family.norm_offset)
         return values
 
@@ -102,7 +105,7 @@ class GGUFWeights(Weights):
         self._sources = {}
 
     def _source(self, name: str) -> str:
-        """The name in the file."""
+        """Name of a tensor in the file."""
         if name not in self._sources:
             raise EngineError(
                 f"{self._header.path} has no tensor {name}{suggestion(name, self._sources)}"
@@ -111,7 +114,7 @@ class GGUFWeights(Weights):
 
 
 def _hf_names(header: GGUFHeader, family: Family) -> dict[str, str]:
-    """Hugging Face name -> name in the file, for every tensor of the file."""
+    """Hugging Face name -> name in the file, for all tensors."""
     names = {}
     for source in header.tensors:
         if source == ROPE_FACTORS:
@@ -122,9 +125,8 @@ def _hf_names(header: GGUFHeader, family: Family) -> dict[str, str]:
         part = table.get(match["part"]) if match else None
         if match is None or part is None:
             raise EngineError(
-                f"{header.path} holds the tensor {source}, which a {family.model_type} model does "
-                "not have",
-                hint="mixtures of experts and other variants are not supported",
+                f"{header.path} has the tensor {source}, which is not part of a "
+                f"{family.model_type} model; variants such as mixtures of experts are not supported"
             )
         prefix = "" if layer is None else f"model.layers.{layer}."
         names[f"{prefix}{part}.{match['leaf']}"] = source
@@ -132,7 +134,7 @@ def _hf_names(header: GGUFHeader, family: Family) -> dict[str, str]:
 
 
 def _uninterleaved(values: NDArray[Any], num_heads: int) -> NDArray[Any]:
-    """Rows of a projection [heads × head size, ...] with rotary pairs as halves, not neighbours."""
+    """Rows of a projection `[heads * d, ...]`, with rotary pairs d / 2 rows apart again."""
     pairs = values.reshape(num_heads, -1, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
@@ -144,6 +146,6 @@ def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _stop_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """End of sequence, then end of turn where the file names one."""
+    """The end of sequence, then the end of turn if the file names one."""
     ids = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot"))
     return tuple(dict.fromkeys(id for id in ids if id is not None))

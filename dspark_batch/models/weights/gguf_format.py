@@ -1,8 +1,8 @@
-"""The GGUF format: metadata, the table of tensors and their values, over a memory map.
+"""The GGUF format: metadata, tensor table and values of a memory-mapped file.
 
-The header is parsed here because `gguf.GGUFReader` makes one array per metadata element, which
-takes ten seconds for a vocabulary of 262,144 tokens. The format is that of ggml's `docs/gguf.md`,
-versions 2 and 3, little-endian. Dequantization is the `gguf` package's.
+See ggml's `docs/gguf.md`; versions 2 and 3, little-endian. The `gguf` package dequantizes, but the
+header is parsed here: `gguf.GGUFReader` makes one array per metadata element, which takes ten
+seconds for a vocabulary of 262,144 tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dspark_batch.models.weights.source import mapped
 
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
-# Value kind -> code, the same in struct and NumPy.
+# Type of a metadata value -> its code in struct and NumPy.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 
@@ -32,7 +32,7 @@ class TensorEntry:
     """Where a tensor lies and how it is stored."""
 
     shape: tuple[int, ...]
-    """Row-major, as NumPy and Hugging Face have it; the file lists dimensions in reverse."""
+    """Row-major, as in NumPy and Hugging Face; the file lists dimensions in reverse."""
     kind: int
     """A `gguf.GGMLQuantizationType`."""
     offset: int
@@ -42,7 +42,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What a GGUF file says about itself; every tensor lies inside the file."""
+    """Metadata and tensor table of a GGUF file. Invariant: every tensor lies inside the file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -50,18 +50,18 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Parse the header; `EngineError` for another format, another version or a cut-off file."""
+    """Parse the header. Raises EngineError for another format or version, or a cut-off file."""
     with path.open("rb") as file:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
                 return _Parser(path, buffer).header()
         except (struct.error, UnicodeDecodeError) as error:
-            problem = f"{path} is cut off or damaged: {error}; download it again"
-            raise EngineError(problem) from error
+            problem = f"{path} is cut off or damaged: {error}"
+            raise EngineError(problem, hint="download it again") from error
 
 
 def read_values(header: GGUFHeader, name: str) -> NDArray[Any]:
-    """Values as stored, a read-only view; float32 where quantized. The name is the file's."""
+    """Values of a tensor, by its name in the file: as stored, or dequantized to float32."""
     import gguf
 
     entry = header.tensors[name]
@@ -83,13 +83,13 @@ def read_values(header: GGUFHeader, name: str) -> NDArray[Any]:
         raise EngineError(
             f"tensor {name} of {header.path} is quantized as {kind.name}, which the gguf package "
             "cannot dequantize",
-            hint="take a file in another quantization, such as Q8_0",
+            hint="use a file with another quantization, such as Q8_0",
         ) from error
     return np.asarray(values, np.float32).reshape(entry.shape)
 
 
 class _Parser:
-    """A position in the mapped file that moves forward as values are read."""
+    """Reads the mapped file from front to back."""
 
     def __init__(self, path: Path, buffer: mmap.mmap) -> None:
         self._path = path

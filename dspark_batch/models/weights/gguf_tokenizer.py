@@ -1,10 +1,10 @@
-"""A `tokenizer.json` rebuilt from the vocabulary that a GGUF file carries.
+"""Rebuilds a `tokenizer.json` from the vocabulary in a GGUF file.
 
-The contract is the tokenizer that the model was trained with. A GGUF file names how text is split
-before merging (`tokenizer.ggml.pre`) rather than storing it, so an unknown name is an error: a
-wrong split gives plausible tokens that the model has hardly seen. transformers ignores the name
-`smollm` when it converts, and so joins digits to the spaces and line breaks before them; here, as
-in llama.cpp, they stay apart.
+It must split text exactly as in training. A GGUF file has only a name for the splitting that comes
+before merging (`tokenizer.ggml.pre`), not the rule. An unknown name is an error, since a wrong
+split gives plausible tokens that the model has hardly ever seen. With the name `smollm`, digits
+stay apart from the spaces and line breaks before them, as in llama.cpp; transformers ignores the
+name when it converts, and joins them.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ _TEKKEN_SPLIT = (
 
 @dataclass(frozen=True, slots=True)
 class _PreTokenizer:
-    """How byte-level BPE splits text, and what goes with it in the published tokenizers."""
+    """How byte-level BPE splits text, and the settings that go with it in published tokenizers."""
 
     split: str | None = None
-    """Pattern of a piece; None is GPT-2's own."""
+    """Regular expression of a piece; None: GPT-2's."""
     single_digits: bool = False
+    """Each digit is a piece."""
     whole_words: bool = False
-    """A piece that is a token as a whole is taken without merging."""
+    """A piece that is a token itself is not merged from parts."""
     adds_bos: bool = False
-    """Whether the beginning token is added where the file does not say."""
+    """Texts start with the BOS token, unless the file says otherwise."""
     composes: bool = False
-    """Whether text is brought to NFC first."""
+    """Text is normalized to NFC first."""
 
 
 _GPT2 = _PreTokenizer()
@@ -72,9 +73,10 @@ _PRE_TOKENIZERS = {
 
 
 def tokenizer_json(metadata: Mapping[str, Any], *, architecture: str, origin: str) -> str:
-    """The `tokenizer.json` of a GGUF file's metadata.
+    """The `tokenizer.json` for a GGUF file's metadata.
 
-    `EngineError`, naming `origin`, for a tokenizer model or a pre-tokenizer that is not known.
+    Raises:
+        EngineError: the tokenizer model or the pre-tokenizer is unknown; names `origin`, the file.
     """
     vocabulary = _Vocabulary(metadata)
     kind = metadata.get("tokenizer.ggml.model")
@@ -83,9 +85,9 @@ def tokenizer_json(metadata: Mapping[str, Any], *, architecture: str, origin: st
         pre = _PRE_TOKENIZERS.get(name)
         if pre is None:
             raise EngineError(
-                f"{origin} splits text by {name!r}, which is not supported; supported: "
+                f"{origin} has the pre-tokenizer {name!r}, which is not supported; supported: "
                 f"{', '.join(_PRE_TOKENIZERS)}",
-                hint="take the model's Hugging Face folder, which has its tokenizer.json",
+                hint="use the model's Hugging Face folder, which has a tokenizer.json",
             )
         tokenizer = _byte_level(vocabulary, pre)
         adds_bos = pre.adds_bos
@@ -93,14 +95,17 @@ def tokenizer_json(metadata: Mapping[str, Any], *, architecture: str, origin: st
         tokenizer = _sentencepiece(vocabulary, is_gemma=architecture.startswith("gemma"))
         adds_bos = True
     else:
-        raise EngineError(f"{origin} has a tokenizer of the kind {kind!r}, not gpt2 or llama")
+        raise EngineError(
+            f"{origin} has a tokenizer of the kind {kind!r}, which is not supported",
+            hint="supported: gpt2, llama",
+        )
     _add_special_tokens(tokenizer, vocabulary)
     _add_post_processor(tokenizer, vocabulary, adds_bos=adds_bos)
     return str(tokenizer.to_str())
 
 
 class _Vocabulary:
-    """The tokenizer's metadata by short names."""
+    """The tokenizer's metadata, under short names."""
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         def get(key: str, default: Any = None) -> Any:
@@ -162,12 +167,12 @@ def _sentencepiece(vocabulary: _Vocabulary, *, is_gemma: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    # The files write runs of spaces as such, where the vocabulary that is looked up has ▁.
+    # The file spells runs of spaces as spaces; the tokenizer looks them up as ▁.
     tokens = [
         _SPACE * len(token) if token and not token.strip(" ") else token
         for token in vocabulary.tokens
     ]
-    # Gemma's scores are not in the order of its merges; its token ids are.
+    # Gemma's merges are in the order of its token ids, not of its scores.
     priorities: Sequence[float] = range(0, -len(tokens), -1) if is_gemma else vocabulary.scores
     tokenizer = Tokenizer(
         BPE(
@@ -189,7 +194,7 @@ def _sentencepiece(vocabulary: _Vocabulary, *, is_gemma: bool) -> Tokenizer:
 
 
 def _merges(tokens: Sequence[str], priorities: Iterable[float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that joins into a token: best result first, then longest left part."""
+    """All pairs of tokens that merge into a token: best priority first, then longest left part."""
     known = set(tokens)
     found = []
     for token, priority in zip(tokens, priorities, strict=True):
@@ -201,16 +206,16 @@ def _merges(tokens: Sequence[str], priorities: Iterable[float]) -> list[tuple[st
 
 
 def _add_special_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Tokens that are found in the text as a whole, before any splitting.
+    """Add the tokens that are matched as a whole, before any splitting.
 
-    Control tokens are special, that is, left out of decoded text; user-defined ones are not.
+    Control tokens are special: decoding leaves them out. User-defined tokens are not.
     """
     from tokenizers import AddedToken
 
     special, plain = [], []
     for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True)):
         if tokenizer.token_to_id(token) is None:
-            continue  # respelled: a run of spaces, which merging finds
+            continue  # a run of spaces, respelled above: merging makes it
         if kind == _CONTROL or id in vocabulary.named:
             special.append(AddedToken(token, special=True, normalized=False))
         elif kind == _USER_DEFINED:
@@ -220,7 +225,7 @@ def _add_special_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 
 
 def _add_post_processor(tokenizer: Tokenizer, vocabulary: _Vocabulary, *, adds_bos: bool) -> None:
-    """Begin and end tokens around a text that is encoded with `add_special`."""
+    """Put BOS and EOS tokens around a text that is encoded with `add_special`."""
     from tokenizers import processors
 
     around: list[tuple[str, int]] = []

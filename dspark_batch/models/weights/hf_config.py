@@ -1,9 +1,12 @@
-"""One layout for model configurations: that of transformers 5, whatever version wrote the file.
+"""Model configs in one layout: that of transformers 5, whatever version wrote the file.
 
-Sources differ in three ways that would otherwise reach every model family: rotary parameters
-(flat `rope_theta` and `rope_scaling` before, nested `rope_parameters` now), keys left out where
-they had the configuration class's default, and models inside another configuration: the text model
-of a multimodal one, the layers of a draft of speculators.
+Files differ in three ways, of which no model family should have to know:
+
+- rotary parameters are nested in `rope_parameters`; before transformers 5 they were `rope_theta`
+  and `rope_scaling`
+- a file may leave out keys that have the default of their configuration class
+- a config may lie inside another: the text model of a multimodal model, the layers of a
+  speculators draft
 """
 
 from __future__ import annotations
@@ -14,13 +17,11 @@ from typing import Any
 
 from dspark_batch.errors import EngineError
 
-# A sliding layer stands in every position but each sixth.
-_GEMMA_PATTERN = 6
+_GEMMA_PATTERN = 6  # every sixth layer is a full one, the others are sliding
 _GLOBAL_HEAD_DIM = 512
 
-# What the configuration classes of transformers supply, by `model_type`: a file may leave any of
-# these out. Keys without which there is no model (sizes) are not guessed, but for Gemma 3, whose
-# published files really lack them.
+# Defaults of the configuration classes of transformers, by `model_type`; a file may leave out any
+# of these keys. Sizes are not guessed, except for Gemma 3, whose published files do lack them.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_act": "silu",
@@ -85,7 +86,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": None,
     },
 }
-# The same text model under another name, without an input per layer.
+# The same text model under another name, without per-layer inputs.
 _DEFAULTS["gemma4_unified_text"] = _DEFAULTS["gemma4_text"] | {
     "max_position_embeddings": 262144,
     "hidden_size_per_layer_input": 0,
@@ -110,10 +111,10 @@ _DEFAULT_ROPE: dict[str, dict[str, dict[str, Any]]] = {
 }
 _DEFAULT_ROPE["gemma4_unified_text"] = _DEFAULT_ROPE["gemma4_text"]
 
-# A scaled rotary embedding is defined relative to the length that the model was pretrained with.
+# These scale relative to the length that the model was pretrained with.
 _NEEDS_ORIGINAL_LENGTH = frozenset({"llama3", "yarn", "longrope"})
 
-# Keys of a multimodal configuration that hold for the text model inside it.
+# Keys of a multimodal config that apply to the text model inside it.
 _OUTER_KEYS = (
     "architectures",
     "dtype",
@@ -127,17 +128,21 @@ _OUTER_KEYS = (
 
 
 def normalized_config(raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
-    """`raw` in the layout of transformers 5; unknown keys are kept, `raw` is left as it is.
+    """A copy of `raw` in the layout of transformers 5. Unknown keys stay.
 
-    `rope_parameters` is always there (one dict, or one per layer type for Gemma), and so is
-    `head_dim`; `layer_types` and `num_key_value_heads` for the known families. A text model inside
-    a multimodal configuration is unwrapped, the outer `model_type` staying as `outer_model_type`.
-    `EngineError`, naming `origin`, without a `model_type`.
+    `rope_parameters` is always there: one dict, for Gemma one per layer type. Where missing,
+    `head_dim` and `num_key_value_heads` are filled in from the other sizes, and `layer_types` for
+    Qwen3 and Gemma. The text model of a multimodal config is unwrapped, and the outer `model_type`
+    kept as `outer_model_type`.
+
+    Raises:
+        EngineError: there is no `model_type`, or layers differ in an unsupported way. The message
+            names `origin`, the file that `raw` was read from.
     """
     config = _text_config(dict(raw))
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise EngineError(f"{origin} has no model_type, so it is no model configuration")
+        raise EngineError(f"{origin} has no model_type, so it is not a model's config")
     if "torch_dtype" in config:
         config.setdefault("dtype", config.pop("torch_dtype"))
     for key, value in _DEFAULTS.get(model_type, {}).items():
@@ -153,7 +158,7 @@ def normalized_config(raw: Mapping[str, Any], *, origin: str) -> dict[str, Any]:
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     layers = config.pop("transformer_layer_config", None)
-    if isinstance(layers, dict):  # a draft of speculators: its own keys outside, its layers inside
+    if isinstance(layers, dict):  # a speculators draft: its layers inside, everything else outside
         own = {key: value for key, value in config.items() if value is not None}
         return {**layers, **own, "model_type": layers.get("model_type", own.get("model_type"))}
     text = config.get("text_config")
@@ -195,9 +200,9 @@ def _fill_layer_types(config: dict[str, Any], model_type: str) -> None:
 
 
 def _fill_full_attention(config: dict[str, Any], origin: str) -> None:
-    """`global_head_dim` and `num_global_key_value_heads` as full layers really have them.
+    """Fill in `global_head_dim` and `num_global_key_value_heads`, the sizes of full layers.
 
-    transformers 5.23 writes them as overrides by layer instead, in `per_layer_config`.
+    transformers 5.23 writes them as `per_layer_config` instead, overrides for each layer.
     """
     overrides, usual = config.pop("per_layer_config", None), config.get("num_key_value_heads")
     if overrides is None:
@@ -211,15 +216,15 @@ def _fill_full_attention(config: dict[str, Any], origin: str) -> None:
     expected = {i: shared for i in full if shared}
     if by_layer != expected or set(shared) - {"head_dim", "num_key_value_heads"}:
         raise EngineError(
-            f"{origin}: per_layer_config may only give full_attention layers another head_dim and "
-            f"num_key_value_heads, the same for all of them; it is {overrides}"
+            f"{origin}: per_layer_config {overrides} is not supported; it may only give all "
+            "full_attention layers the same head_dim and num_key_value_heads"
         )
     config["global_head_dim"] = shared.get("head_dim", config["head_dim"])
     config["num_global_key_value_heads"] = shared.get("num_key_value_heads", usual)
 
 
 def _rope_parameters(config: dict[str, Any], model_type: str) -> dict[str, Any]:
-    """The rotary parameters of the config, whose older keys it removes."""
+    """Rotary parameters in the nested layout; removes the older keys from `config`."""
     found = config.pop("rope_parameters", None) or {}
     scaling = config.pop("rope_scaling", None)
     theta = config.pop("rope_theta", None)
@@ -237,7 +242,7 @@ def _rope_parameters(config: dict[str, Any], model_type: str) -> dict[str, Any]:
             found if _is_nested(found) else {"full_attention": found}
         ).items():
             if given:
-                # Given parameters inherit the base only, never a factor of the default type.
+                # The base is the only default: a factor would belong to another rope_type.
                 theta = by_type.get(layer_type, {}).get("rope_theta", _DEFAULT_THETA)
                 by_type[layer_type] = {"rope_theta": theta} | given
         by_type["full_attention"] |= scaling or {}

@@ -32,6 +32,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_AGAIN = "download it again"
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,10 +40,10 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-# Tokenizers that only their own class can read; transformers writes a tokenizer.json from them.
+# Formats that only the tokenizer's own class reads; transformers converts them to tokenizer.json.
 _SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
 
-# The text model of a multimodal checkpoint, as named by transformers 5 and before it.
+# Where a multimodal checkpoint has its text model: in transformers 5, and before it.
 _TEXT_PREFIXES = (
     ("model.language_model.", "model."),
     ("language_model.model.", "model."),
@@ -59,10 +60,10 @@ class _Entry:
 
 
 class FolderWeights(Weights):
-    """Invariant: every entry lies wholly inside its file."""
+    """Weights in a folder. Invariant: every tensor lies wholly inside its file."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers; `EngineError` where something is missing or damaged."""
+        """Read the headers. Raises EngineError if a file is missing or damaged."""
         self._folder = folder
         raw = _read_json(folder / "config.json")
         if raw is None:
@@ -90,7 +91,7 @@ class FolderWeights(Weights):
         self.files = (*(folder / name for name in wanted if (folder / name).exists()), *shards)
 
     def names(self) -> list[str]:
-        """See `Weights`; a draft's own names are left as they are."""
+        """See `Weights`. A draft keeps its own names."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -109,7 +110,7 @@ class FolderWeights(Weights):
         return mapped(entry.path, dtype, entry.shape, entry.offset)
 
     def tokenizer_json(self) -> str | None:
-        """See `Weights`; `EngineError` where the tokenizer is there in another format only."""
+        """See `Weights`. Raises EngineError if the tokenizer is only there in another format."""
         path = self._folder / "tokenizer.json"
         if path.exists():
             return path.read_text(encoding="utf-8")
@@ -117,13 +118,13 @@ class FolderWeights(Weights):
         if slow:
             raise EngineError(
                 f"{self._folder} has {slow[0]} but no tokenizer.json",
-                hint="write one with transformers: AutoTokenizer.from_pretrained("
+                hint="convert it with transformers: AutoTokenizer.from_pretrained("
                 f"{str(self._folder)!r}).save_pretrained({str(self._folder)!r})",
             )
         return None
 
     def chat_template(self) -> str | None:
-        """See `Weights`; `chat_template.jinja` goes before the one in `tokenizer_config.json`."""
+        """See `Weights`. `chat_template.jinja` takes precedence over `tokenizer_config.json`."""
         path = self._folder / "chat_template.jinja"
         if path.exists():
             return path.read_bytes().decode("utf-8")
@@ -164,7 +165,7 @@ def _text_name(name: str) -> str:
 
 
 def _stop_ids(ids: int | list[int] | None) -> tuple[int, ...]:
-    """A scalar or list of `eos_token_id`, in order and without duplicates."""
+    """The ids in `eos_token_id`, which is a number or a list, without duplicates."""
     if ids is None:
         return ()
     return tuple(dict.fromkeys(ids)) if isinstance(ids, list) else (ids,)
@@ -178,21 +179,26 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise EngineError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise EngineError(f"{path} holds no JSON object")
+        raise EngineError(f"{path} is not a JSON object")
     return content
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors files that make up the checkpoint.
+    """The safetensors files of the checkpoint: those in the index, `model.safetensors`, or all.
 
-    The index decides, then `model.safetensors`: a folder may hold a second copy in another layout.
+    In that order, since a folder may hold a second copy of the weights in another layout.
     """
     index = _read_json(folder / _INDEX)
     if index is not None:
         shards = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
         missing = [shard.name for shard in shards if not shard.exists()]
-        if missing or not shards:
-            raise EngineError(f"{folder / _INDEX} names files that are not there: {missing}")
+        if missing:
+            raise EngineError(
+                f"{folder / _INDEX} names files that are missing: {', '.join(missing)}",
+                hint=f"download them into {folder}",
+            )
+        if not shards:
+            raise EngineError(f"{folder / _INDEX} names no files")
         return shards
     if (folder / _SINGLE).exists():
         return [folder / _SINGLE]
@@ -203,18 +209,18 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    """The table of a safetensors file: 8 bytes of length, JSON, then the tensors."""
+    """Table of a safetensors file, which is: 8 bytes of length, JSON of that length, tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size < 8:
-            raise EngineError(f"{path} is cut off: {size} bytes")
+            raise EngineError(f"{path} is cut off: it has {size} bytes", hint=_AGAIN)
         (length,) = struct.unpack("<Q", file.read(8))
         if length > size - 8:
-            raise EngineError(f"{path} is cut off, or no safetensors file")
+            raise EngineError(f"{path} is cut off or not a safetensors file", hint=_AGAIN)
         try:
             table = json.loads(file.read(length))
         except ValueError as error:
-            raise EngineError(f"{path} is no safetensors file: {error}") from error
+            raise EngineError(f"{path} is not a safetensors file: {error}") from error
     entries = {}
     for name, info in table.items():
         if name == "__metadata__":
@@ -223,8 +229,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         shape = tuple(info["shape"])
         dtype = _DTYPES.get(info["dtype"])
         if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
-            raise EngineError(f"{path} is damaged: the size of {name} does not fit its shape")
+            problem = f"{path} is damaged: the size of {name} does not fit its shape"
+            raise EngineError(problem, hint=_AGAIN)
         if 8 + length + end > size:
-            raise EngineError(f"{path} is cut off inside {name}", hint="download it again")
+            raise EngineError(f"{path} is cut off inside {name}", hint=_AGAIN)
         entries[name] = _Entry(info["dtype"], shape, 8 + length + start, path)
     return entries

@@ -1,4 +1,4 @@
-"""What every weight source offers, and how a source's name becomes one."""
+"""`Weights`, the interface of every weight source, and `open_weights`, which opens one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,9 @@ from dspark_batch.errors import EngineError
 
 PACKAGE_PREFIX = "package:"
 
+ReadTensor = Callable[[str], NDArray[Any]]
+"""Reads a weight by its name, as `Weights.tensor` does."""
+
 SPECIAL_TOKEN_NAMES = (
     "bos_token",
     "eos_token",
@@ -29,13 +32,13 @@ SPECIAL_TOKEN_NAMES = (
     "cls_token",
     "mask_token",
 )
-"""The names under which chat templates know special tokens."""
+"""What chat templates call the special tokens."""
 
 
 def mapped(path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> NDArray[Any]:
-    """A read-only view of part of a file, `offset` in bytes.
+    """Map part of a file, from byte `offset` on, as a read-only array.
 
-    Each has a map of its own, so that the pages of one tensor are let go with it.
+    Every array has its own map, so that dropping the array frees its pages.
     """
     if math.prod(shape) == 0:
         return np.empty(shape, dtype)
@@ -43,46 +46,46 @@ def mapped(path: Path, dtype: Any, shape: tuple[int, ...], offset: int) -> NDArr
 
 
 class Weights(ABC):
-    """An opened weight source. Reading one tensor never loads another, nor keeps it.
+    """An open weight source. Reading a tensor loads no other tensor and keeps nothing in memory.
 
-    Arrays that need no conversion are read-only views of the mapped file and stay valid after
-    `close`; converted ones (dequantized, permuted) are fresh.
+    Arrays that need no conversion are read-only views of the mapped file, valid even after
+    `close`. Converted ones (dequantized, permuted) are copies.
     """
 
     config: dict[str, Any]
-    """A Hugging Face `config.json` in the layout of transformers 5, defaults filled in:
-    see `hf_config.normalized_config`."""
+    """The model's `config.json` in the layout of transformers 5, with defaults filled in (see
+    `hf_config.normalized_config`)."""
     files: tuple[Path, ...]
-    """Every file that the source consists of, for hashing."""
+    """All files of the source, for hashing."""
     stop_token_ids: tuple[int, ...]
-    """Tokens that end a row, without duplicates; empty where the source names none."""
+    """Tokens that end a row, without duplicates; empty if the source names none."""
     special_tokens: dict[str, str]
-    """Texts of the special tokens, keyed by `SPECIAL_TOKEN_NAMES`."""
+    """Texts of the special tokens by name, one of `SPECIAL_TOKEN_NAMES`."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Tensor names in the order of the source; a tied `lm_head.weight` is not among them."""
+        """Tensor names in the order of the source, without a tied `lm_head.weight`."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it; `EngineError` for an unknown name."""
+        """Shape of a tensor, without reading it. Raises EngineError for an unknown name."""
 
     @abstractmethod
     def tensor(self, name: str) -> NDArray[Any]:
-        """Values of a tensor: the stored float type (bfloat16 from ml_dtypes), or float32 where
-        the source is quantized. `EngineError` for an unknown name."""
+        """Values of a tensor, in the stored float type (bfloat16 from ml_dtypes) or, if it is
+        quantized, in float32. Raises EngineError for an unknown name."""
 
     @abstractmethod
     def tokenizer_json(self) -> str | None:
-        """A `tokenizer.json` of the `tokenizers` library, or None where there is no tokenizer."""
+        """The tokenizer as a `tokenizer.json` of the `tokenizers` library; None: there is none."""
 
     @abstractmethod
     def chat_template(self) -> str | None:
-        """The Jinja source of the default chat template, or None."""
+        """Jinja source of the default chat template; None: there is none."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the files; `tensor` must not be called afterwards."""
+        """Close the files. `tensor` must not be called afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -97,7 +100,7 @@ class Weights(ABC):
 
 
 def open_weights(source: str | Path) -> Weights:
-    """Open a GGUF file, a Hugging Face folder, or `package:DISTRIBUTION/path` holding either."""
+    """Open a GGUF file, a Hugging Face folder, or either in a package: `package:NAME/path`."""
     path = resolve_source(source)
     if path.is_dir():
         from dspark_batch.models.weights.hf_folder import FolderWeights
@@ -116,9 +119,12 @@ def open_weights(source: str | Path) -> Weights:
 
 
 def resolve_source(source: str | Path) -> Path:
-    """The existing file or folder that a source names; relative paths start at the current folder.
+    """Path of the file or folder that a source names, relative paths from the current folder.
 
-    `EngineError` says what to install where a package is missing. The package is not imported.
+    A package is looked up, never imported.
+
+    Raises:
+        EngineError: the file or the package is missing; the hint says what to install.
     """
     text = str(source)
     if text.startswith(PACKAGE_PREFIX):
@@ -149,7 +155,7 @@ def _inside_package(source: str) -> Path:
     path = Path(str(distribution.locate_file(inside)))
     if path.exists():
         return path
-    # An editable install keeps its files elsewhere; a top-level spec is found without an import.
+    # An editable install keeps its files elsewhere. Finding a top-level spec imports nothing.
     spec = importlib.util.find_spec(parts[0]) if parts[0].isidentifier() else None
     for location in (spec.submodule_search_locations or []) if spec else []:
         path = Path(location, *parts[1:])
@@ -164,12 +170,12 @@ def _inside_package(source: str) -> Path:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known word, else an empty string."""
+    """`; did you mean X?` for the closest known word; empty if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
+    """SHA-256 of a file in hexadecimal, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,8 @@
-"""What the plan files of a TensorRT runtime are built for, and building them.
+"""The plan files of a TensorRT runtime: what they are built for, and building them.
 
-A plan has one cache capacity, a library version, GPU architectures and two optimization profiles:
-`decode` for draft rounds, verification and plain decoding, `prefill` for chunks of prompts.
+A plan file is for one cache capacity, one version of the library and certain GPU architectures. It
+has two optimization profiles: `decode` for drafting, verification and plain decoding, `prefill` for
+chunks of prompts.
 """
 
 from __future__ import annotations
@@ -16,28 +17,22 @@ from dspark_batch.engine import PlansInfo, ProfileInfo, find_gpus
 from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS, RUNTIMES
 from dspark_batch.errors import EngineError
 from dspark_batch.export.recipe import EngineSection
-from dspark_batch.models.plugin import (
-    Bounds,
-    PlanReport,
-    PlanRequest,
-    build_plan,
-    contract,
-)
+from dspark_batch.models.plugin import Bounds, PlanReport, PlanRequest, build_plan, contract
 
 Progress = Callable[[str], None]
 Library = Literal["tensorrt", "tensorrt_rtx"]
 RTX_ARCHS = (75, 80, 86, 89, 120)
-DEFAULT_RTX_ARCHS = (86, 89, 120)  # consumer cards since 2020; where no GPU says what it is
-_LEAST_BF16 = 80
-_RING_BYTES = 2**28  # of context that waits on the device until the draft takes it in
-_MOST_WAITING = 16384  # tokens of it
+DEFAULT_RTX_ARCHS = (86, 89, 120)  # consumer cards since 2020, if this machine has none
+_MIN_BF16_ARCH = 80
+# Context that waits on the device until the draft takes it in.
+_MAX_WAITING_BYTES, _MAX_WAITING_TOKENS = 2**28, 16384
 
 
-def plans_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
-    """What the plans of a recipe are built for; None for a runtime that has none.
+def plan_files_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
+    """What the plan files of a recipe are built for; None for a runtime without plan files.
 
     Raises:
-        EngineError: the library is missing, or does not build for such a GPU.
+        EngineError: the library is missing, or does not build for the GPU.
     """
     library = RUNTIMES[engine.runtime].library
     if library is None:
@@ -51,7 +46,7 @@ def plans_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
         library=library,
         library_version=found,
         gpu_archs=archs,
-        # A call writes cells of padding too, as many in each row as in the longest.
+        # A call writes padding too, so that every row has as many cells as the longest.
         capacity=engine.max_tokens + chunk + slots,
         profiles={
             "decode": ProfileInfo(
@@ -91,13 +86,13 @@ def _gpu_archs(engine: EngineSection) -> tuple[int, ...]:
     if engine.runtime == "tensorrt":
         if here is None:
             raise EngineError(
-                "TensorRT builds on the GPU that it builds for, and this machine has none",
-                hint="export on the machine that runs, or for RTX cards: --runtime tensorrt-rtx",
+                "TensorRT builds only on the GPU that it builds for, and this machine has no GPU",
+                hint="export on the machine that runs, or use --runtime tensorrt-rtx for RTX cards",
             )
         if wanted and wanted != (here,):
             raise EngineError(
-                f"TensorRT builds for the GPU of this machine, sm_{here}, and for no other "
-                f"(--gpu-arch {' '.join(map(str, wanted))})",
+                f"TensorRT builds only for the GPU of this machine, sm_{here}, not for --gpu-arch "
+                f"{' '.join(map(str, wanted))}",
                 hint="leave out --gpu-arch",
             )
         return (here,)
@@ -107,53 +102,54 @@ def _gpu_archs(engine: EngineSection) -> tuple[int, ...]:
         if arch not in RTX_ARCHS:
             raise EngineError(
                 f"TensorRT-RTX does not build for sm_{arch}; --gpu-arch can be {known}",
-                hint="for data-centre cards: --runtime tensorrt, on a machine that has one",
+                hint="for data-center cards use --runtime tensorrt, on a machine with such a card",
             )
-        if engine.precision == "bf16" and arch < _LEAST_BF16:
-            raise EngineError(f"sm_{arch} has no bf16", hint=f"--gpu-arch {arch} --precision fp16")
+        if engine.precision == "bf16" and arch < _MIN_BF16_ARCH:
+            raise EngineError(f"sm_{arch} has no bf16", hint="export again with --precision fp16")
     return archs
 
 
-def build_plans(
-    folder: Path, plans: PlansInfo, *, block_size: int, context_bytes: int, progress: Progress
+def build_plan_files(
+    folder: Path, info: PlansInfo, *, block_size: int, context_bytes: int, progress: Progress
 ) -> dict[str, PlanReport]:
-    """Write `target.plan`, and `draft.plan` if there is a draft graph, beside their graphs.
+    """Write `target.plan`, and `draft.plan` if there is a draft graph, next to the graphs.
 
-    `context_bytes` is what the context of one token takes.
+    `context_bytes` is the size of the context of one token.
 
     Raises:
-        EngineError: as `build_plan`; or a graph is not what it should be.
+        EngineError: a plan file cannot be built, or not by the version that `info` names.
     """
-    places = min(_MOST_WAITING, _RING_BYTES // context_bytes)
-    places = max(places, 4 * max(profile.tokens[2] for profile in plans.profiles.values()))
+    profiles = list(info.profiles.values())
+    num_waiting = min(_MAX_WAITING_TOKENS, _MAX_WAITING_BYTES // context_bytes)
+    num_waiting = max(num_waiting, 4 * max(profile.tokens[2] for profile in profiles))
     sizes = {
-        "target": [_target_sizes(profile, block_size) for profile in plans.profiles.values()],
-        "draft": [_draft_sizes(profile, places) for profile in plans.profiles.values()],
+        "target": [_target_sizes(profile, block_size) for profile in profiles],
+        "draft": [_draft_sizes(profile, num_waiting) for profile in profiles],
     }
     reports = {}
     for name in sizes:
         graph = folder / f"{name}.onnx"
         if not graph.exists():
             continue
-        archs = ", ".join(f"sm_{arch}" for arch in plans.gpu_archs)
-        progress(f"building {name}.plan ({plans.library} {plans.library_version}, {archs})")
+        archs = ", ".join(f"sm_{arch}" for arch in info.gpu_archs)
+        progress(f"building {name}.plan ({info.library} {info.library_version}, {archs})")
         report = build_plan(
             PlanRequest(
-                library=plans.library,
+                library=info.library,
                 graph=str(graph),
                 plan=str(folder / f"{name}.plan"),
-                gpu_archs=plans.gpu_archs,
-                constants={"C": plans.capacity},
+                gpu_archs=info.gpu_archs,
+                constants={"C": info.capacity},
                 profiles=sizes[name],
                 verifies=name == "target",
-                weight_streaming=plans.weight_streaming,
+                weight_streaming=info.weight_streaming,
             )
         )
-        if report.library_version != plans.library_version:
+        if report.library_version != info.library_version:
             raise EngineError(
-                f"{plans.library} says it is {report.library_version}, but its package says "
-                f"{plans.library_version}",
-                hint="install it again",
+                f"the library {info.library} has version {report.library_version}, but its package "
+                f"{info.library_version}",
+                hint="install the package again",
             )
         reports[name] = report
         memory = f", {report.peak_bytes / 1e9:.1f} GB of memory" if report.peak_bytes else ""
@@ -164,9 +160,9 @@ def build_plans(
 
 
 def _target_sizes(profile: ProfileInfo, block_size: int) -> Mapping[str, Bounds]:
-    """Sizes by the names of `models/decoder.py` and `plugin/contract.py`."""
+    """Sizes by their names in `models/decoder.py` and `models/plugin/contract.py`."""
     gamma, rows = max(block_size, 1), profile.rows
-    # A row has logits of its last tokens only: of a prompt's chunk of the last one.
+    # Only the last γ + 1 tokens of a row have logits, in a chunk of a prompt only the last.
     logits = min(profile.tokens, (1, rows[1] * (gamma + 1), rows[2] * (gamma + 1)), key=max)
     return {
         "R": rows,
@@ -180,11 +176,11 @@ def _target_sizes(profile: ProfileInfo, block_size: int) -> Mapping[str, Bounds]
     }
 
 
-def _draft_sizes(profile: ProfileInfo, places: int) -> Mapping[str, Bounds]:
-    """Sizes by the names of `drafters/dspark.py`; `places` for context on the device."""
+def _draft_sizes(profile: ProfileInfo, num_waiting: int) -> Mapping[str, Bounds]:
+    """Sizes by their names in `drafters/dspark.py`; `num_waiting` tokens of context may wait."""
     return {
         "R": profile.rows,
         "P": profile.row_tokens,
         "N": profile.tokens,
-        "M": (1, places, places),
+        "M": (1, num_waiting, num_waiting),
     }
