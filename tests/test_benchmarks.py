@@ -330,11 +330,11 @@ def test_a_limited_workload_spreads_over_the_file(folder: Path) -> None:
     assert [prompt.row for prompt in found.prompts] == [0, 4, 8, 12]
     assert found.num_rejected == 1
     assert all(prompt.params == SamplingParams(max_new_tokens=80) for prompt in found.prompts)
-    again = found.spread(6)
+    again = found.resized(6)
     lengths = [len(prompt.token_ids) for prompt in again.prompts]
     assert lengths == [3, 3, 7, 7, 11, 15]
     assert [prompt.row for prompt in again.prompts] == list(range(6))
-    assert [len(p.token_ids) for p in found.spread(2).prompts] == [3, 11]
+    assert [len(p.token_ids) for p in found.resized(2).prompts] == [3, 11]
     whole = workload.read_workload(path, engine, new_tokens=NEW_TOKENS, limit=None)
     part = whole.of_each_source(2)
     assert [prompt.row for prompt in part.prompts] == [0, 1, 10, 11]

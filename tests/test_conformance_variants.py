@@ -155,7 +155,7 @@ SETS = sorted(path.parent for path in SHARED.glob("*/draft/config.json"))
 @pytest.mark.skipif(not SETS, reason="the reference's arrays are not here")
 @pytest.mark.parametrize("folder", [path.parent for path in SETS], ids=lambda path: path.name)
 def test_the_definition_is_the_reference_s(folder: Path) -> None:
-    """The slow twin against every recorded round with greedy drafts."""
+    """The NumPy reference against every recorded round with greedy drafts."""
     tensors = load_file(folder / "draft" / "model.safetensors")
     slow = SlowDraft(
         json.loads((folder / "draft" / "config.json").read_text()),

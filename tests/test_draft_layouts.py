@@ -448,7 +448,7 @@ def test_a_trained_draft_is_served_on_the_embeddings_it_was_trained_on(
     tables = pytest.importorskip("dspark_batch.training.target").TargetTables
     target = write_target(tmp_path / "target", target_config(family))
     with open_weights(target) as weights:
-        shared = tables.of(weights)
+        shared = tables.from_weights(weights)
         config = geometry.draft_config_from_target(
             weights.config,
             num_layers=1,

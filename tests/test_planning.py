@@ -178,7 +178,7 @@ def test_pairs_have_the_parameters_of_the_published_models() -> None:
 
 
 def roofline(**changes: float) -> Roofline:
-    found = Roofline.of("h100", "qwen3-4b", dtype="bf16", block_size=7, context=500.0)
+    found = Roofline.for_gpu("h100", "qwen3-4b", dtype="bf16", block_size=7, context=500.0)
     return replace(found, **changes)  # type: ignore[arg-type]
 
 
@@ -211,7 +211,7 @@ def test_kernels_and_the_host_cost_whatever_their_size() -> None:
 @pytest.mark.parametrize("gpu", GPUS)
 def test_every_gpu_makes_a_cost_table(gpu: str) -> None:
     for dtype in GPUS[gpu].tflops:
-        found = Roofline.of(gpu, "qwen3-4b", dtype=dtype, block_size=7, context=300.0)
+        found = Roofline.for_gpu(gpu, "qwen3-4b", dtype=dtype, block_size=7, context=300.0)
         costs = found.costs()
         for num_rows, num_tokens in ((1, 1), (3, 24), (256, 1024)):
             expected = found.verify_seconds(num_rows, num_tokens)
@@ -240,11 +240,11 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(
         UsageError, match=r"no GPU 'h1000'; did you mean 'h100'\?\n\nhint: known: t4, "
     ):
-        Roofline.of("h1000", "qwen3-4b", **options)  # type: ignore[arg-type]
+        Roofline.for_gpu("h1000", "qwen3-4b", **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no model 'llama'"):
-        Roofline.of("h100", "llama", **options)  # type: ignore[arg-type]
+        Roofline.for_gpu("h100", "llama", **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="NVIDIA T4 has no tensor cores for it, but fp16, int8"):
-        Roofline.of("t4", "qwen3-4b", dtype="bf16", block_size=7, context=1.0)
+        Roofline.for_gpu("t4", "qwen3-4b", dtype="bf16", block_size=7, context=1.0)
 
 
 def test_rows_must_fit_into_memory() -> None:

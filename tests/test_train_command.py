@@ -598,8 +598,8 @@ def test_features_are_the_hidden_states_of_transformers(tmp_path: Path, family: 
     rows = [rng.integers(0, VOCAB, n).tolist() for n in (5, 17, 300, 2, 290)]
     with open_weights(source) as weights:
         engine = open_engine(folder)
-        found = list(EngineFeatures(engine, TargetTables.of(weights), num_taps=len(taps))(rows))
-        tables = TargetTables.of(weights)
+        tables = TargetTables.from_weights(weights)
+        found = list(EngineFeatures(engine, tables, num_taps=len(taps))(rows))
         engine.close()
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for row, (features, last_hidden) in zip(rows, found, strict=True):

@@ -46,11 +46,11 @@ class Bench:
     record: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """For machines."""
+        """One JSON object."""
         return self.record
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for a terminal."""
         return [_heading(self.record), "", _mode_table(self.record), *_closing(self.record)]
 
 
@@ -93,7 +93,7 @@ def run_bench(
     }
     for num_rows in concurrencies:
         part = _staggered(
-            workload.spread(_num_prompts(num_rows, per_row=per_row, limit=limit)), new_tokens
+            workload.resized(_num_prompts(num_rows, per_row=per_row, limit=limit)), new_tokens
         )
         with (
             closing(open_engine(engine_folder, max_rows=num_rows)) as engine,

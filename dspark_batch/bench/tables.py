@@ -1,4 +1,4 @@
-"""Tables for people, which are Markdown as they stand."""
+"""Tables for a terminal, which are also Markdown."""
 
 from __future__ import annotations
 

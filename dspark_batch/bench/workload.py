@@ -28,7 +28,7 @@ class Workload:
     num_rejected: int
     """Rows that `run` would give back as error rows."""
 
-    def spread(self, num_prompts: int) -> Workload:
+    def resized(self, num_prompts: int) -> Workload:
         """`num_prompts` prompts evenly over these, shortest first, renumbered.
 
         Begins again where there are fewer: the same prompt twice is as good as two, since nothing

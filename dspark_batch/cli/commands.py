@@ -39,7 +39,7 @@ class _Commands(click.Group):
         return super().parse_args(ctx, args)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the command, and put an error of whatever kind into the same words."""
+        """Run the command, and give every error the same form."""
         try:
             return super().main(*args, **{**kwargs, "standalone_mode": False}) or sys.exit(0)
         except DSparkError as exc:

@@ -100,7 +100,7 @@ class Diagnosis:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same as text for a terminal."""
         return [f"{name:<9} {text}" for name, text in self._facts()]
 
     def _facts(self) -> Iterator[tuple[str, str]]:

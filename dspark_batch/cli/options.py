@@ -28,13 +28,13 @@ progress_option = click.option(
 
 
 class Report(Protocol):
-    """What a command comes to."""
+    """The result of a command."""
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for a terminal."""
 
     def to_json(self) -> dict[str, Any]:
-        """For programs."""
+        """One JSON object."""
 
 
 def show(report: Report, *, as_json: bool) -> None:

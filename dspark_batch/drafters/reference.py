@@ -1,4 +1,4 @@
-"""The draft's slow twin in NumPy: whole rows, no cache, fp32.
+"""A reference of the draft in NumPy: whole rows, no cache, fp32.
 
 It shares nothing with the graph but the spec and the weights. The export compares the two; tests
 compare the graph with DeepSpec's network.

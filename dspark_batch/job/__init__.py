@@ -1,4 +1,4 @@
-"""A run of a job: Parquet in, rows through decoding, Parquet out, and how far it is."""
+"""Run a job: Parquet in, decode, Parquet out; also its dry run, progress and status."""
 
 import lazy_loader
 

@@ -38,7 +38,7 @@ class CheckReport:
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same as text for a terminal."""
         counts = Counts(num_rows=self.num_rows, errors=self.errors)
         lengths = ", ".join(f"{name} {value:,}" for name, value in self.prompt_tokens.items())
         return [f"rows      {rows_line(counts)}", f"tokens    {lengths or 'none'}"]
@@ -70,7 +70,7 @@ def _quantile(ordered: Sequence[tuple[int, int]], rank: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What preparing prompts needs of an engine, without its graphs."""
+    """What is needed of an engine to prepare prompts; its graphs stay closed."""
 
     tokenizer: Tokenizer | None
     max_tokens: int

@@ -53,17 +53,17 @@ class Crew:
 
     @property
     def num_workers(self) -> int:
-        """How many."""
+        """Number of worker processes."""
         return len(self.gpus)
 
     @property
     def name(self) -> str:
-        """See `record.RecordedEngine`; so are the others."""
+        """See `record.RecordedEngine`."""
         return self.manifest.name
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """Of the engine that every worker opens."""
+        """See `record.RecordedEngine`."""
         return self.manifest.fingerprint()
 
     @property
@@ -73,15 +73,15 @@ class Crew:
 
     @property
     def costs(self) -> object | None:
-        """Something: a worker whose schedule weighs costs measures them if there are none."""
+        """Never None: a worker that needs costs measures them if there are none."""
         return self.manifest.draft
 
 
 class CrewWatcher(Watcher, Protocol):
-    """Who hears what happens to rows, shards and workers."""
+    """Is told what happens to rows, shards and workers."""
 
     def phase(self, text: str) -> None:
-        """Something to show."""
+        """A phase begins, such as "loading engine"."""
 
     def ready(self) -> None:
         """The first worker has opened its engine."""

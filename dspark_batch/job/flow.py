@@ -1,4 +1,4 @@
-"""Shards on their way to parts: read, prepare, decode, commit, in one continuous stream.
+"""From shards to parts: read, prepare, decode, commit, in one continuous stream.
 
 decode() sees a single stream of prompts, so the batch never drains where a shard ends. A shard is
 open from its first prompt to its commit; each open shard but the newest has a row in the batch, so
@@ -41,11 +41,11 @@ class Decode(Protocol):
 
 
 class Stopping(Protocol):
-    """Whether rows are still to be admitted."""
+    """Says when no further row may be admitted."""
 
     @property
     def reason(self) -> str | None:
-        """Why not, in words; None while they are."""
+        """Why none may, in words; None while they may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class RowDone:
 
 
 class Watcher(Protocol):
-    """Who hears what happens to rows and shards."""
+    """Is told what happens to rows and shards."""
 
     def row(self, done: RowDone) -> None:
         """A row is done."""
@@ -70,7 +70,7 @@ class Watcher(Protocol):
 
 
 class Flow:
-    """The rows on their way. Invariant: a row is in `_running` from its admission to its end."""
+    """Rows between input and part. Invariant: `_running` has a row from admission to end."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ _LINE_SECONDS = 30.0
 
 @dataclass(slots=True)
 class RunState:
-    """How far a run is; the runner counts, a progress display reads."""
+    """The progress of a run: written by the runner, read by a display."""
 
     num_rows: int = 0
     """Rows of the whole job."""
@@ -55,14 +55,14 @@ class State(Protocol):
 
     @property
     def num_rows(self) -> int:
-        """The whole."""
+        """Rows, or steps, in all."""
 
     @property
     def num_done(self) -> int:
-        """The part of it that is done."""
+        """How many of them are done."""
 
     def text(self) -> str:
-        """In words."""
+        """The line behind the bar."""
 
 
 class Progress:
@@ -81,7 +81,7 @@ class Progress:
         """A row is finished."""
 
     def close(self) -> None:
-        """Nothing more will come; may be called twice."""
+        """Remove the display; may be called twice."""
 
 
 class PlainProgress(Progress):

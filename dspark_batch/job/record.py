@@ -1,4 +1,4 @@
-"""The run record: what was run, with what, on what, and what came of it."""
+"""The run record: what was run, with what, on what, and the result."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class RunRecord:
 
 
 def _schedule(job: Job, engine: Drafting) -> dict[str, Any]:
-    """How the run drafts and verifies, whatever was left to defaults."""
+    """How the run drafts and verifies, with the defaults filled in."""
     spec, scheduler = settled(engine, job.spec, job.scheduler)
     threshold = job.confidence_threshold if scheduler == "threshold" else None
     return {"spec": spec, "scheduler": scheduler, "confidence_threshold": threshold}

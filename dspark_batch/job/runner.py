@@ -120,11 +120,11 @@ class _Run:
         self._counts += part.counts
 
     def ended(self) -> None:
-        """Nothing more is decoded."""
+        """Decoding has ended."""
         self._wall_seconds = self._clock() - self._decoding_began
 
     def summary(self, *, argv: Sequence[str]) -> Summary:
-        """What there is now; raises `DSparkError` if a row got lost."""
+        """The summary so far. Raises `DSparkError` if a row got lost."""
         return Summary(
             self._output.folder,
             self._counts,
@@ -165,7 +165,7 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """All that a run is made of, but for what decodes."""
+    """One attempt at a run; the engine or the crew comes with the call."""
 
     plan: ShardPlan
     output: OutputFolder
@@ -190,7 +190,7 @@ class _Attempt:
             return record.summary
 
     def alone(self, engine: Engine, decode: Decode, stats: DecodeStats) -> Summary:
-        """With the engine that is open in this process."""
+        """Decode with the engine that is open in this process."""
         self.work.ready()
 
         def decode_here(pending: list[Shard]) -> None:
@@ -203,7 +203,7 @@ class _Attempt:
         return self.run(engine, decode_here)
 
     def together(self, crew: Crew) -> Summary:
-        """With workers, who open an engine each."""
+        """Decode with workers, each with an engine of its own."""
 
         def decode_there(pending: list[Shard]) -> None:
             workers = CrewRun(crew, self.plan, stop=self.work, watcher=self.work)

@@ -1,4 +1,4 @@
-"""A shard: a contiguous row range of the input that becomes one part, and its rows on the way."""
+"""A shard: a contiguous row range of the input that becomes one part, and its open rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far an output folder is, read from its files; never locks, never waits."""
+"""The progress of an output folder, read from its files; takes no lock and never waits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Status:
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same as text for a terminal."""
         return [
             f"last run  {self.state}",
             f"parts     {self.num_parts:,} of {self.num_planned_parts:,}",

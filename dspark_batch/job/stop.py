@@ -1,4 +1,4 @@
-"""The wish to end a run early: a deadline or SIGTERM."""
+"""Ending a run early: a deadline or SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stop:
 
     @property
     def reason(self) -> str | None:
-        """In words; None while there is none."""
+        """The reason in words; None while there is none."""
         if self._signalled:
             return "SIGTERM"
         if self._deadline is not None and self._clock() - self._started >= self._deadline:
@@ -29,7 +29,7 @@ class Stop:
 
     @contextmanager
     def on_sigterm(self) -> Iterator[None]:
-        """Take SIGTERM as the wish to stop; only the main thread can, elsewhere nothing happens."""
+        """Stop on SIGTERM. Only the main thread can; in another this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

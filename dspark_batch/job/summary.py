@@ -1,4 +1,4 @@
-"""What a run comes to: counts that add up over parts, and the summary that people read."""
+"""Counts that add up over parts, and the summary of a run."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class Summary:
         }
 
     def lines(self) -> list[str]:
-        """The same for people."""
+        """The same as text for a terminal."""
         counts, spec = self.counts, self.counts.spec
         lines = [
             f"rows      {rows_line(counts)}",

@@ -1,7 +1,7 @@
 """A worker: a process with an engine of its own that decodes the shards it is given.
 
 It asks its `crew` for one shard after another whenever there is room for rows, so that its batch
-never drains, and tells what became of them. It holds no lock and reads no parts: those are the
+never drains, and reports what happened to them. It holds no lock and reads no parts: those are the
 crew's. Whatever ends it loses only the shards that it had open.
 """
 
@@ -33,7 +33,7 @@ PHASES = ("draft", "verify", "prefill", "host")
 
 
 class OpenWorkerEngine(Protocol):
-    """`measure.open_measured` for a job; goes to another process, so it must be picklable."""
+    """`opening.open_measured` for a job; goes to another process, so it must be picklable."""
 
     def __call__(
         self, folder: Path, *, max_rows: int | None, threads: int, progress: Callable[[str], None]
@@ -62,7 +62,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Something to show to the person who waits."""
+    """A phase to show, such as "loading engine"."""
 
     text: str
 

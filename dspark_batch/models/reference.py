@@ -1,4 +1,4 @@
-"""The reference: a slow twin of the target graph, in plain NumPy and fp32, without a cache.
+"""The reference of the target graph: plain NumPy in fp32, without a cache.
 
 It shares only the spec and the weights with the graph. An export compares the two; tests compare
 both with transformers.

@@ -1,4 +1,4 @@
-"""What came of a training: the draft's folder with its model card, and the summary."""
+"""The result of a training: the draft's folder with its model card, and the summary."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class TrainingSummary:
     next_command: str
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for a terminal."""
         slots = ", ".join(f"{k}: {share:.0%}" for k, share in enumerate(self.survival, start=1))
         return [
             f"data      {self.num_responses:,} responses, {self.num_response_tokens:,} tokens; "
@@ -164,7 +164,7 @@ def write_draft_folder(
 def _engine_command(recipe: TrainingRecipe, scratch: Path) -> str:
     """What to type next: the export of a recipe that names this draft, written if there is none."""
     for path in sorted((recipe.workspace / RECIPE_FOLDER).glob("*.toml")):
-        with suppress(UsageError):  # a recipe that is wrong is nobody's business here
+        with suppress(UsageError):  # a wrong recipe is reported where it is used
             draft = load_recipe(str(path)).draft
             if draft is None or draft.weights is None:
                 continue

@@ -2,7 +2,7 @@
 
 Two forwards, equal in exact arithmetic: `forward_packed` scores many anchors of a sequence at once
 (training), `forward_block` extends one sequence's cache by its new positions and drafts one block
-(decoding, the slow twin). Symbols: b sequences, S positions, A anchors, γ block size, d hidden
+(decoding, the reference). Symbols: b sequences, S positions, A anchors, γ block size, d hidden
 size, m tapped layers, V' draft vocabulary, r Markov rank. Slot k sits at position anchor + k and
 predicts the token at anchor + k + 1.
 """

@@ -2,8 +2,8 @@
 
 Whole logits are most of a step's memory and, in page faults, a third of its time. Here a chunk of
 rows goes through the head, both distributions and the gradient while it is in the cache. What comes
-out is `losses.dspark_loss`, its slow twin, of the same rows. Symbols: n rows (slots that count), d
-hidden size, r Markov rank, V' draft ids.
+out is `losses.dspark_loss`, its plain reference, of the same rows. Symbols: n rows (slots that
+count), d hidden size, r Markov rank, V' draft ids.
 """
 
 from __future__ import annotations

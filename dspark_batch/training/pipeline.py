@@ -144,7 +144,7 @@ class _Training:
             self._progress.phase(f"{self._recipe.draft_folder} is trained; --overwrite trains anew")
             return TrainingSummary.from_json(values)
         with open_weights(self._recipe.target_source) as weights:
-            taps, tables = resolved_taps(self._recipe, weights), TargetTables.of(weights)
+            taps, tables = resolved_taps(self._recipe, weights), TargetTables.from_weights(weights)
             if not self._has_started:
                 check_start(self._recipe, weights, tables)
             self._build_engine(taps, num_layers=weights.config["num_hidden_layers"])

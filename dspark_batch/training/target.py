@@ -37,7 +37,7 @@ class TargetTables:
     """[d] weight of the final norm."""
 
     @classmethod
-    def of(cls, weights: Weights) -> Self:
+    def from_weights(cls, weights: Weights) -> Self:
         """Read the tables of an opened target."""
         spec = decoder_spec(weights.config)
         embed = tensor(weights.tensor, "model.embed_tokens.weight")

@@ -59,14 +59,14 @@ class Question:
         """That of the GPU. Raises `UsageError` for a name or a figure that cannot be."""
         assert self.gpu is not None
         assert self.model is not None
-        found = Roofline.of(
+        found = Roofline.for_gpu(
             self.gpu, self.model, dtype=self.dtype, block_size=block_size, context=context
         )
         return found.assume(self.assume)
 
     @property
     def folder(self) -> Path:
-        """Where the record and the figures go. Raises `UsageError` if nobody said so."""
+        """Where the record and the figures go. Raises `UsageError` if none was given."""
         if self.output is not None:
             return self.output
         if self.rounds is not None:
@@ -123,7 +123,7 @@ def _record(question: Question, engine: Engine, path: Path, progress: Progress) 
     found = read_workload(
         question.prompts, engine, new_tokens=question.new_tokens, limit=question.limit
     )
-    prompts = found.spread(len(found.prompts)).prompts
+    prompts = found.resized(len(found.prompts)).prompts
     progress(f"recording rounds of {len(prompts)} prompts")
     rounds = record(engine, prompts)
     write_rounds(path, rounds)

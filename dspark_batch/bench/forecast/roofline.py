@@ -66,7 +66,7 @@ class Roofline:
     """Names of the figures that `assume` replaced."""
 
     @classmethod
-    def of(
+    def for_gpu(
         cls, gpu_name: str, pair_name: str, *, dtype: str | None, block_size: int, context: float
     ) -> Self:
         """The roofline of a named GPU and pair; `dtype` None is the first that the GPU has.

@@ -83,7 +83,7 @@ class Simulation:
         return become, f"{'≥ ' if other.at_least else ''}{become:.0f}"
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines of text for a terminal."""
         return [
             "SIMULATION, not a measurement: recorded rounds, replayed by a cost table",
             "",
@@ -184,7 +184,7 @@ class Simulation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For machines."""
+        """One JSON object."""
         rounds, roofline = self.rounds, self.machine.roofline
         found = self.queries(AUTO, self.floor)
         return {

@@ -58,7 +58,7 @@ class Device(Protocol):
         """Enqueue a captured graph."""
 
     def free_bytes(self) -> int:
-        """Device memory that nobody holds."""
+        """Free device memory."""
 
     def close(self) -> None:
         """Free everything."""

@@ -62,13 +62,13 @@ def row_feeds(draws: Draws) -> Feeds:
 
 
 def idle_draws(num_rows: int, num_uniforms: int) -> Draws:
-    """Draws of a pass whose tokens nobody uses."""
+    """Draws of a pass whose tokens are not used."""
     zeros = np.zeros(num_rows, np.float32)
     uniforms = np.zeros((num_rows, num_uniforms), np.float32)
     return Draws(zeros, zeros.astype(np.int64), zeros + 1, uniforms)
 
 
-def spread(draws: Draws, places: Sequence[int], num_rows: int) -> Draws:
+def place_draws(draws: Draws, places: Sequence[int], num_rows: int) -> Draws:
     """The draws of `num_rows` rows that has these rows at `places`, and idle ones else."""
     found = idle_draws(num_rows, draws.uniforms.shape[1])
     for wide, array in zip(row_feeds(found).values(), row_feeds(draws).values(), strict=True):

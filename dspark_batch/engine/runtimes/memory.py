@@ -1,7 +1,7 @@
-"""Where the tensors of ONNX Runtime live that stay from one step to the next.
+"""Memory for the tensors that ONNX Runtime keeps from one step to the next.
 
 Caches, context and draft logits are arrays of one `Memory`: NumPy's on the host, or addresses on a
-GPU. The code that moves them about is the same; only what is small crosses over.
+GPU. The code that moves them is the same; only small arrays are copied between host and GPU.
 """
 
 from __future__ import annotations

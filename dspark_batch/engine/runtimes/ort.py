@@ -3,7 +3,7 @@
 The caches are `runtimes.cache`: a step takes the rows of one bucket that lie side by side as a
 view of its buffers, past and present bound to the same memory. The context that the target leaves
 for the draft is kept per row until the row drafts again. Where all this lies is a
-`runtimes.memory`; the rest of a step's inputs and outputs is small and crosses over.
+`runtimes.memory`; the other inputs and outputs of a step are small and are copied.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class OrtRuntime:
         bonus = np.zeros(len(spans), np.int64)
         for run in self._runs([span.slot for span in spans]):
             num_accepted[run], bonus[run] = self._verify_run(
-                [spans[i] for i in run], lengths[run], draws.of(run)
+                [spans[i] for i in run], lengths[run], draws.select(run)
             )
         return VerifyResult(num_accepted, bonus)
 
@@ -224,7 +224,7 @@ class OrtRuntime:
         confidence = np.zeros((len(slots), self._block_size), np.float32)
         for run in self._runs(slots):
             tokens[run], confidence[run] = self._draft_run(
-                [slots[i] for i in run], anchors[run], draws.of(run)
+                [slots[i] for i in run], anchors[run], draws.select(run)
             )
         return DraftBlock(tokens, confidence, np.full(len(slots), self._block_size))
 
@@ -237,7 +237,7 @@ class OrtRuntime:
         found: dict[int, Floats] = {}
         for run in self._runs([span.slot for span in spans]):
             chosen = [spans[i] for i in run]
-            results = self._target_run(chosen, plain[run], draws.of(run), ("context",))
+            results = self._target_run(chosen, plain[run], draws.select(run), ("context",))
             ends = np.cumsum([len(span.tokens) for span in chosen])
             context = self._memory.fetch(results[0])
             found |= zip(run, np.split(context, ends[:-1]), strict=True)

@@ -1,4 +1,4 @@
-"""Where ONNX Runtime can execute an engine: devices, their execution providers, what they lack."""
+"""The devices of ONNX Runtime: their execution providers, and what they cannot run."""
 
 from __future__ import annotations
 

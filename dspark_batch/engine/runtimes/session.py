@@ -1,4 +1,4 @@
-"""The border to a runtime: steps over flattened tokens and row spans, never a cache tensor.
+"""The contract of a runtime: steps over flattened tokens and row spans, never a cache tensor.
 
 A runtime owns the KV caches. `engine` names rows by slot and says where each row's tokens start;
 rolling back is starting lower next time. Context (the target's hidden states for the draft) stays
@@ -42,7 +42,7 @@ class Draws:
     top_p: Floats
     uniforms: Floats
 
-    def of(self, rows: list[int]) -> Draws:
+    def select(self, rows: list[int]) -> Draws:
         """The draws of these rows."""
         return Draws(
             self.temperature[rows], self.top_k[rows], self.top_p[rows], self.uniforms[rows]
@@ -51,7 +51,7 @@ class Draws:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What a machine decides about execution, and not the engine."""
+    """What depends on the machine and not on the engine."""
 
     device: str = "auto"
     """`cpu`, `cuda`, or what the runtime finds best."""

@@ -30,8 +30,8 @@ from dspark_batch.engine.runtimes.device import Device
 from dspark_batch.engine.runtimes.layout import (
     Feeds,
     idle_draws,
+    place_draws,
     row_feeds,
-    spread,
     target_feeds,
     token_layout,
 )
@@ -186,7 +186,7 @@ class TrtRuntime:
             chosen = [spans[i] for i in places]
             if self._draft is not None:
                 self._make_room(sum(len(span.tokens) for span in chosen))
-            results = self._target_pass(step, chosen, lengths[places], draws.of(places))
+            results = self._target_pass(step, chosen, lengths[places], draws.select(places))
             num_accepted[places], bonus[places] = results
             self._note(chosen, lengths[places], results[0])
         return VerifyResult(num_accepted, bonus)
@@ -199,7 +199,7 @@ class TrtRuntime:
         found: dict[int, Floats] = {}
         for places, step in self._target_steps(spans, plain):
             chosen = [spans[i] for i in places]
-            self._target_pass(step, chosen, plain[places], draws.of(places))
+            self._target_pass(step, chosen, plain[places], draws.select(places))
             ends = np.cumsum([len(span.tokens) for span in chosen])
             rows = np.empty(int(ends[-1]) * self._context_bytes, np.uint8)
             self._device.download(rows, self._unread["context"])
@@ -313,7 +313,7 @@ class TrtRuntime:
             new[i] = self._rows[along[i]].pending[:most]
         all_anchors = np.zeros(len(along), np.int64)
         all_anchors[inside] = anchors
-        all_draws = spread(draws, inside, len(along))
+        all_draws = place_draws(draws, inside, len(along))
         tokens = np.zeros((len(along), self._block_size), np.int64)
         confidence = np.zeros((len(along), self._block_size), np.float32)
         for part, step in self._draft_steps(along, new):
@@ -322,7 +322,7 @@ class TrtRuntime:
                 [along[i] for i in part],
                 [new[i] for i in part],
                 all_anchors[part],
-                all_draws.of(part),
+                all_draws.select(part),
             )
         return tokens[inside], confidence[inside]
 

@@ -150,7 +150,7 @@ def _fixed(path: Path, sizes: Mapping[str, int]) -> bytes:
     """The graph file with symbolic dimensions of inputs and outputs replaced by `sizes`.
 
     Without its output `logits`, which the export's check alone reads: on a GPU it would take room
-    for a row of the vocabulary for each token, and nobody looks at it.
+    for a row of the vocabulary for each token, and nothing reads it.
     """
     model = onnx.load(path, load_external_data=False)
     outputs = [value for value in model.graph.output if value.name != "logits"]
