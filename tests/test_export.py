@@ -18,7 +18,7 @@ from dspark_batch.decode.loop import DecodeStats, decode
 from dspark_batch.decode.types import FinishReason, Prompt, SamplingParams
 from dspark_batch.engine.engine import open_engine
 from dspark_batch.engine.manifest import FORMAT, describe_file, read_manifest
-from dspark_batch.errors import EngineError
+from dspark_batch.errors import EngineError, StorageError
 from dspark_batch.export import pipeline
 from dspark_batch.models.decoder import DecoderGraph
 from dspark_batch.models.weights import sha256_of
@@ -97,6 +97,18 @@ def test_an_engine_is_kept_until_something_changes(workspace: Path) -> None:
     pipeline.export(workspace / "export" / "tiny.toml", output=folder, force=True)
     assert (folder / "manifest.json").stat().st_ino != second
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "target", "."])
+def test_an_export_deletes_no_file_of_others(workspace: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "engines" / "engine"
+    theirs = {"target": folder / "target/report.txt", ".": folder}.get(name, folder / name)
+    theirs.parent.mkdir(parents=True, exist_ok=True)
+    theirs.write_text("theirs")
+    with pytest.raises(StorageError, match=r"engine.* is not a f"):
+        pipeline.export(workspace / "export" / "tiny.toml", output=folder, force=True)
+    assert theirs.read_text() == "theirs"
+    assert [path.name for path in folder.parent.iterdir()] == ["engine"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -662,6 +663,70 @@ def test_a_foreign_file_in_data_is_refused(tmp_path):
         StorageError, match=r"theirs\.parquet is not a file that dspark-batch wrote"
     ):
         run(job)
+
+
+def tree(folder):
+    """Every path below a folder, with the bytes of the files."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", ".hidden", "theirs.parquet", "part-00001-r0000000004-copy.parquet", "sub"]
+)
+@pytest.mark.parametrize("killed", [False, True])
+def test_overwrite_deletes_no_file_of_others(tmp_path, name, killed):
+    job = job_of(tmp_path, table(12))
+    run(job)
+    if killed:  # the parts in data/ are those of an overwriting run that was stopped
+        with pytest.raises(Killed):
+            run(job, decode=FakeDecode(before_yield=killing(9)), overwrite=True)
+    theirs = job.output_folder / "data" / name
+    if name == "sub":
+        theirs.mkdir()
+    elif "part" in name:  # a reader that wrote its result beside: pyarrow copies our footer
+        part = next((job.output_folder / "data").glob("part-*"))
+        pq.write_table(pq.read_table(part).slice(1), theirs)
+    else:
+        theirs.write_text("theirs")
+    before = tree(job.output_folder / "data"), tree(job.output_folder / "run")
+    with pytest.raises(StorageError, match=re.escape(f"{theirs} is not a file that dspark-batch")):
+        run(job, overwrite=True)
+    after = tree(job.output_folder / "data"), tree(job.output_folder / "run")
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["results.tmp", "model.pt", "record.json"])
+def test_a_folder_of_others_is_not_written_to(tmp_path, name):
+    output = tmp_path / "project"
+    for file in (f"run/{name}", "data/notes.txt"):
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        (output / file).write_text("{}")
+    before = tree(output)
+    with pytest.raises(StorageError, match=name.replace(".", r"\.")) as info:
+        run(job_of(tmp_path, table(3), output=output))
+    assert "-o FOLDER" in info.value.hint
+    assert tree(output) == before
+
+
+def test_what_others_put_beside_the_parts_stays(tmp_path):
+    job = job_of(tmp_path, table(12))
+    run(job)
+    colder = job.model_copy(update={"max_new_tokens": 2})
+    with pytest.raises(Killed):
+        run(colder, decode=FakeDecode(before_yield=killing(9)), overwrite=True)
+    theirs = job.output_folder / "run/replaced/notes.txt"
+    theirs.write_text("theirs")
+    with pytest.raises(StorageError, match=r"replaced/notes\.txt is not a file"):
+        run(colder)
+    assert len(result(colder)) == 12
+    assert len(list(theirs.parent.iterdir())) == 4
+    theirs.rename(job.output_folder / "notes.txt")
+    run(colder)
+    assert not theirs.parent.exists()
+    assert (job.output_folder / "notes.txt").read_text() == "theirs"
 
 
 def test_an_input_inside_the_output_is_refused(tmp_path):

@@ -397,6 +397,13 @@ def test_a_draft_of_another_origin_is_not_replaced(
     assert status == 2
     assert "was not trained here" in message
     assert not workspace.draft("foreign.training").exists()
+    notes = workspace.draft("foreign") / "notes.txt"
+    notes.write_text("theirs")
+    status, message = fails(recipe, "--overwrite")
+    assert status == 6
+    assert "notes.txt is not a file that dspark-batch wrote" in message
+    assert notes.read_text() == "theirs"
+    notes.unlink()
     train(recipe, "--overwrite")
     assert (workspace.draft("foreign") / "README.md").exists()
 

@@ -1,9 +1,10 @@
-from .costs import COSTS_FILE as COSTS_FILE
 from .costs import ensure_costs as ensure_costs
 from .costs import measure_costs as measure_costs
 from .costs import read_costs as read_costs
 from .engine import Engine as Engine
 from .engine import open_engine as open_engine
+from .files import check_replaceable as check_replaceable
+from .files import replace_folder as replace_folder
 from .files import replacing as replacing
 from .files import sync_folder as sync_folder
 from .files import write_json as write_json
@@ -16,6 +17,8 @@ from .hardware import find_cpu as find_cpu
 from .hardware import find_gpus as find_gpus
 from .hardware import find_memory as find_memory
 from .hardware import num_cores as num_cores
+from .manifest import COSTS_FILE as COSTS_FILE
+from .manifest import ENGINE_FILES as ENGINE_FILES
 from .manifest import FILE_NAME as FILE_NAME
 from .manifest import FORMAT as FORMAT
 from .manifest import CacheInfo as CacheInfo

@@ -18,12 +18,12 @@ from dspark_batch.decode import DraftBlock, Prompt, SamplingParams, VerifyPlan
 from dspark_batch.decode import RunningRow as Row
 from dspark_batch.decode.algorithm import CostTable
 from dspark_batch.engine.files import write_json
+from dspark_batch.engine.manifest import COSTS_FILE
 from dspark_batch.errors import StorageError
 
 if TYPE_CHECKING:
     from dspark_batch.engine.engine import Engine
 
-COSTS_FILE = "costs.json"
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,14 @@
-"""Write a file whole or not at all. Every file that a later run relies on is written here."""
+"""Write a file or a folder whole or not at all, and delete nothing but what we wrote.
+
+Every file that a later run relies on is written here.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +44,32 @@ def write_json(path: Path, values: Any, *, temporary: Path | None = None) -> Non
     """Replace a JSON file. Raises `StorageError`."""
     with replacing(path, temporary=temporary) as scratch:
         scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def check_replaceable(folder: Path, names: Collection[str]) -> None:
+    """Raise `StorageError` for a folder that holds more than files of these names."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise StorageError(
+            f"{folder} is not a folder of its own", hint="move it away, or write elsewhere"
+        )
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.name not in names or path.is_dir():
+            raise StorageError(
+                f"{path} is not a file that dspark-batch wrote, and its folder is to be replaced",
+                hint="move it away, or write elsewhere",
+            )
+
+
+def replace_folder(folder: Path, scratch: Path, *, names: Collection[str]) -> None:
+    """Rename `scratch` to `folder`. What is there goes, if it is files of these names only.
+
+    Raises:
+        StorageError: something else is there; nothing was changed.
+    """
+    check_replaceable(folder, names)
+    if folder.exists():
+        shutil.rmtree(folder)
+    scratch.replace(folder)
 
 
 def sync_folder(folder: Path) -> None:

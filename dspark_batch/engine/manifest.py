@@ -18,7 +18,11 @@ from dspark_batch.errors import EngineError
 
 FORMAT = "dspark-batch-engine/1"
 FILE_NAME = "manifest.json"
+COSTS_FILE = "costs.json"
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_GRAPHS = [f"{g}.{kind}" for g in ("target", "draft") for kind in ("onnx", "onnx.data", "plan")]
+ENGINE_FILES = frozenset([FILE_NAME, *_TEXT_FILES, *_GRAPHS, COSTS_FILE, f"{COSTS_FILE}.tmp"])
+"""All that an export, and a run that measures, ever writes into an engine folder."""
 
 
 class _Part(BaseModel):

@@ -45,6 +45,7 @@ from dspark_batch.drafters import (
 )
 from dspark_batch.engine import (
     COSTS_FILE,
+    ENGINE_FILES,
     FILE_NAME,
     FORMAT,
     CacheInfo,
@@ -54,11 +55,13 @@ from dspark_batch.engine import (
     PlansInfo,
     TargetInfo,
     Tokenizer,
+    check_replaceable,
     describe_file,
     ensure_costs,
     installed_versions,
     open_engine,
     read_manifest,
+    replace_folder,
     write_tokenizer,
 )
 from dspark_batch.engine.runtimes import runtime_module
@@ -164,6 +167,7 @@ class _Export:
         if not force and self._is_built():
             self._progress(f"{self._output} is already built from this recipe")
             return self._output
+        check_replaceable(self._output, ENGINE_FILES)  # before minutes of work
         scratch = self._output.with_name(f".{self._output.name}.{os.getpid()}")
         scratch.mkdir(parents=True)
         try:
@@ -176,9 +180,7 @@ class _Export:
                 self._build_plans(scratch, self._plans)
             self._write_manifest(scratch, parity)
             self._progress("installing")
-            if self._output.exists():
-                shutil.rmtree(self._output)
-            scratch.replace(self._output)
+            replace_folder(self._output, scratch, names=ENGINE_FILES)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return self._output

@@ -1,14 +1,15 @@
 """The output folder of a job: `data/` with parts only, `run/` with the record and the lock.
 
 Readers glob `data/`, so nothing else is ever in it: temporary files live in `run/`, on the same
-file system.
+file system. Only files that a run wrote are moved or deleted: parts by name and footer, the files
+in `run/` by name. Anything else there is an error before anything changes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,11 @@ from filelock import FileLock, Timeout
 from dspark_batch.engine import sync_folder, write_json
 from dspark_batch.errors import OutputLocked, StorageError
 from dspark_batch.job.parts import Part, read_part
+from dspark_batch.job.shards import PART_NAME
+
+_RUN_NAME = re.compile(
+    rf"lock|replaced|(holder|record)\.json(\.tmp)?|{PART_NAME.pattern}\.tmp", re.ASCII
+)
 
 
 class OutputFolder:
@@ -39,10 +45,11 @@ class OutputFolder:
         """Hold the folder, made if need be, without leftovers of a killed run.
 
         A new folder in which nothing was run is taken away again. Raises `OutputLocked` at once if
-        another run holds it, `StorageError` if it cannot be made.
+        another run holds it, `StorageError` if it cannot be made or if others' files are in `run/`.
         """
         is_new = not self.folder.exists()
         try:
+            self._check_run()
             self.run.mkdir(parents=True, exist_ok=True)
             self.data.mkdir(exist_ok=True)
             lock = FileLock(self.run / "lock")
@@ -62,9 +69,11 @@ class OutputFolder:
         finally:
             self._holder.unlink(missing_ok=True)
             if is_new and not self._record.exists():
-                with suppress(OSError):  # a part is in it after all
+                with suppress(OSError):  # something is in it after all
                     self.data.rmdir()
-                    shutil.rmtree(self.folder)
+                    (self.run / "lock").unlink(missing_ok=True)
+                    self.run.rmdir()
+                    self.folder.rmdir()
             lock.release()
 
     def _holder_name(self) -> str:
@@ -74,31 +83,49 @@ class OutputFolder:
         except (OSError, ValueError, KeyError):
             return "another run"  # it has just started or is just ending
 
+    def _check_run(self) -> None:
+        """Raise `StorageError` for a file in `run/` that no run wrote."""
+        if not self.run.exists():
+            return
+        for path in sorted(self.run.iterdir()):
+            if not _RUN_NAME.fullmatch(path.name):
+                raise _foreign(path)
+        record = self._record
+        if record.exists() and "num_planned_parts" not in (self.read_record() or {}):
+            raise _foreign(record)
+
     def parts(self) -> list[Part]:
         """The committed parts in input order. Raises `StorageError` for a foreign file."""
-        return [read_part(path) for path in sorted(self.data.glob("*.parquet"))]
+        return [_part(path) for path in sorted(self.data.glob("*.parquet"))]
 
     def temporary(self, name: str) -> Path:
         """Where a file is written before it gets its name."""
         return self.run / f"{name}.tmp"
 
     def set_aside(self) -> None:
-        """Take the parts out of `data/`; they are deleted only when all new ones are there."""
+        """Take the parts out of `data/`; they are deleted only when all new ones are there.
+
+        Raises `StorageError`, before anything is moved, for a file in `data/` that is none.
+        """
         try:
+            parts = _only_parts(self.data)
             if self._replaced.exists():  # an overwriting run was stopped: its parts are the newer
-                shutil.rmtree(self.data)
+                for part in parts:
+                    part.path.unlink()
             else:
                 self.data.rename(self._replaced)
-            self.data.mkdir()
+                self.data.mkdir()
             sync_folder(self.folder)
         except OSError as exc:
             raise StorageError(f"cannot replace {self.data}: {exc.strerror or exc}") from exc
 
     def drop_replaced(self) -> None:
-        """Delete what `set_aside` kept."""
+        """Delete what `set_aside` kept. Raises `StorageError` where more is in its folder."""
         try:
             if self._replaced.exists():
-                shutil.rmtree(self._replaced)
+                for part in _only_parts(self._replaced):
+                    part.path.unlink()
+                self._replaced.rmdir()
         except OSError as exc:
             raise StorageError(f"cannot delete {self._replaced}: {exc.strerror or exc}") from exc
 
@@ -118,6 +145,25 @@ class OutputFolder:
 
     def _write(self, path: Path, values: Mapping[str, object]) -> None:
         write_json(path, values, temporary=self.temporary(path.name))
+
+
+def _only_parts(folder: Path) -> list[Part]:
+    """The parts in a folder of nothing else. Raises `StorageError` for anything else."""
+    return [_part(path) for path in sorted(folder.iterdir())]
+
+
+def _part(path: Path) -> Part:
+    """A part. Other programs copy footers into what they write, so its name counts too."""
+    if not PART_NAME.fullmatch(path.name):
+        raise _foreign(path)
+    return read_part(path)
+
+
+def _foreign(path: Path) -> StorageError:
+    return StorageError(
+        f"{path} is not a file that dspark-batch wrote",
+        hint="move it away, or write elsewhere with -o FOLDER",
+    )
 
 
 def now() -> str:

@@ -167,5 +167,6 @@ def read_part(path: Path) -> Part:
         )
     except (OSError, pa.ArrowException, KeyError, ValueError) as exc:
         raise StorageError(
-            f"{path} is not a file that dspark-batch wrote ({exc})", hint="move it away"
+            f"{path} is not a file that dspark-batch wrote ({exc})",
+            hint="move it away, or write elsewhere with -o FOLDER",
         ) from exc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from dspark_batch.job.prompts import PreparedRow
+
+PART_NAME = re.compile(r"part-\d{5,}-r\d{10,}\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

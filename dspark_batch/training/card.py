@@ -15,17 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch import __version__
+from dspark_batch.engine import replace_folder
 from dspark_batch.errors import UsageError
 from dspark_batch.export import RECIPE_FOLDER, load_recipe
 from dspark_batch.job import duration
 from dspark_batch.models.weights import Weights
-from dspark_batch.training.checkpoint import WEIGHTS, save_draft
+from dspark_batch.training.checkpoint import CONFIG, WEIGHTS, save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import Evaluation
 from dspark_batch.training.recipe import TrainingRecipe
 from dspark_batch.training.responses import Sequences
 
 CARD, LOG, ENGINE_RECIPE = "README.md", "training.jsonl", "engine.toml"
+DRAFT_FILES = frozenset([CARD, CONFIG, WEIGHTS, LOG, ENGINE_RECIPE])
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +146,7 @@ def write_draft_folder(
     command = _engine_command(recipe, scratch)
     num_bytes = (scratch / WEIGHTS).stat().st_size
     (scratch / CARD).write_text("\n".join(_card(recipe, facts, draft, num_bytes)) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    replace_folder(folder, scratch, names=DRAFT_FILES)
     return TrainingSummary(
         draft=folder,
         num_responses=facts.num_responses,

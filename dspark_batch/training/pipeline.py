@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dspark_batch.engine import Engine, open_engine, write_json
+from dspark_batch.engine import Engine, check_replaceable, open_engine, write_json
 from dspark_batch.errors import OutputLocked, StoppedEarly, UsageError
 from dspark_batch.export import Recipe, build
 from dspark_batch.job import Progress, Stop, difference
 from dspark_batch.models.weights import Weights, open_weights
-from dspark_batch.training.card import Facts, TrainingSummary, write_draft_folder
+from dspark_batch.training.card import DRAFT_FILES, Facts, TrainingSummary, write_draft_folder
 from dspark_batch.training.checkpoint import CONFIG, WEIGHTS, load_draft, save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import calibrate, evaluation_of, score_sequences
@@ -168,6 +168,7 @@ class _Training:
         self._recipe.check_files()
         settings = {key: json.dumps(value) for key, value in self._recipe.settings().items()}
         if self._overwrite:
+            check_replaceable(draft_folder, DRAFT_FILES)  # before hours of work
             files.finished.unlink(missing_ok=True)
             for path in (files.start, files.training):
                 shutil.rmtree(path, ignore_errors=True)
