@@ -293,6 +293,26 @@ def commit(folder: Path, table: pa.Table, rows: list[OutputRow], *, prefix: str 
     return path
 
 
+def test_a_footer_keeps_only_what_is_true_of_a_part(tmp_path):
+    spark = {"type": "struct", "fields": [{"name": "prompt", "type": "string"}]}
+    by_range = {"index_columns": [{"kind": "range", "start": 0, "stop": 3, "step": 1}]}
+    by_column = {"index_columns": ["prompt"], "columns": [{"name": "prompt"}]}
+    for pandas, kept in [(by_range, False), (by_column, True), (["odd"], False)]:
+        metadata = {
+            "owner": "night shift",
+            "org.apache.spark.version": "3.5.1",
+            "org.apache.spark.sql.parquet.row.metadata": json.dumps(spark),
+            "huggingface": json.dumps({"info": {"features": {"prompt": {"dtype": "string"}}}}),
+            "parquet.avro.schema": "{}",
+            "pandas": json.dumps(pandas),
+        }
+        path = commit(tmp_path, rich_table(3).replace_schema_metadata(metadata), [OK, BAD, OK])
+        written = set(pq.read_schema(path).metadata)
+        theirs = {key for key in written if not key.startswith(b"dspark_batch.")}
+        expected = {b"owner", b"org.apache.spark.version"} | ({b"pandas"} if kept else set())
+        assert theirs == expected
+
+
 def test_a_part_holds_the_input_untouched_and_then_the_output(tmp_path):
     table = rich_table(3)
     path = commit(tmp_path, table, [OK, BAD, OK])

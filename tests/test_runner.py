@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -357,12 +358,13 @@ def test_a_process_killed_outright_is_continued_and_its_lock_is_gone(tmp_path):
     process = start(job, until=15)
     with pytest.raises(OutputLocked, match=f"in use by process {process.pid} on "):
         run(job)
+    assert read_status(job.output_folder).state == "running"
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     kept = len(names(job))
     assert 0 < kept < 20
-    assert read_status(job.output_folder).state == "running"
+    assert read_status(job.output_folder).state == "died"
     assert run(job).num_run_parts == 20 - kept
     assert result(job)["id"].to_pylist() == [f"id-{i}" for i in range(40)]
 
@@ -646,6 +648,35 @@ def test_a_failed_write_stops_the_run(tmp_path, monkeypatch):
     assert len(decode.admitted) < 20
     status = read_status(job.output_folder)
     assert (status.state, status.num_parts) == ("failed", 0)
+
+
+def test_status_knows_a_run_that_could_not_write_how_it_ended(tmp_path, monkeypatch):
+    job = job_of(tmp_path, table(20))
+    output = OutputFolder(job.output_folder)
+
+    def full(*args, **options):
+        monkeypatch.setattr(OutputFolder, "write_record", refused)
+        raise OSError(28, "No space left on device")
+
+    def refused(self, record):
+        raise StorageError("cannot write: No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(StorageError, match="No space left"):
+        run(job)
+    assert output.read_record()["state"] == "running"
+    assert read_status(job.output_folder).state == "died"
+    holder = {"pid": os.getpid(), "host": socket.gethostname()}
+    for other, state in [
+        ({}, "running"),
+        ({"host": "elsewhere"}, "running"),
+        ({"pid": 2**22 + 1}, "died"),
+    ]:
+        (output.run / "holder.json").write_text(json.dumps(holder | other))
+        assert read_status(job.output_folder).state == state
+    (output.run / "holder.json").write_text(json.dumps(holder))
+    os.utime(output.run / "holder.json", (0, 0))  # of a process that had this number before
+    assert read_status(job.output_folder).state == "died"
 
 
 def test_an_output_that_cannot_be_made_is_a_storage_error(tmp_path):

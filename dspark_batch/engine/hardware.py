@@ -182,3 +182,14 @@ def _visible(gpus: list[Gpu], wanted: str | None) -> list[Gpu]:
 
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def is_running(pid: int, *, before: float) -> bool:
+    """Whether the process that had this number at the time `before` still runs."""
+    try:
+        process = psutil.Process(pid)
+        # A younger process has the number of one that ended; a minute for clocks that were set.
+        is_the_same = bool(process.create_time() < before + 60)
+        return is_the_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dspark_batch.engine import sync_folder, write_json
+from dspark_batch.engine import is_running, sync_folder, write_json
 from dspark_batch.errors import OutputLocked, StorageError
 from dspark_batch.job.parts import Part, read_part
 from dspark_batch.job.shards import PART_NAME
@@ -75,6 +75,20 @@ class OutputFolder:
                     self.run.rmdir()
                     self.folder.rmdir()
             lock.release()
+
+    def is_held(self) -> bool:
+        """Whether a run holds the folder, told without taking the lock, which would disturb it.
+
+        A run on another host cannot be looked up; it counts as alive.
+        """
+        try:
+            holder = json.loads(self._holder.read_text())
+            since = self._holder.stat().st_mtime
+            if holder["host"] != socket.gethostname():
+                return True
+            return is_running(holder["pid"], before=since)
+        except (OSError, ValueError, KeyError):
+            return False
 
     def _holder_name(self) -> str:
         try:

@@ -21,6 +21,20 @@ _VERSION, _FINGERPRINT, _COUNTS = (
     f"dspark_batch.{key}".encode() for key in ("version", "fingerprint", "counts")
 )
 
+_SCHEMAS_OF_OTHERS = frozenset(
+    [
+        b"org.apache.spark.sql.parquet.row.metadata",
+        b"huggingface",
+        b"iceberg.schema",
+        b"parquet.avro.schema",
+        b"avro.schema",
+        b"parquet.proto.descriptor",
+        b"parquet.thrift.descriptor",
+        b"thrift.descriptor",
+    ]
+)
+"""Footer keys with the columns of a file: a reader that goes by them would not see ours."""
+
 _FIELDS = (
     pa.field("completion", pa.large_string()),
     pa.field("finish_reason", pa.string()),
@@ -93,7 +107,7 @@ def commit_part(
     counts = count_rows(rows)
     schema = schema.with_metadata(
         {
-            **(schema.metadata or {}),
+            **_still_true(schema.metadata or {}),
             _VERSION: __version__,
             _FINGERPRINT: json.dumps(dict(fingerprint), sort_keys=True),
             _COUNTS: json.dumps(counts.to_json(), sort_keys=True),
@@ -113,6 +127,21 @@ def commit_part(
         if (part.num_rows, part.fingerprint) != (table.num_rows, fingerprint):
             raise StorageError(f"{temporary} holds {part.num_rows} rows, not {table.num_rows}")
     return Part(path, part.num_rows, part.fingerprint, part.counts)
+
+
+def _still_true(metadata: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """What the input's footer says that holds for a part too.
+
+    Not the columns, and not pandas' index where that counts the rows of the input.
+    """
+    kept = {key: value for key, value in metadata.items() if key not in _SCHEMAS_OF_OTHERS}
+    try:
+        index = json.loads(kept.get(b"pandas", b"{}")).get("index_columns", [])
+    except (ValueError, AttributeError):
+        index = [{}]
+    if any(isinstance(column, dict) for column in index):
+        del kept[b"pandas"]
+    return kept
 
 
 def _columns(rows: Sequence[OutputRow], types: Sequence[pa.DataType]) -> list[pa.Array]:

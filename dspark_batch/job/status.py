@@ -17,7 +17,8 @@ class Status:
 
     folder: Path
     state: str
-    """Of the last run: `running` (or killed), `finished`, `stopped`, `interrupted`, `failed`."""
+    """Of the last run: `running`, `finished`, `stopped`, `interrupted`, `failed`, or `died`: it is
+    gone, and could not say how it ended."""
     num_parts: int
     num_planned_parts: int
     num_input_rows: int
@@ -55,10 +56,13 @@ def read_status(folder: Path) -> Status:
             f"{folder} is not the output of a run", hint="give the folder that run wrote to"
         )
     parts = output.parts()
+    state = record["state"]
+    if state == "running" and not output.is_held():
+        state = "died"
     counts = sum((part.counts for part in parts), start=Counts())
     return Status(
         folder,
-        record["state"],
+        state,
         len(parts),
         record["num_planned_parts"],
         record["num_input_rows"],
