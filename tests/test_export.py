@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -185,6 +186,29 @@ def test_a_source_that_lacks_a_weight_leaves_nothing(tmp_path: Path) -> None:
     del tensors["model.layers.2.mlp.down_proj.weight"]
     save_file(tensors, target / "model.safetensors")
     with pytest.raises(EngineError, match=r"layers.2.mlp.down_proj"):
+        export_pair(tmp_path, target, None)
+    assert not list((tmp_path / "engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "is_dropped"),
+    [
+        ("model.layers.1.self_attn.q_proj.bias", False),
+        ("model.layers.1.mlp.down_proj.weight_scale", False),
+        ("adapter.lora_A.weight", False),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", True),  # transformers drops it too
+    ],
+)
+def test_a_weight_that_the_graph_would_drop_is_refused_by_name(
+    tmp_path: Path, name: str, is_dropped: bool
+) -> None:
+    target = write_target(tmp_path / "target", target_config("llama"))
+    tensors = load_file(target / "model.safetensors") | {name: np.ones(4, np.float32)}
+    save_file(tensors, target / "model.safetensors")
+    if is_dropped:
+        assert (export_pair(tmp_path, target, None) / "target.onnx").exists()
+        return
+    with pytest.raises(EngineError, match=rf"no llama model has: {re.escape(name)}; "):
         export_pair(tmp_path, target, None)
     assert not list((tmp_path / "engines").iterdir())
 

@@ -198,6 +198,19 @@ def test_tokenizer_in_another_format_is_refused_with_what_to_type(tmp_path: Path
         open_weights(tmp_path).tokenizer_json()
 
 
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_a_quantized_folder_is_refused_by_its_method(
+    tmp_path: Path, key: str, is_inside: bool
+) -> None:
+    config: dict[str, Any] = {"model_type": "llama", key: {"quant_method": "awq", "bits": 4}}
+    if is_inside:
+        config = {"model_type": "gemma3", "text_config": config | {"model_type": "gemma3_text"}}
+    write_folder(tmp_path, config)
+    with pytest.raises(EngineError, match=rf"is quantized: .*{key} \(method 'awq'\)"):
+        open_weights(tmp_path)
+
+
 def test_folder_without_config_or_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"no config\.json"):
         open_weights(tmp_path)

@@ -13,7 +13,7 @@ The draft's blocks must be those of `drafters.reference`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +25,7 @@ from dspark_batch.engine import CacheInfo
 from dspark_batch.errors import EngineError
 from dspark_batch.export.probes import Array, DraftProbe, TargetProbe
 from dspark_batch.models import DecoderSpec, Forward, reference, stream_name
-from dspark_batch.models.weights import ReadTensor
+from dspark_batch.models.weights import ReadTensor, Weights
 
 # The largest values that pass, a few times those of good engines. In int8, `kl` is 0.006 for
 # SmolLM2 and 0.02 for Gemma 3 270M; sums that saturate make it 0.12.
@@ -58,6 +58,40 @@ _BLOCK = 32  # tokens whose distributions are compared at once
 # Length of a short row, and cache capacities that longer rows in the batch would lead to: multiples
 # of 64, like those of the runtime.
 _SHORT, _CAPACITIES = 48, (64, 128, 512)
+
+
+_TEXT_MODEL = ("model.layers.", "model.embed_tokens", "model.norm", "lm_head.")
+
+
+def check_all_used(weights: Weights, spec: DecoderSpec, used: Collection[str]) -> None:
+    """Refuse weights of which the reference read only a part: they are of another network.
+
+    A bias, a scale of quantized weights or an adapter changes the result, and would be dropped
+    without a word. What transformers drops too is allowed: rotary tables, the head of a tied
+    model, keys of a layer that reads those of another, and all beside a multimodal text model.
+
+    Raises:
+        EngineError: a tensor that is not among `used`, by name.
+    """
+    allowed = {"lm_head.weight"} if spec.tied_head else set()
+    for i, layer in enumerate(spec.layers):
+        if layer.shares_with is not None:
+            names = ("k_proj", "v_proj", "k_norm")
+            allowed |= {f"model.layers.{i}.self_attn.{name}.weight" for name in names}
+    is_multimodal = "outer_model_type" in weights.config
+    other = [
+        name
+        for name in weights.names()
+        if name not in used and name not in allowed and not name.endswith("rotary_emb.inv_freq")
+        if name.startswith(_TEXT_MODEL) or not is_multimodal
+    ]
+    if other:
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise EngineError(
+            f"the target has weights that no {spec.family} model has: {other[0]}{more}; "
+            "it is of another network, or quantized",
+            hint="give the original model's folder in bf16, fp16 or fp32, or a GGUF file",
+        )
 
 
 @dataclass(frozen=True, slots=True)

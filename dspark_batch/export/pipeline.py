@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +68,7 @@ from dspark_batch.engine import (
 from dspark_batch.engine.runtimes import runtime_module
 from dspark_batch.errors import EngineError
 from dspark_batch.export.calibrate import calibrate
-from dspark_batch.export.check import Texts, check_draft, check_target
+from dspark_batch.export.check import Texts, check_all_used, check_draft, check_target
 from dspark_batch.export.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.export.texts import check_rows, example_prompts
 from dspark_batch.export.trt_plans import build_plan_files, plan_files_info
@@ -292,10 +293,14 @@ class _Export:
         rows = check_rows(tokenizer, self._prompts, vocab_size=vocab_size, max_tokens=most)
         total = sum(map(len, rows))
         self._progress(f"running {total:,} tokens of text through an independent forward pass")
-        outliers = Outliers()
-        self._texts = Texts.from_rows(
-            self._spec, self._target.tensor, rows, taps=self._taps, observe=outliers
-        )
+        outliers, used = Outliers(), set[str]()
+
+        def read(name: str) -> NDArray[Any]:
+            used.add(name)
+            return self._target.tensor(name)
+
+        self._texts = Texts.from_rows(self._spec, read, rows, taps=self._taps, observe=outliers)
+        check_all_used(self._target, self._spec, used)
         if not PRECISIONS[self._recipe.engine.precision].smoothed:
             return Smoothing()
         return Smoothing(outliers.factors(self._spec))

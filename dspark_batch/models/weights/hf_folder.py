@@ -71,6 +71,7 @@ class FolderWeights(Weights):
                 f"{folder} has no config.json",
                 hint="give a Hugging Face folder: config.json and *.safetensors",
             )
+        _refuse_quantized(raw, folder)
         self.config = normalized_config(raw, origin=str(folder / "config.json"))
         generation = _read_json(folder / "generation_config.json") or {}
         self._tokenizer_config = _read_json(folder / "tokenizer_config.json") or {}
@@ -155,6 +156,19 @@ class FolderWeights(Weights):
             name: token["content"] if isinstance(token, dict) else str(token)
             for name, token in tokens.items()
         }
+
+
+def _refuse_quantized(config: dict[str, Any], folder: Path) -> None:
+    """Quantized weights are integers and scales: read as numbers they would make another model."""
+    for part in (config, config.get("text_config") or {}):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key):
+                method = part[key].get("quant_method", "unknown")
+                raise EngineError(
+                    f"{folder} is quantized: its config.json has a {key} (method {method!r}), "
+                    "and no such format can be read",
+                    hint="give the model's folder in bf16, fp16 or fp32, or a GGUF file",
+                )
 
 
 def _text_name(name: str) -> str:
