@@ -240,7 +240,7 @@ def test_sigterm_lets_the_rows_of_all_workers_end(tmp_path: Path) -> None:
     summary = run(job, crew_of(Leave(tmp_path / "told", 0.02)), progress=watch)
     assert isinstance(summary.failure, StoppedEarly)
     assert "stopped early for SIGTERM" in str(summary.failure)
-    assert watch.phases.count("stopping for SIGTERM: ending the running rows") == 1
+    assert watch.phases.count("stopping for SIGTERM: the running rows are finished first") == 1
     assert 20 <= watch.states[-1].num_done < 200
     assert run(job, crew_of()).failure is None
     assert result(job)["id"].to_pylist() == [f"id-{i}" for i in range(200)]

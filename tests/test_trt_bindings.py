@@ -179,7 +179,7 @@ def test_the_real_cuda_bindings_take_what_is_passed(cudart: Cudart) -> None:
 def test_a_full_gpu_is_named(cudart: Cudart) -> None:
     device = CudaDevice(cudart)
     cudart.refused.add("cudaMalloc")
-    with pytest.raises(EngineError, match=r"no room for 3.0 GB .* 2.0 GB are free.*--max-rows"):
+    with pytest.raises(EngineError, match=r"(?s)no room for 3.0 GB .* 2.0 GB are free.*--max-rows"):
         device.allocate(3_000_000_000)
 
 

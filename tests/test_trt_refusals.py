@@ -115,7 +115,7 @@ def test_a_plan_that_tensorrt_does_not_take_is_named(planned: Path) -> None:
 def test_plans_of_another_version_are_refused(planned: Path) -> None:
     manifest, path = read_manifest(planned), planned / "draft.plan"
     shutil.copy(planned / "target.plan", path)
-    with pytest.raises(EngineError, match=r"draft.plan was built by another version \(.*anchors"):
+    with pytest.raises(EngineError, match=r"draft.plan was built by another version: .*anchors"):
         trt.open_pair(planned, resized(manifest, path), 4)
 
 

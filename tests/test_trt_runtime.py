@@ -568,7 +568,7 @@ def test_a_gpu_that_is_full_is_named(
     exported: Path, tmp_path: Path, open_on_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(HostDevice, "free_bytes", lambda _: 1000)
-    with pytest.raises(EngineError, match=r"target.plan|draft.plan.*no room.*--max-rows"):
+    with pytest.raises(EngineError, match=r"(?s)(target|draft)\.plan.*no room.*--max-rows"):
         open_on_gpu(exported, tmp_path, streamable=5 * 10**9)
 
 
