@@ -15,6 +15,9 @@ The message says what happened and where. The hint says what to do, best as a co
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class DSparkError(Exception):
     """Base of the tree; raised as such only for a broken invariant.
@@ -78,3 +81,9 @@ class StoppedEarly(DSparkError):
     """A deadline or a signal ended the run early. What is finished is kept."""
 
     exit_code = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the closest known word, to put behind a message; else empty."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -100,7 +100,7 @@ def test_an_engine_is_kept_until_something_changes(workspace: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "target", "."])
+@pytest.mark.parametrize("name", ["notes.txt", "target", ".", "tokenizer.json"])
 def test_an_export_deletes_no_file_of_others(workspace: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "engines" / "engine"
     theirs = {"target": folder / "target/report.txt", ".": folder}.get(name, folder / name)

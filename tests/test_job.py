@@ -39,7 +39,7 @@ def test_paths_of_a_file_are_relative_to_it_and_those_of_flags_are_not(tmp_path)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('input = "a"\ntemprature = 1\n', "unknown key 'temprature'; did you mean 'temperature'?"),
+        ('input = "a"\ntemprature = 1\n', "unknown key 'temprature'; did you mean temperature?"),
         ('input = "a"\nxyz = 1\n', "unknown key 'xyz'"),
         ("temperature = 1\n", "the key 'input' is missing"),
         ('input = "a"\npart_rows = 0\n', "part_rows: Input should be greater than or equal to 1"),

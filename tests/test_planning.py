@@ -228,7 +228,7 @@ def test_assumptions_can_be_replaced_one_by_one() -> None:
     origins = {name: origin for name, _, _, origin in changed.assumptions()}
     assert origins["bandwidth_gbs"] == origins["host_us"] == "given"
     assert (origins["tflops"], origins["kernel_us"]) == ("datasheet", "guess")
-    with pytest.raises(UsageError, match="did you mean 'bandwidth_gbs'"):
+    with pytest.raises(UsageError, match="did you mean bandwidth_gbs"):
         found.assume(["bandwith_gbs=1"])
     for text in ("host_us=fast", "host_us", "host_us=0", "host_us=-1", "host_us=nan", "gpu=h100"):
         with pytest.raises(UsageError):
@@ -238,7 +238,7 @@ def test_assumptions_can_be_replaced_one_by_one() -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     options = {"dtype": None, "block_size": 7, "context": 1.0}
     with pytest.raises(
-        UsageError, match=r"no GPU 'h1000'; did you mean 'h100'\?\n\nhint: known: t4, "
+        UsageError, match=r"no GPU 'h1000'; did you mean h100\?\n\nhint: known: t4, "
     ):
         Roofline.for_gpu("h1000", "qwen3-4b", **options)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no model 'llama'"):

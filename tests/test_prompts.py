@@ -93,7 +93,7 @@ def test_the_prompt_column_overrides_no_setting():
             {"prompt": "string"},
             {"prompt_column": "promt"},
             InputError,
-            "no column 'promt'; did you mean 'prompt'?\n\nhint: its columns are prompt",
+            "no column 'promt'; did you mean prompt?\n\nhint: its columns are prompt",
         ),
         (
             {"prompt": "string", "messages": "messages"},

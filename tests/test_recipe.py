@@ -147,7 +147,7 @@ def test_recipes_are_frozen(workspace: Path) -> None:
         ('"int8-weights"', '"int8"', r"\[engine\] precision 'int8' is not for tensorrt-rtx.*fp16"),
         ('"tensorrt-rtx"', '"onnxruntime"', r"\[engine\] precision 'int8-weights' is not for onnx"),
         ('"tensorrt-rtx"', '"rtx"', r"\[engine\] runtime = 'rtx' is not known; .*tensorrt-rtx"),
-        ("[89, 120]", '["ada"]', r"\[engine\] 0 = 'ada': .*integer"),
+        ("[89, 120]", '["ada"]', r"\[engine\] gpu_archs = 'ada': .*integer"),
         ('weights = "drafts/mine"', "", r"\[draft\] weights is missing"),
         ('weights = "drafts/mine"', 'weights = ""', r"\[draft\] weights = '': .*at least 1"),
         ("[target]", 'path = "x"\n[target]', r"unknown key path"),

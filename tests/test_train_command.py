@@ -397,15 +397,20 @@ def test_a_draft_of_another_origin_is_not_replaced(
     assert status == 2
     assert "was not trained here" in message
     assert not workspace.draft("foreign.training").exists()
+    before = {path.name: path.read_bytes() for path in workspace.draft("foreign").iterdir()}
+    status, message = fails(recipe, "--overwrite")
+    assert status == 6
+    assert "foreign/config.json is not a file that dspark-batch wrote" in message
+    after = {path.name: path.read_bytes() for path in workspace.draft("foreign").iterdir()}
+    assert after == before
+    workspace.draft("foreign").rename(workspace.draft("theirs"))
+    train(recipe, "--overwrite")
     notes = workspace.draft("foreign") / "notes.txt"
     notes.write_text("theirs")
     status, message = fails(recipe, "--overwrite")
     assert status == 6
     assert "notes.txt is not a file that dspark-batch wrote" in message
     assert notes.read_text() == "theirs"
-    notes.unlink()
-    train(recipe, "--overwrite")
-    assert (workspace.draft("foreign") / "README.md").exists()
 
 
 def test_training_goes_on_from_a_draft_with_a_larger_vocabulary(
@@ -460,7 +465,7 @@ def test_held_out_prompts_are_in_no_training_sequence(
         (
             {"data": PROMPTS.replace("[[resp", 'prompt_column = "promt"\n[[resp', 1)},
             3,
-            "no column 'promt'; did you mean 'prompt'?",
+            "no column 'promt'; did you mean prompt?",
         ),
         ({"data": IMPORTED.replace("responses/", "none/")}, 3, "[imported] files: no file"),
         ({"data": IMPORTED + 'output_column = "text"\n'}, 3, "no column 'text'"),

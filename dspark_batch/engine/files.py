@@ -46,27 +46,32 @@ def write_json(path: Path, values: Any, *, temporary: Path | None = None) -> Non
         scratch.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def check_replaceable(folder: Path, names: Collection[str]) -> None:
-    """Raise `StorageError` for a folder that holds more than files of these names."""
+def check_replaceable(folder: Path, names: Collection[str], *, mark: str) -> None:
+    """Raise `StorageError` unless a folder is missing, empty or ours.
+
+    It is ours if it has the file `mark`, and files of these names only.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise StorageError(
             f"{folder} is not a folder of its own", hint="move it away, or write elsewhere"
         )
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if path.name not in names or path.is_dir():
+    there = sorted(folder.iterdir()) if folder.exists() else []
+    is_ours = (folder / mark).is_file()
+    for path in there:
+        if not is_ours or path.name not in names or path.is_dir():
             raise StorageError(
                 f"{path} is not a file that dspark-batch wrote, and its folder is to be replaced",
                 hint="move it away, or write elsewhere",
             )
 
 
-def replace_folder(folder: Path, scratch: Path, *, names: Collection[str]) -> None:
-    """Rename `scratch` to `folder`. What is there goes, if it is files of these names only.
+def replace_folder(folder: Path, scratch: Path, names: Collection[str], *, mark: str) -> None:
+    """Rename `scratch` to `folder`. What is there goes, if it is ours (`check_replaceable`).
 
     Raises:
         StorageError: something else is there; nothing was changed.
     """
-    check_replaceable(folder, names)
+    check_replaceable(folder, names, mark=mark)
     if folder.exists():
         shutil.rmtree(folder)
     scratch.replace(folder)

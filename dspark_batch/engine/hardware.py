@@ -185,11 +185,16 @@ def _text(value: str | bytes) -> str:
 
 
 def is_running(pid: int, *, before: float) -> bool:
-    """Whether the process that had this number at the time `before` still runs."""
+    """Whether the process that had this number at the time `before` still runs.
+
+    One that may not be looked at counts as running.
+    """
     try:
         process = psutil.Process(pid)
         # A younger process has the number of one that ended; a minute for clocks that were set.
         is_the_same = bool(process.create_time() < before + 60)
         return is_the_same and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:
+        return True

@@ -6,3 +6,4 @@ from .probes import TargetProbe as TargetProbe
 from .recipe import RECIPE_FOLDER as RECIPE_FOLDER
 from .recipe import Recipe as Recipe
 from .recipe import load_recipe as load_recipe
+from .recipe_file import read_sections as read_sections

@@ -168,7 +168,7 @@ class _Export:
         if not force and self._is_built():
             self._progress(f"{self._output} is already built from this recipe")
             return self._output
-        check_replaceable(self._output, ENGINE_FILES)  # before minutes of work
+        check_replaceable(self._output, ENGINE_FILES, mark=FILE_NAME)  # before minutes of work
         scratch = self._output.with_name(f".{self._output.name}.{os.getpid()}")
         scratch.mkdir(parents=True)
         try:
@@ -181,7 +181,7 @@ class _Export:
                 self._build_plans(scratch, self._plans)
             self._write_manifest(scratch, parity)
             self._progress("installing")
-            replace_folder(self._output, scratch, names=ENGINE_FILES)
+            replace_folder(self._output, scratch, ENGINE_FILES, mark=FILE_NAME)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         return self._output

@@ -5,7 +5,6 @@ Unknown keys are errors with a suggestion, so that a typo cannot silently mean a
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -21,8 +20,9 @@ from pydantic_core import PydanticCustomError
 
 from dspark_batch.drafters import LOOKUPS, LookupSettings, lookup_source
 from dspark_batch.engine.runtimes import RUNTIMES
-from dspark_batch.errors import UsageError
-from dspark_batch.models.weights import PACKAGE_PREFIX, suggestion
+from dspark_batch.errors import UsageError, did_you_mean
+from dspark_batch.export.recipe_file import problems, read_sections
+from dspark_batch.models.weights import PACKAGE_PREFIX
 
 RECIPE_FOLDER = "export"
 NO_DRAFT = "none"
@@ -89,7 +89,7 @@ class DraftSection(_Section):
                 continue
             if any(key in lookup_source(name).Settings.model_fields for name in LOOKUPS):
                 raise _draft_error(f"{key} is for a lookup, and lookup is {self.lookup!r}")
-            raise _draft_error(f"unknown key {key}{suggestion(key, known)}")
+            raise _draft_error(f"unknown key {key}{did_you_mean(key, known)}")
         try:
             _ = self.lookup_settings
         except ValidationError as error:
@@ -200,8 +200,8 @@ class Recipe(_Section):
         try:
             engine = EngineSection.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(_problem(detail) for detail in error.errors())
-            raise UsageError(f"{self.path}: {problems}") from error
+            wrong = "; ".join(problems(error, Recipe, section="engine"))
+            raise UsageError(f"{self.path}: {wrong}") from error
         return self.model_copy(update={"engine": engine})
 
     @property
@@ -241,21 +241,7 @@ def load_recipe(path_or_name: str) -> Recipe:
         path = Path(RECIPE_FOLDER, f"{path_or_name}.toml")
     if not path.is_file():
         raise _no_recipe(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-    problems = []
-    if "path" in table:
-        problems.append(_unknown_key(("path",)))
-        del table["path"]
-    try:
-        recipe = Recipe.model_validate({**table, "path": path})
-    except ValidationError as error:
-        problems += [_problem(detail) for detail in error.errors()]
-    if problems:
-        raise UsageError(f"{path}: " + "; ".join(problems))
-    return recipe
+    return read_sections(path, Recipe)
 
 
 def _no_recipe(path: Path) -> UsageError:
@@ -263,29 +249,4 @@ def _no_recipe(path: Path) -> UsageError:
     hint = f"recipes in {path.parent}/: {', '.join(there)}"
     if not there:
         hint = f"run from the workspace, the folder that holds {RECIPE_FOLDER}/ with the recipes"
-    return UsageError(f"there is no recipe {path}{suggestion(path.stem, there)}", hint=hint)
-
-
-def _problem(detail: Any) -> str:
-    location = tuple(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return _unknown_key(location)
-    if detail["type"] in ("draft", "engine"):  # of no single key
-        return f"[{detail['type']}] {detail['msg']}"
-    where = f"[{location[0]}] " if len(location) > 1 else ""
-    if detail["type"] == "missing":
-        is_table = len(location) == 1
-        return f"[{location[0]}] is missing" if is_table else f"{where}{location[1]} is missing"
-    return f"{where}{location[-1]} = {detail['input']!r}: {detail['msg']}"
-
-
-def _unknown_key(location: tuple[str, ...]) -> str:
-    sections: dict[str, type[BaseModel]] = {
-        "target": TargetSection,
-        "draft": DraftSection,
-        "engine": EngineSection,
-    }
-    if len(location) == 1:
-        return f"unknown key {location[0]}{suggestion(location[0], sections)}"
-    section, key = location[0], location[-1]
-    return f"[{section}] unknown key {key}{suggestion(key, sections[section].model_fields)}"
+    return UsageError(f"there is no recipe {path}{did_you_mean(path.stem, there)}", hint=hint)

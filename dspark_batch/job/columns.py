@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from dspark_batch.errors import InputError, UsageError
-from dspark_batch.job.definition import Job, did_you_mean
+from dspark_batch.errors import InputError, UsageError, did_you_mean
+from dspark_batch.job.definition import Job
 
 PROMPT_COLUMNS = {
     "prompt": ("string",),

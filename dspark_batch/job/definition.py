@@ -6,7 +6,6 @@ paths `input`, `output` and `engine` are relative to the file.
 
 from __future__ import annotations
 
-import difflib
 import glob
 import math
 import tomllib
@@ -17,7 +16,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dspark_batch.decode import CONFIDENCE_THRESHOLD, SamplingParams
-from dspark_batch.errors import InputError, StorageError, UsageError
+from dspark_batch.errors import InputError, StorageError, UsageError, did_you_mean
 
 _DEFAULTS = SamplingParams()
 _OPTIONS = "the options"
@@ -186,12 +185,6 @@ def _job(values: Mapping[str, object], *, flags: Mapping[str, object], source: s
                 place = "" if source == _OPTIONS else f"{source}: "
                 problems.append(f"{place}{key}: {message}" if key else f"{place}{message}")
         raise UsageError("; ".join(problems)) from exc
-
-
-def did_you_mean(word: str, known: Mapping[str, object]) -> str:
-    """A suggestion to put behind an error message, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def invalid_params(params: SamplingParams) -> str | None:

@@ -49,7 +49,7 @@ class OutputFolder:
         """
         is_new = not self.folder.exists()
         try:
-            self._check_run()
+            self._check_names()
             self.run.mkdir(parents=True, exist_ok=True)
             self.data.mkdir(exist_ok=True)
             lock = FileLock(self.run / "lock")
@@ -62,12 +62,15 @@ class OutputFolder:
         except OSError as exc:
             raise StorageError(f"cannot write to {self.folder}: {exc.strerror or exc}") from exc
         try:
+            self._check_contents()
             for leftover in self.run.glob("*.tmp"):
                 leftover.unlink()
             self._write(self._holder, {"pid": os.getpid(), "host": socket.gethostname()})
-            yield
+            try:
+                yield
+            finally:
+                self._holder.unlink(missing_ok=True)
         finally:
-            self._holder.unlink(missing_ok=True)
             if is_new and not self._record.exists():
                 with suppress(OSError):  # something is in it after all
                     self.data.rmdir()
@@ -97,16 +100,23 @@ class OutputFolder:
         except (OSError, ValueError, KeyError):
             return "another run"  # it has just started or is just ending
 
-    def _check_run(self) -> None:
-        """Raise `StorageError` for a file in `run/` that no run wrote."""
-        if not self.run.exists():
-            return
-        for path in sorted(self.run.iterdir()):
-            if not _RUN_NAME.fullmatch(path.name):
+    def _check_names(self) -> None:
+        """Raise `StorageError` for a name in `run/` that no run writes, and for a lock with text.
+
+        Before the lock is taken, which empties the file, so other runs may come and go meanwhile.
+        """
+        for path in sorted(self.run.iterdir()) if self.run.exists() else ():
+            is_lock = path.name == "lock"
+            if not _RUN_NAME.fullmatch(path.name) or (is_lock and path.stat().st_size):
                 raise _foreign(path)
-        record = self._record
-        if record.exists() and "num_planned_parts" not in (self.read_record() or {}):
-            raise _foreign(record)
+
+    def _check_contents(self) -> None:
+        """Raise `StorageError` for a file in `run/` that has the name of one of ours only."""
+        for path, key in ((self._record, "num_planned_parts"), (self._holder, "host")):
+            if path.exists() and key not in (_read_json(path) or {}):
+                raise _foreign(path)
+        if self._replaced.exists():
+            _only_parts(self._replaced)
 
     def parts(self) -> list[Part]:
         """The committed parts in input order. Raises `StorageError` for a foreign file."""
@@ -149,16 +159,21 @@ class OutputFolder:
 
     def read_record(self) -> dict[str, Any] | None:
         """The record of the last run; None if there was none. Raises `StorageError`."""
-        try:
-            record: dict[str, Any] = json.loads(self._record.read_text())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as exc:
-            raise StorageError(f"cannot read {self._record}: {exc}") from exc
-        return record
+        return _read_json(self._record)
 
     def _write(self, path: Path, values: Mapping[str, object]) -> None:
         write_json(path, values, temporary=self.temporary(path.name))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """What is in a file; None if there is none. Raises `StorageError`."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as exc:
+        raise StorageError(f"cannot read {path}: {exc}", hint="move it away") from exc
+    return values
 
 
 def _only_parts(folder: Path) -> list[Part]:

@@ -58,7 +58,9 @@ def read_status(folder: Path) -> Status:
     parts = output.parts()
     state = record["state"]
     if state == "running" and not output.is_held():
-        state = "died"
+        # A run writes how it ended before it lets go, so it may just have done both.
+        latest = output.read_record() or record
+        state = "died" if latest == record else latest["state"]
     counts = sum((part.counts for part in parts), start=Counts())
     return Status(
         folder,

@@ -146,7 +146,7 @@ def write_draft_folder(
     command = _engine_command(recipe, scratch)
     num_bytes = (scratch / WEIGHTS).stat().st_size
     (scratch / CARD).write_text("\n".join(_card(recipe, facts, draft, num_bytes)) + "\n")
-    replace_folder(folder, scratch, names=DRAFT_FILES)
+    replace_folder(folder, scratch, DRAFT_FILES, mark=LOG)
     return TrainingSummary(
         draft=folder,
         num_responses=facts.num_responses,

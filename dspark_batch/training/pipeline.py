@@ -28,7 +28,7 @@ from dspark_batch.errors import OutputLocked, StoppedEarly, UsageError
 from dspark_batch.export import Recipe, build
 from dspark_batch.job import Progress, Stop, difference
 from dspark_batch.models.weights import Weights, open_weights
-from dspark_batch.training.card import DRAFT_FILES, Facts, TrainingSummary, write_draft_folder
+from dspark_batch.training.card import DRAFT_FILES, LOG, Facts, TrainingSummary, write_draft_folder
 from dspark_batch.training.checkpoint import CONFIG, WEIGHTS, load_draft, save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import calibrate, evaluation_of, score_sequences
@@ -168,14 +168,15 @@ class _Training:
         self._recipe.check_files()
         settings = {key: json.dumps(value) for key, value in self._recipe.settings().items()}
         if self._overwrite:
-            check_replaceable(draft_folder, DRAFT_FILES)  # before hours of work
+            check_replaceable(draft_folder, DRAFT_FILES, mark=LOG)  # before hours of work
             files.finished.unlink(missing_ok=True)
             for path in (files.start, files.training):
                 shutil.rmtree(path, ignore_errors=True)
         elif not files.settings.exists() and draft_folder.exists():
             raise UsageError(
                 f"{draft_folder} holds a draft that was not trained here",
-                hint="rename the recipe, or replace the draft with --overwrite",
+                hint="rename the recipe, or move the draft away; --overwrite replaces it if "
+                "dspark-batch trained it",
             )
         # Before there is a draft, what is kept of a changed recipe is checked by its own steps.
         if files.start.exists():

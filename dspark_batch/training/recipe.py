@@ -8,18 +8,16 @@ the workspace (the folder that holds `export/`), or to the recipe's own folder.
 from __future__ import annotations
 
 import glob
-import tomllib
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dspark_batch.decode import SamplingParams
 from dspark_batch.errors import InputError, UsageError
-from dspark_batch.export import RECIPE_FOLDER
+from dspark_batch.export import RECIPE_FOLDER, read_sections
 from dspark_batch.job import invalid_params
-from dspark_batch.models.weights import PACKAGE_PREFIX, suggestion
+from dspark_batch.models.weights import PACKAGE_PREFIX
 from dspark_batch.training.losses import LossWeights
 from dspark_batch.training.options import TrainingOptions
 
@@ -344,55 +342,4 @@ def load_training_recipe(path: Path) -> TrainingRecipe:
         raise UsageError(
             f"there is no training recipe {path}", hint=f"recipes in {path.parent}/: {there}"
         )
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not TOML: {error}") from error
-    problems = []
-    if "path" in table:
-        problems.append(_unknown_key(("path",)))
-        del table["path"]
-    try:
-        recipe = TrainingRecipe.model_validate({**table, "path": path})
-    except ValidationError as error:
-        problems += [_problem(detail) for detail in error.errors()]
-    if problems:
-        raise UsageError(f"{path}: " + "; ".join(problems))
-    return recipe
-
-
-def _problem(detail: Any) -> str:
-    location = tuple(detail["loc"])
-    words = [str(part) for part in location if isinstance(part, str)]
-    if detail["type"] == "extra_forbidden":
-        return _unknown_key(location)
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    if not words:
-        return message
-    where = f"[{words[0]}] " + " ".join(words[1:])
-    if detail["type"] == "missing":
-        return f"{where.strip()} is missing"
-    if detail["type"] == "value_error":
-        return f"{where.strip()}: {message}"
-    return f"{where.strip()} = {detail['input']!r}: {message}"
-
-
-def _unknown_key(location: tuple[Any, ...]) -> str:
-    section: type[BaseModel] = TrainingRecipe
-    for part in location[:-1]:
-        if isinstance(part, str) and part in section.model_fields:
-            section = _model(section.model_fields[part].annotation) or section
-    words = [str(part) for part in location if isinstance(part, str)]
-    where = f"[{words[0]}] " if len(words) > 1 else ""
-    known = [name for name in section.model_fields if name != "path"]
-    return f"{where}unknown key {words[-1]}{suggestion(words[-1], known)}"
-
-
-def _model(annotation: Any) -> type[BaseModel] | None:
-    """The section behind an annotation: itself, optional, or the items of a tuple."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
-        found = [_model(part) for part in get_args(annotation)]
-        return next((model for model in found if model is not None), None)
-    return None
+    return read_sections(path, TrainingRecipe)

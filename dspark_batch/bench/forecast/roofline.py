@@ -10,7 +10,6 @@ draft's cache, interconnects, clocks that throttle, kernels that fit a size badl
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
@@ -19,7 +18,7 @@ import numpy as np
 
 from dspark_batch.bench.forecast.catalogue import DTYPE_BYTES, GPUS, PAIRS
 from dspark_batch.decode.algorithm import CostTable
-from dspark_batch.errors import UsageError
+from dspark_batch.errors import UsageError, did_you_mean
 
 _CACHE_BYTES = 2  # of a key or value number, in any of these
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -215,6 +214,5 @@ class Roofline:
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> Any:
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1)
-    guess = f"; did you mean {close[0]!r}?" if close else ""
-    raise UsageError(f"there is no {what} {name!r}{guess}", hint=f"known: {', '.join(names)}")
+    message = f"there is no {what} {name!r}{did_you_mean(name, names)}"
+    raise UsageError(message, hint=f"known: {', '.join(names)}")

@@ -4,4 +4,3 @@ from .source import Weights as Weights
 from .source import open_weights as open_weights
 from .source import resolve_source as resolve_source
 from .source import sha256_of as sha256_of
-from .source import suggestion as suggestion

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.errors import EngineError
+from dspark_batch.errors import EngineError, did_you_mean
 from dspark_batch.models.weights.gguf_families import (
     FAMILIES,
     GLOBAL_NAMES,
@@ -25,7 +25,7 @@ from dspark_batch.models.weights.gguf_families import (
 )
 from dspark_batch.models.weights.gguf_format import GGUFHeader, read_header, read_values
 from dspark_batch.models.weights.hf_config import normalized_config
-from dspark_batch.models.weights.source import Weights, suggestion
+from dspark_batch.models.weights.source import Weights
 
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 _SPECIAL_TOKEN_KEYS = {
@@ -108,7 +108,7 @@ class GGUFWeights(Weights):
         """Name of a tensor in the file."""
         if name not in self._sources:
             raise EngineError(
-                f"{self._header.path} has no tensor {name}{suggestion(name, self._sources)}"
+                f"{self._header.path} has no tensor {name}{did_you_mean(name, self._sources)}"
             )
         return self._sources[name]
 

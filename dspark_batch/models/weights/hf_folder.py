@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.errors import EngineError
+from dspark_batch.errors import EngineError, did_you_mean
 from dspark_batch.models.weights.hf_config import normalized_config
-from dspark_batch.models.weights.source import SPECIAL_TOKEN_NAMES, Weights, mapped, suggestion
+from dspark_batch.models.weights.source import SPECIAL_TOKEN_NAMES, Weights, mapped
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -143,7 +143,7 @@ class FolderWeights(Weights):
         entry = self._entries.get(name)
         if entry is None:
             raise EngineError(
-                f"{self._folder} has no tensor {name}{suggestion(name, self._entries)}"
+                f"{self._folder} has no tensor {name}{did_you_mean(name, self._entries)}"
             )
         return entry
 

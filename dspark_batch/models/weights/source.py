@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_batch.errors import EngineError
+from dspark_batch.errors import EngineError, did_you_mean
 
 PACKAGE_PREFIX = "package:"
 
@@ -164,15 +163,9 @@ def _inside_package(source: str) -> Path:
     shipped = [str(file) for file in distribution.files or () if not str(file).endswith(".py")]
     raise EngineError(
         f"{distribution_name} {distribution.version} is installed but ships no {inside}"
-        + suggestion(inside, shipped),
+        + did_you_mean(inside, shipped),
         hint=f"repair it: pip install --no-deps --force-reinstall {distribution_name}",
     )
-
-
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` for the closest known word; empty if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def sha256_of(path: Path) -> str:
