@@ -1,7 +1,7 @@
 """An opened engine folder: prefill, draft and verify running rows.
 
-The engine packs rows into spans for the runtime, asks its drafter for proposals and calibrates
-their confidence. It never sees a cache tensor, logits or a runtime's name.
+The engine makes steps for the runtime of the running rows, asks its drafter for proposals and
+calibrates their confidence. It never sees a cache tensor, logits or a runtime's name.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dspark_batch.engine.runtimes import (
     Placement,
     Runtime,
     Span,
+    Step,
     runtime_module,
 )
 from dspark_batch.engine.tokenizer import Tokenizer
@@ -170,16 +171,20 @@ class Engine:
         self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan
     ) -> VerifyResult:
         """One pass of the target over each anchor and its planned drafts."""
-        spans = []
-        for r, (row, length) in enumerate(zip(rows, plan.lengths.tolist(), strict=True)):
-            tokens, certain = np.array([row.tokens[-1]], np.int64), False
-            if length:
-                assert block is not None
-                tokens = np.concatenate([tokens, block.tokens[r, :length]])
-                certain = block.certain is not None and bool(block.certain[r])
-            spans.append(Span(row.slot, row.anchor_position, tokens, certain))
-        draws = draws_for(rows, block_size=self.block_size)[1]
-        return self._runtime.verify(spans, plan.lengths, draws)
+        drafts, certain = None, np.zeros(len(rows), bool)
+        if block is not None and plan.lengths.any():
+            drafts = block.tokens
+            certain = certain if block.certain is None else block.certain
+        step = Step(
+            slots=[row.slot for row in rows],
+            starts=np.array([row.anchor_position for row in rows], np.int64),
+            anchors=np.array([row.tokens[-1] for row in rows], np.int64),
+            lengths=plan.lengths,
+            drafts=drafts,
+            certain=certain,
+            draws=draws_for(rows, block_size=self.block_size)[1],
+        )
+        return self._runtime.step(step)
 
     def _temperatures(self, rows: Sequence[RunningRow]) -> NDArray[np.float64]:
         """[R, γ] by which confidence logits are divided: those of greedy or of sampled rows."""

@@ -13,5 +13,6 @@ from .session import Ints as Ints
 from .session import Placement as Placement
 from .session import Runtime as Runtime
 from .session import Span as Span
+from .session import Step as Step
 from .table import RUNTIMES as RUNTIMES
 from .table import runtime_module as runtime_module

@@ -39,7 +39,15 @@ from dspark_batch.engine.runtimes.ort_devices import (
     refusal,
     uses_gpu,
 )
-from dspark_batch.engine.runtimes.session import ANYWHERE, Draws, Floats, Ints, Placement, Span
+from dspark_batch.engine.runtimes.session import (
+    ANYWHERE,
+    Draws,
+    Floats,
+    Ints,
+    Placement,
+    Runtime,
+    Span,
+)
 from dspark_batch.errors import EngineError
 
 __all__ = [
@@ -141,8 +149,8 @@ class _Row:
         return sum(len(part) for part in self.pending)
 
 
-class OrtRuntime:
-    """`runtimes.session.Runtime` on the execution provider of a memory's device."""
+class OrtRuntime(Runtime):
+    """A `Runtime` on the execution provider of a memory's device."""
 
     def __init__(
         self,

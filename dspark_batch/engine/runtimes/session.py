@@ -1,4 +1,4 @@
-"""The contract of a runtime: steps over flattened tokens and row spans, never a cache tensor.
+"""The contract of a runtime: a round's step, or spans of rows' tokens, never a cache tensor.
 
 A runtime owns the KV caches. `engine` names rows by slot and says where each row's tokens start;
 rolling back is starting lower next time. Context (the target's hidden states for the draft) stays
@@ -50,6 +50,42 @@ class Draws:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """A round's target pass: each row's anchor and, behind it, the drafts to verify."""
+
+    slots: list[int]
+    """[R]"""
+    starts: Ints
+    """[R] the anchor's position: as many tokens as the cache holds."""
+    anchors: Ints
+    """[R]"""
+    lengths: Ints
+    """[R] drafts to verify."""
+    drafts: Ints | None
+    """[R, γ]; beyond a row's length padding. None in a plain step, where all lengths are 0."""
+    certain: NDArray[np.bool_]
+    """[R] whether the row's drafts are no draft of the runtime's own."""
+    draws: Draws
+
+    def spans(self) -> list[Span]:
+        """The same as spans, for runtimes that pack rows of different lengths."""
+        tokens = self.anchors[:, None]
+        if self.drafts is not None:
+            tokens = np.concatenate([tokens, self.drafts], axis=1)
+        rows = zip(
+            self.slots,
+            self.starts.tolist(),
+            self.lengths.tolist(),
+            self.certain.tolist(),
+            strict=True,
+        )
+        return [
+            Span(slot, start, tokens[r, : 1 + length], certain)
+            for r, (slot, start, length, certain) in enumerate(rows)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """What depends on the machine and not on the engine."""
 
@@ -63,7 +99,10 @@ ANYWHERE = Placement()
 
 
 class Runtime(Protocol):
-    """An opened pair of graphs with caches for a fixed number of slots."""
+    """An opened pair of graphs with caches for a fixed number of slots.
+
+    A class that names this one as its base has `step` from it.
+    """
 
     def admit(self, slot: int) -> None:
         """Begin a row: its caches are empty."""
@@ -84,6 +123,13 @@ class Runtime(Protocol):
         decoding, or prefill when the span is a piece of the prompt. Everything but the rejected
         drafts counts as committed from here on.
         """
+
+    def step(self, step: Step) -> VerifyResult:
+        """The target pass of a round.
+
+        As `verify`, but for rows that all begin with their anchor.
+        """
+        return self.verify(step.spans(), step.lengths, step.draws)
 
     def context(self, spans: list[Span]) -> list[Floats]:
         """One target pass over known tokens: the context `[n, taps * hidden]` of each span.

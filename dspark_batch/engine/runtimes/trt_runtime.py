@@ -36,7 +36,14 @@ from dspark_batch.engine.runtimes.layout import (
     token_layout,
 )
 from dspark_batch.engine.runtimes.plan_file import PlanFile, Shape
-from dspark_batch.engine.runtimes.session import PREFILL_CHUNK, Draws, Floats, Ints, Span
+from dspark_batch.engine.runtimes.session import (
+    PREFILL_CHUNK,
+    Draws,
+    Floats,
+    Ints,
+    Runtime,
+    Span,
+)
 from dspark_batch.engine.runtimes.steps import (
     DRAFT,
     TARGET,
@@ -61,8 +68,8 @@ class _Row:
     pending: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-class TrtRuntime:
-    """`runtimes.session.Runtime` on the plans of one engine folder."""
+class TrtRuntime(Runtime):
+    """A `Runtime` on the plans of one engine folder."""
 
     def __init__(
         self,
