@@ -28,7 +28,7 @@ positions count, so the cache never needs to roll back. Outputs:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class DSparkGraph:
         self.b = builder
         self.spec = spec
         self._tensor = tensor
+        self._precision = precision
         self._linears = Linears(builder, precision)
 
     def build(
@@ -90,16 +91,7 @@ class DSparkGraph:
             EngineError: a table does not have the rows that the config promises.
         """
         b, spec = self.b, self.spec
-        if embed.shape[0] != spec.vocab_size:
-            raise EngineError(
-                f"draft config: vocab_size {spec.vocab_size}, but the embedding has "
-                f"{embed.shape[0]} tokens"
-            )
-        if len(head.table) != len(draft_vocab):
-            raise EngineError(
-                f"the draft's lm_head.weight has {len(head.table)} rows for a draft vocabulary of "
-                f"{len(draft_vocab)}"
-            )
+        self._check_sizes(embed, head, draft_vocab)
         context = b.input("context", b.data_type, ["M", len(spec.taps) * self._target_hidden])
         context_tokens = b.input("context_tokens", INT64, ["N"])
         context_index = b.input("context_index", INT64, ["R", "P"])
@@ -142,6 +134,25 @@ class DSparkGraph:
         for i in range(spec.num_layers):
             x = self._layer(i, x)
         self._head(self._drafting_slots(x), head, anchors)
+
+    @property
+    def builders(self) -> Sequence[GraphBuilder]:
+        """Of the graphs, to be saved."""
+        return (self.b,)
+
+    def _check_sizes(
+        self, embed: StoredWeight, head: DraftHead, draft_vocab: NDArray[np.int64]
+    ) -> None:
+        if embed.shape[0] != self.spec.vocab_size:
+            raise EngineError(
+                f"draft config: vocab_size {self.spec.vocab_size}, but the embedding has "
+                f"{embed.shape[0]} tokens"
+            )
+        if len(head.table) != len(draft_vocab):
+            raise EngineError(
+                f"the draft's lm_head.weight has {len(head.table)} rows for a draft vocabulary of "
+                f"{len(draft_vocab)}"
+            )
 
     @property
     def _target_hidden(self) -> int:

@@ -11,7 +11,7 @@ from dspark_batch.models.graph import DTYPES, MASKED, Linears, embedding
 from dspark_batch.models.weights import ReadTensor
 
 # Candidates that a filter looks at; one that would keep more of them keeps everything.
-_CANDIDATES = 256
+CANDIDATES = 256
 
 _DRAW = f"""
 <domain: "dspark", opset_import: ["" : 24]>
@@ -30,7 +30,7 @@ Draw (logits, temperature, top_k, top_p, uniforms) => (ids, drawn_from)
             axis1 = Constant <value_ints = [1]> ()
             minus_ones = Constant <value_ints = [-1]> ()
             to_end = Constant <value_ints = [9223372036854775807]> ()
-            many = Constant <value_ints = [{_CANDIDATES}]> ()
+            many = Constant <value_ints = [{CANDIDATES}]> ()
             hot = Greater (temperature, zero)
             divisor = Where (hot, temperature, one)
             divisor1 = Unsqueeze (divisor, axis1)

@@ -46,7 +46,7 @@ class ReferenceDraft:
         vocab: Ints,
     ) -> None:
         """`embed` [V, hidden], `head` [D, hidden], `vocab` [D] from draft id to target id."""
-        self._spec, self._tensor = spec, tensor
+        self.spec, self._tensor = spec, tensor
         self._embed, self._head, self._vocab = embed, head, vocab
 
     def blocks(self, rows: Sequence[Sequence[int]], contexts: Sequence[Array]) -> list[Blocks]:
@@ -54,7 +54,7 @@ class ReferenceDraft:
 
         A row of γ tokens or fewer has none.
         """
-        gamma = self._spec.block_size
+        gamma = self.spec.block_size
         ends = [np.arange(gamma, len(row), gamma) for row in rows]
         anchors = [np.asarray(row, np.int64)[e] for row, e in zip(rows, ends, strict=True)]
         hidden = self._hidden(contexts, np.concatenate(anchors), ends)
@@ -64,7 +64,7 @@ class ReferenceDraft:
 
     def _hidden(self, contexts: Sequence[Array], anchors: Ints, ends: Sequence[Ints]) -> Array:
         """Normed states of the slots that draft, of all blocks of all rows: `[B, γ, hidden]`."""
-        spec = self._spec
+        spec = self.spec
         taken = self._norm("hidden_norm", self._apply("fc", np.concatenate(contexts)))
         ids = np.full((len(anchors), spec.num_slots), spec.mask_token_id)
         ids[:, 0] = anchors
@@ -89,7 +89,7 @@ class ReferenceDraft:
         self, name: str, x: Array, contexts: Sequence[Array], ends: Sequence[Ints]
     ) -> Array:
         """`[B, slots, hidden]`: a slot sees its row's context before the block, and the block."""
-        spec = self._spec
+        spec = self.spec
         slots = np.arange(spec.num_slots)
         places = np.concatenate([e[:, None] + slots for e in ends])
         q = self._head_norm(f"{name}.q_norm", self._heads(f"{name}.q_proj", x))
@@ -111,7 +111,7 @@ class ReferenceDraft:
         self, q: Array, own_keys: Array, own_values: Array, keys: Array, values: Array, ends: Ints
     ) -> Array:
         """One row's `[B, slots, heads, d]`, head by head."""
-        spec, num_old = self._spec, len(keys)
+        spec, num_old = self.spec, len(keys)
         seen = np.arange(num_old) < ends[:, None, None]
         scale = np.float32(spec.attention_scale or spec.head_dim**-0.5)
         mixed = np.empty_like(q)
@@ -125,7 +125,7 @@ class ReferenceDraft:
         return mixed
 
     def _keys_values(self, name: str, x: Array, places: Ints) -> tuple[Array, Array]:
-        spec = self._spec
+        spec = self.spec
         k = self._heads(f"{name}.k_proj", x)
         v = k if spec.keys_as_values else self._heads(f"{name}.v_proj", x)
         if spec.v_norm:
@@ -135,18 +135,18 @@ class ReferenceDraft:
     def _heads(self, name: str, x: Array) -> Array:
         """`[.., heads, d]`."""
         y = self._apply(name, x)
-        return y.reshape(*y.shape[:-1], -1, self._spec.head_dim)
+        return y.reshape(*y.shape[:-1], -1, self.spec.head_dim)
 
     def _head_norm(self, name: str, x: Array) -> Array:
-        return self._norm(name, x) if self._spec.qk_norm else x
+        return self._norm(name, x) if self.spec.qk_norm else x
 
     def _mlp(self, name: str, x: Array) -> Array:
         gate, up = (self._apply(f"{name}.mlp.{part}_proj", x) for part in ("gate", "up"))
-        return self._apply(f"{name}.mlp.down_proj", activate(self._spec.activation, gate) * up)
+        return self._apply(f"{name}.mlp.down_proj", activate(self.spec.activation, gate) * up)
 
     def _walk(self, hidden: Array, anchors: Ints) -> tuple[Ints, Array, Array]:
         """Tokens, logits and confidence of blocks `[B, γ, hidden]`, slot after slot."""
-        spec = self._spec
+        spec = self.spec
         logits = cap(product(hidden.reshape(-1, hidden.shape[2]), self._head), spec.logit_cap)
         logits = logits.reshape(*hidden.shape[:2], -1)
         tokens = np.empty(hidden.shape[:2], np.int64)
@@ -167,10 +167,10 @@ class ReferenceDraft:
 
     def _markov(self, hidden: Array, feature: Array, state: Array) -> tuple[Array, Array]:
         """What the bias is made of, and the state of the RNN behind it."""
-        if self._spec.markov_head == "gated":
+        if self.spec.markov_head == "gated":
             gate = self._affine("markov_head.gate_proj", [hidden, feature])
             return _sigmoid(gate) * feature, state
-        if self._spec.markov_head == "rnn":
+        if self.spec.markov_head == "rnn":
             joint = self._affine("markov_head.joint_proj", [state, feature, hidden])
             gate, candidate, out = np.split(joint, 3, axis=1)
             keep = _sigmoid(gate)
@@ -189,7 +189,7 @@ class ReferenceDraft:
         return self._apply(name, np.concatenate(parts, axis=1)) + bias
 
     def _norm(self, name: str, x: Array) -> Array:
-        return plain_norm(x, self._spec.epsilon) * self._weight(name)
+        return plain_norm(x, self.spec.epsilon) * self._weight(name)
 
 
 def _split(x: NDArray[Any], parts: Sequence[Any]) -> list[NDArray[Any]]:

@@ -7,6 +7,7 @@ network, a lookup, or a lookup ahead of a network (`drafter.FirstOf`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -25,6 +26,11 @@ DRAFTERS = {
     "dspark": "dspark_batch.drafters.dspark:DSparkGraph",
     "dflash": "dspark_batch.drafters.dspark:DSparkGraph",
 }
+PAGED_DRAFTERS = {
+    "dspark": "dspark_batch.drafters.paged_dspark:PagedDSparkGraph",
+    "dflash": "dspark_batch.drafters.paged_dspark:PagedDSparkGraph",
+}
+"""The same for runtimes whose steps are captured; see `paged_dspark`."""
 LOOKUPS = {"ngram": "dspark_batch.drafters.ngram:Ngrams"}
 
 
@@ -51,10 +57,14 @@ class DraftGraph(Protocol):
     ) -> None:
         """Write the graph: with this embedding and head, for rows of up to `max_tokens`."""
 
+    @property
+    def builders(self) -> Sequence[GraphBuilder]:
+        """Of the graphs that were written, to be saved."""
 
-def draft_graph(drafter: str) -> type[DraftGraph]:
-    """The class of a name in `DRAFTERS`."""
-    return cast("type[DraftGraph]", _named(DRAFTERS[drafter]))
+
+def draft_graph(drafter: str, *, paged: bool = False) -> type[DraftGraph]:
+    """The class of a name in `DRAFTERS` or `PAGED_DRAFTERS`."""
+    return cast("type[DraftGraph]", _named((PAGED_DRAFTERS if paged else DRAFTERS)[drafter]))
 
 
 def lookup_source(drafter: str) -> type[Source]:
@@ -70,6 +80,7 @@ def _named(place: str) -> Any:
 if TYPE_CHECKING:
     from dspark_batch.drafters.dspark import DSparkGraph
     from dspark_batch.drafters.ngram import Ngrams
+    from dspark_batch.drafters.paged_dspark import PagedDSparkGraph
 
-    _GRAPHS: tuple[type[DraftGraph], ...] = (DSparkGraph,)
+    _GRAPHS: tuple[type[DraftGraph], ...] = (DSparkGraph, PagedDSparkGraph)
     _SOURCES: tuple[type[Source], ...] = (Ngrams,)

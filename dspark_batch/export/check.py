@@ -23,7 +23,13 @@ import numpy as np
 from dspark_batch.drafters import ReferenceDraft
 from dspark_batch.engine import CacheInfo
 from dspark_batch.errors import EngineError
-from dspark_batch.export.probes import Array, DraftProbe, TargetProbe
+from dspark_batch.export.probes import (
+    Array,
+    DraftProbe,
+    PagedDraftProbe,
+    PagedTargetProbe,
+    TargetProbe,
+)
 from dspark_batch.models import DecoderSpec, Forward, reference, stream_name
 from dspark_batch.models.weights import ReadTensor, Weights
 
@@ -129,6 +135,7 @@ def check_target(
     texts: Texts,
     *,
     precision: str,
+    paged: bool = False,
 ) -> dict[str, float]:
     """Compare the target's graph with the reference; returns figures for the manifest.
 
@@ -138,7 +145,8 @@ def check_target(
     Raises:
         EngineError: a figure is over its limit.
     """
-    probe = TargetProbe(path, spec, capacity=max(map(len, texts.rows)) + 8)
+    kind = PagedTargetProbe if paged else TargetProbe
+    probe = kind(path, spec, capacity=max(map(len, texts.rows)) + 8)
     total = sum(map(len, texts.rows))
     found = {"tokens": float(total), "kl": 0.0, "context_error": 0.0, "agreement": 0.0}
     head = reference.head_weight(spec, read)  # once: a GGUF file takes a while
@@ -169,14 +177,20 @@ def check_target(
                 cause = "this target has values over 65504, the largest of fp16"
                 hint = "export again with --precision bf16"
             elif name != "invariance":
-                cause += f", from {_first_wrong(path, spec, read, texts.rows[0])} on"
+                cause += f", from {_first_wrong(kind, path, spec, read, texts.rows[0])} on"
             problem = _over_limit(name, found, limit, precision)
             raise EngineError(f"{path.name} {problem}; {cause}; nothing was installed", hint=hint)
     return found
 
 
 def check_draft(
-    path: Path, cache: CacheInfo, slow: ReferenceDraft, texts: Texts, *, precision: str
+    path: Path,
+    cache: CacheInfo,
+    slow: ReferenceDraft,
+    texts: Texts,
+    *,
+    precision: str,
+    paged: bool = False,
 ) -> dict[str, float]:
     """Compare the draft's graph with `slow`; returns figures for the manifest.
 
@@ -191,7 +205,9 @@ def check_draft(
     """
     sums = dict.fromkeys(("kl", "agreement", "confidence"), 0.0)
     count = 0
-    probe = DraftProbe(path, cache)
+    probe: DraftProbe | PagedDraftProbe = DraftProbe(path, cache) if not paged else (
+        PagedDraftProbe(path, cache, mask_token_id=slow.spec.mask_token_id)
+    )
     for group in _groups(texts.rows):
         rows, contexts = [texts.rows[r] for r in group], [texts.context(r) for r in group]
         expected = slow.blocks(rows, contexts)
@@ -247,12 +263,18 @@ def _sigmoid(x: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-x.astype(np.float64))), np.float32)
 
 
-def _first_wrong(path: Path, spec: DecoderSpec, read: ReadTensor, row: Sequence[int]) -> str:
+def _first_wrong(
+    kind: type[TargetProbe],
+    path: Path,
+    spec: DecoderSpec,
+    read: ReadTensor,
+    row: Sequence[int],
+) -> str:
     """Name and errors of the layer in which the error of the stream rises most, or of the head."""
     layers = range(-1, spec.num_layers)
     expected = reference.forward(spec, read, [row], taps=layers)[0]
     names = [stream_name(i) for i in layers]
-    probe = TargetProbe(path, spec, capacity=len(row), outputs=names)
+    probe = kind(path, spec, capacity=len(row), outputs=names)
     streams = probe.fetch([row], names)
     errors = [
         _relative_error(found.astype(np.float32), expected.streams[i])

@@ -65,14 +65,20 @@ from dspark_batch.engine import (
     replace_folder,
     write_tokenizer,
 )
-from dspark_batch.engine.runtimes import runtime_module
+from dspark_batch.engine.runtimes import RUNTIMES, Placement, runtime_module
 from dspark_batch.errors import EngineError
 from dspark_batch.export.calibrate import calibrate
 from dspark_batch.export.check import Texts, check_all_used, check_draft, check_target
 from dspark_batch.export.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.export.texts import check_rows, example_prompts
 from dspark_batch.export.trt_plans import build_plan_files, plan_files_info
-from dspark_batch.models import DecoderGraph, Outliers, Smoothing
+from dspark_batch.models import (
+    DecoderGraph,
+    Outliers,
+    PagedDecoderGraph,
+    Smoothing,
+    check_paged,
+)
 from dspark_batch.models.families import decoder_spec
 from dspark_batch.models.graph import PRECISIONS, GraphBuilder, StoredWeight, in_fp32
 from dspark_batch.models.weights import Weights, open_weights, sha256_of
@@ -145,6 +151,8 @@ class _Export:
         self._output, self._progress = output, progress
         self._context_layer_ids = context_layer_ids
         self._spec = decoder_spec(target.config)
+        if self._paged:
+            check_paged(self._spec)
         self._draft_spec: DraftSpec | None = None
         self._draft_vocab: NDArray[np.int64] | None = None
         if draft is not None:
@@ -201,6 +209,11 @@ class _Export:
             and there.limits == self._limits
             and there.versions == self._versions
         )
+
+    @property
+    def _paged(self) -> bool:
+        """Whether the graphs are for captured steps."""
+        return RUNTIMES[self._recipe.engine.runtime].paged
 
     @property
     def _taps(self) -> tuple[int, ...]:
@@ -265,7 +278,8 @@ class _Export:
         smoothing = self._read_texts(folder)
         self._progress(f"building target.onnx ({self._spec.family}, {engine.precision})")
         builder = GraphBuilder("target", folder, PRECISIONS[engine.precision].data_type)
-        graph = DecoderGraph(
+        kind = PagedDecoderGraph if self._paged else DecoderGraph
+        graph = kind(
             builder,
             self._spec,
             self._target.tensor,
@@ -316,8 +330,9 @@ class _Export:
         precision, weights = self._recipe.engine.precision, self._draft
         builder = GraphBuilder("draft", folder, PRECISIONS[precision].data_type)
         stored, rows = target.head_weights()
-        graph = draft_graph(self._recipe.draft.drafter)
-        graph(builder, self._draft_spec, weights.tensor, precision=precision).build(
+        kind = draft_graph(self._recipe.draft.drafter, paged=self._paged)
+        graph = kind(builder, self._draft_spec, weights.tensor, precision=precision)
+        graph.build(
             embed=embedding(weights, self._target, builder=builder, stored=embed),
             head=head(
                 weights,
@@ -330,7 +345,8 @@ class _Export:
             draft_vocab=self._draft_vocab,
             max_tokens=reach,
         )
-        builder.save()
+        for each in graph.builders:
+            each.save()
 
     @contextmanager
     def _runnable(self, folder: Path) -> Iterator[Path]:
@@ -363,7 +379,12 @@ class _Export:
         self._progress("checking target.onnx against it")
         target = folder / "target.onnx"
         parity = check_target(
-            target, self._spec, self._target.tensor, self._texts, precision=precision
+            target,
+            self._spec,
+            self._target.tensor,
+            self._texts,
+            precision=precision,
+            paged=self._paged,
         )
         if self._draft_spec is not None:
             assert self._draft_info is not None
@@ -375,6 +396,7 @@ class _Export:
                 self._reference_draft(self._draft_spec),
                 self._texts,
                 precision=precision,
+                paged=self._paged,
             )
         return parity
 
@@ -386,11 +408,12 @@ class _Export:
         return ReferenceDraft(spec, self._draft.tensor, embed=embed, head=table, vocab=vocab)
 
     def _measure(self, folder: Path, parity: dict[str, float]) -> None:
-        self._write_manifest(folder, parity, runtime="onnxruntime")
-        engine = open_engine(folder)
+        self._write_manifest(folder, parity, runtime=None if self._paged else "onnxruntime")
+        on_cpu = Placement(device="cpu" if self._paged else "auto")
+        engine = open_engine(folder, placement=on_cpu)
         self._progress("calibrating the draft's confidence")
         self._draft_info = calibrate(engine, self._prompts)
-        if self._plans is None:
+        if self._plans is None and not self._paged:
             ensure_costs(engine, progress=self._progress)
         engine.close()
 

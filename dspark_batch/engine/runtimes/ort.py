@@ -85,13 +85,14 @@ def open_session(
     threads: int,
     inputs: Collection[str] = (),
     outputs: Collection[str] = (),
+    twins: bool = False,
     device: str = "cpu",
     again: str = "",
 ) -> ort.InferenceSession:
     """Open one graph on a device. `inputs` are those that it must have, its caches aside.
 
-    `outputs` are values inside the graph that can be fetched too, `again` is the command that
-    builds the engine.
+    `outputs` are values inside the graph that can be fetched too, `twins` is for graphs over pages
+    on the CPU, `again` is the command that builds the engine.
 
     Raises:
         EngineError: the file is missing, ONNX Runtime refuses it, or it has other inputs.
@@ -108,10 +109,10 @@ def open_session(
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         graph: str | bytes = str(path)
         unsigned = device == "cpu" and not int8.sums_exactly()
-        if outputs or unsigned:
+        if outputs or unsigned or twins:
             from dspark_batch.models.graph import reopened  # imports onnx, which few runs need
 
-            graph = reopened(path, outputs=outputs, unsigned=unsigned)
+            graph = reopened(path, outputs=outputs, unsigned=unsigned, twins=twins)
         session = open_on(graph, device, options)
     except EngineError:
         raise

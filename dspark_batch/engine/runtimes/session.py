@@ -86,6 +86,15 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class PaddedShapes:
+    """Sizes that a runtime rounds a step up to, ascending."""
+
+    rows: tuple[int, ...]
+    tokens_per_row: tuple[int, ...]
+    """One for all rows of a step: that of the longest."""
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """What depends on the machine and not on the engine."""
 

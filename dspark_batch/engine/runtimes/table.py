@@ -23,12 +23,17 @@ class RuntimeEntry:
     """That engines for it can have; the first is the default."""
     library: Literal["tensorrt", "tensorrt_rtx"] | None = None
     """What compiles the graphs to plan files; None: the runtime runs the ONNX files themselves."""
+    paged: bool = False
+    """Graphs are written for captured steps over pages of keys and values."""
 
 
 _TENSORRT = "dspark_batch.engine.runtimes.trt"
 _FOR_GPUS = ("fp16", "bf16", "int8-weights", "int4-weights")
 RUNTIMES = {
     "onnxruntime": RuntimeEntry("dspark_batch.engine.runtimes.ort", ("fp32", "int8")),
+    "onnxruntime-cuda": RuntimeEntry(
+        "dspark_batch.engine.runtimes.ort_cuda", ("fp16", "bf16"), paged=True
+    ),
     "tensorrt-rtx": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt_rtx"),
     "tensorrt": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt"),
 }
@@ -59,9 +64,9 @@ class RuntimeModule(Protocol):
 
 
 if TYPE_CHECKING:
-    from dspark_batch.engine.runtimes import ort, trt
+    from dspark_batch.engine.runtimes import ort, ort_cuda, trt
 
-    _MODULES: tuple[RuntimeModule, ...] = (ort, trt)  # they have what the protocol says
+    _MODULES: tuple[RuntimeModule, ...] = (ort, ort_cuda, trt)  # they have what the protocol says
 
 
 def runtime_module(name: str) -> RuntimeModule:

@@ -8,8 +8,8 @@ first one wrote (`share`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ OPSET = 24
 IR_VERSION = 11
 _ALIGNMENT = 4096  # bytes: a page, so that the runtime can map a weight in place
 _BLOCK = 2**26  # bytes of a weight that are converted and written at once
-FLOAT, FLOAT16, BFLOAT16, INT64, BOOL = (
+FLOAT, FLOAT16, BFLOAT16, INT32, INT64, BOOL = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
     TensorProto.BFLOAT16,
+    TensorProto.INT32,
     TensorProto.INT64,
     TensorProto.BOOL,
 )
@@ -45,6 +46,15 @@ class StoredWeight:
     length: int
     data_type: int
     shape: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _DataFile:
+    """What a graph, and those forked from it, have written so far."""
+
+    location: str
+    size: int = 0
+    stored: dict[str, StoredWeight] = field(default_factory=dict)
 
 
 class GraphBuilder:
@@ -67,7 +77,7 @@ class GraphBuilder:
         self._domains: dict[str, int] = {"": OPSET}
         self._stored: dict[str, StoredWeight] = {}
         self._count = 0
-        self._size = 0  # bytes of the data file so far
+        self._data = _DataFile(f"{name}.onnx.data")
 
     # values -------------------------------------------------------------------------------------
 
@@ -113,15 +123,17 @@ class GraphBuilder:
         """
         if name in self._stored:
             return name
-        location = f"{self.name}.onnx.data"
+        data = self._data
+        if name in data.stored:
+            return self.share(name, data.stored[name])
         stored_as = np.dtype(dtype or array.dtype)
         row_bytes = stored_as.itemsize * math.prod(array.shape[1:])
         if stored_as == INT4:
             row_bytes //= 2
         num_rows = max(1, _BLOCK // max(1, row_bytes))
-        offset = -(-self._size // _ALIGNMENT) * _ALIGNMENT
+        offset = -(-data.size // _ALIGNMENT) * _ALIGNMENT
         # Opened per weight: a build that fails half-way leaves no file open.
-        with (self._folder / location).open("r+b" if self._size else "wb") as file:
+        with (self._folder / data.location).open("r+b" if data.size else "wb") as file:
             file.seek(offset)
             for begin in range(0, len(array), num_rows):
                 block = np.ascontiguousarray(array[begin : begin + num_rows], stored_as)
@@ -130,15 +142,15 @@ class GraphBuilder:
                     octets = (octets[::2] & 15) | (octets[1::2] << 4)
                 file.write(octets.data)
         length = row_bytes * len(array)
-        self._size = offset + length
-        stored = StoredWeight(
-            location=location,
+        data.size = offset + length
+        data.stored[name] = StoredWeight(
+            location=data.location,
             offset=offset,
             length=length,
             data_type=helper.np_dtype_to_tensor_dtype(stored_as),
             shape=array.shape,
         )
-        return self.share(name, stored)
+        return self.share(name, data.stored[name])
 
     def share(self, name: str, stored: StoredWeight) -> str:
         """Declare initializer `name`, whose bytes are in a data file of the folder already."""
@@ -168,12 +180,19 @@ class GraphBuilder:
         return self.ops(op_type, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def ops(
-        self, op_type: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any
+        self,
+        op_type: str,
+        *inputs: str,
+        outputs: int,
+        unused: Collection[int] = (),
+        domain: str = "",
+        **attributes: Any,
     ) -> list[str]:
-        """Add a node with `outputs` outputs; returns their names."""
+        """Add a node with `outputs` outputs; returns their names, "" for those that are unused."""
         self._count += 1
         stem = f"{op_type}_{self._count}"
         names = [stem if outputs == 1 else f"{stem}_{i}" for i in range(outputs)]
+        names = ["" if i in unused else name for i, name in enumerate(names)]
         self._domains.setdefault(domain, 1)
         self._nodes.append(
             helper.make_node(op_type, list(inputs), names, name=stem, domain=domain, **attributes)
@@ -188,25 +207,58 @@ class GraphBuilder:
         """Cast an fp32 value to the type of the graph."""
         return value if self.data_type == FLOAT else self.op("Cast", value, to=self.data_type)
 
+    def fork(self, name: str) -> GraphBuilder:
+        """Another graph that begins with all that this one has, and shares its weights."""
+        other = GraphBuilder(name, self._folder, self.data_type)
+        for list_name in ("_inputs", "_outputs", "_initializers"):
+            setattr(other, list_name, list(getattr(self, list_name)))
+        for node in self._nodes:  # copied: `rename` changes nodes
+            other._nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        other._functions = list(self._functions)
+        other._constants, other._domains = dict(self._constants), dict(self._domains)
+        other._stored, other._count, other._data = dict(self._stored), self._count, self._data
+        return other
+
     def function(self, function: onnx.FunctionProto) -> None:
         """Add a model-local function; call it with `ops(..., domain=function.domain)`."""
         self._functions.append(function)
         self._domains.setdefault(function.domain, 1)
 
-    def save(self) -> Path:
-        """Write `<name>.onnx`."""
+    @classmethod
+    def opened(cls, path: Path) -> GraphBuilder:
+        """A graph from its file, to add nodes to. Weights of its own it cannot get."""
+        model = onnx.load(path, load_external_data=False)
+        b = cls(model.graph.name, path.parent)
+        b._nodes, b._functions = list(model.graph.node), list(model.functions)
+        b._inputs, b._outputs = list(model.graph.input), list(model.graph.output)
+        b._initializers = list(model.graph.initializer)
+        b._domains = {each.domain: each.version for each in model.opset_import}
+        b._count = 10 * len(b._nodes)  # above every number in a name
+        kinds = [value.type.tensor_type.elem_type for value in b._outputs if value.name == "logits"]
+        b.data_type = kinds[0] if kinds else FLOAT
+        for tensor in b._initializers:
+            if tensor.name.startswith("const_"):
+                array = numpy_helper.to_array(tensor)
+                b._constants[array.dtype.str, array.shape, array.tobytes()] = tensor.name
+        return b
+
+    def model(self) -> onnx.ModelProto:
+        """The graph so far."""
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, self._initializers
         )
-        model = helper.make_model(
+        return helper.make_model(
             graph,
             opset_imports=[helper.make_opsetid(d, v) for d, v in self._domains.items()],
             functions=self._functions,
             ir_version=IR_VERSION,
             producer_name="dspark-batch",
         )
+
+    def save(self) -> Path:
+        """Write `<name>.onnx`."""
         path = self._folder / f"{self.name}.onnx"
-        path.write_bytes(model.SerializeToString())
+        path.write_bytes(self.model().SerializeToString())
         return path
 
 
@@ -216,6 +268,14 @@ def in_fp32(graph: Path, folder: Path) -> Path:
     The weights are not copied: `folder` must have the data file of the graph too.
     """
     model = onnx.load(graph, load_external_data=False)
+    in_fp32_model(model)
+    path = folder / graph.name
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def in_fp32_model(model: onnx.ModelProto) -> None:
+    """Let a bfloat16 model compute in fp32; what lies in a data file is cast."""
     casts = []
     for tensor in model.graph.initializer:
         if tensor.data_type != BFLOAT16:
@@ -237,9 +297,6 @@ def in_fp32(graph: Path, folder: Path) -> Path:
     nodes = [*casts, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    path = folder / graph.name
-    path.write_bytes(model.SerializeToString())
-    return path
 
 
 def copy_graph() -> bytes:
@@ -249,6 +306,20 @@ def copy_graph() -> bytes:
         "copy",
         [helper.make_tensor_value_info("source", TensorProto.UINT8, ["n"])],
         [helper.make_tensor_value_info("target", TensorProto.UINT8, ["n"])],
+    )
+    opsets = [helper.make_opsetid("", OPSET)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+    return bytes(model.SerializeToString())
+
+
+def clear_graph() -> bytes:
+    """A model that writes `n` [1] int64 zeros to its output `target` [n]."""
+    zero = helper.make_tensor("zero", TensorProto.INT64, [1], [0])
+    graph = helper.make_graph(
+        [helper.make_node("ConstantOfShape", ["n"], ["target"], value=zero)],
+        "clear",
+        [helper.make_tensor_value_info("n", INT64, [1])],
+        [helper.make_tensor_value_info("target", INT64, ["n"])],
     )
     opsets = [helper.make_opsetid("", OPSET)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)

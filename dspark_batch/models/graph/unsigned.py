@@ -16,13 +16,18 @@ from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from dspark_batch.models.graph.builder import IR_VERSION, OPSET
+from dspark_batch.models.graph.paged import with_twins
 
 _PRODUCT, _DOMAIN = "MatMulIntegerToFloat", "com.microsoft"
 _WEIGHT, _ZERO_POINT = 1, 5  # positions among the inputs of the product
 
 
-def reopened(path: Path, *, outputs: Collection[str] = (), unsigned: bool = False) -> bytes:
-    """The graph in `path` with more of its values as `outputs` and, if wanted, unsigned weights.
+def reopened(
+    path: Path, *, outputs: Collection[str] = (), unsigned: bool = False, twins: bool = False
+) -> bytes:
+    """The graph in `path` with more of its values as `outputs`.
+
+    If wanted, with unsigned weights, or with twins of attention over pages (`paged`).
 
     Data files do not change: the runtime converts the weights when it opens the graph. Raises
     ValueError as `rewrite` does.
@@ -31,6 +36,8 @@ def reopened(path: Path, *, outputs: Collection[str] = (), unsigned: bool = Fals
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     if unsigned:
         rewrite(model)
+    if twins:
+        with_twins(model)
     return bytes(model.SerializeToString())
 
 

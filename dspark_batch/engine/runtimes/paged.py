@@ -1,0 +1,572 @@
+"""Target and draft as captured steps over pages of keys and values.
+
+A slot owns pages of tokens, and target and draft keep its keys at the same positions of the same
+page numbers. Page 0 is for whatever a padding row writes. A step is a graph at one shape (rows, and
+tokens per row, rounded up to a bucket): what it needs is written to its inbox, it is replayed, and
+its results are read. So a round is two replays and nothing is allocated in it. A prompt is read by
+passes that are not captured, of up to 2,048 tokens of any rows.
+
+The target leaves the context of every token in a ring. The draft takes it from there, of each row
+what was committed since it last drafted; of a prompt, at once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_batch.decode import DraftBlock, VerifyResult
+from dspark_batch.engine import EngineManifest
+from dspark_batch.engine.manifest import CacheInfo
+from dspark_batch.engine.runtimes.captured import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT16,
+    INT32,
+    INT64,
+    BoundStep,
+    Heap,
+    Shape,
+    Tensor,
+    bucket,
+    open_graph,
+    powers_up_to,
+    read_weight,
+)
+from dspark_batch.engine.runtimes.layout import idle_draws
+from dspark_batch.engine.runtimes.session import Draws, Floats, Ints, PaddedShapes, Span, Step
+from dspark_batch.errors import EngineError
+from dspark_batch.models.graph import PAGE, GraphBuilder, hoisted
+from dspark_batch.models.plugin import Verification, verifying
+
+logger = logging.getLogger(__name__)
+
+_MOST_WAITING = 64  # tokens of context of a row that wait in the ring; then the draft takes them in
+_LEAST_REACH = 512  # the least bucket of how far rows reach
+_CANDIDATES = 256  # that filters sort, where top-k is below
+_MOST_CAPTURED = 256  # graphs
+_DATA_TYPES = {"fp16": FLOAT16, "bf16": BFLOAT16}
+
+
+class PagedRuntime:
+    """`runtimes.session.Runtime` on captured graphs, or on their twins on the CPU."""
+
+    prefill_tokens = 2048
+    prefill_chunk = 2048
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: EngineManifest,
+        max_rows: int,
+        *,
+        device: str,
+        threads: int = 0,
+        free_bytes: int | None = None,
+    ) -> None:
+        """Open the graphs, place the weights and the caches.
+
+        Raises:
+            EngineError: the device has too little room, or a graph does not run on it.
+        """
+        self._folder, self._manifest, self._threads = folder, manifest, threads
+        self._heap = Heap(device)
+        draft = manifest.draft
+        self._block_size = draft.block_size if draft else 0
+        self._has_network = draft is not None and draft.has_network
+        self._data_type = _DATA_TYPES[manifest.precision]
+        if device == "cpu" and self._data_type == BFLOAT16:
+            self._data_type = FLOAT  # as the twins
+        widths = powers_up_to(self._block_size + 1)
+        self.padded_shapes = PaddedShapes(rows=powers_up_to(max_rows), tokens_per_row=widths)
+        reach = manifest.limits.max_tokens + self._block_size + 1 + widths[-1]
+        self._num_columns = -(-reach // PAGE)
+        longest = self._num_columns * PAGE
+        self._reaches = [_LEAST_REACH << i for i in range(32) if _LEAST_REACH << i < longest]
+        self._reaches.append(longest)
+        self._num_pages = max_rows * self._num_columns + 1
+        self._ring_size = max(2 * self.prefill_tokens, 4 * max_rows * widths[-1])
+        self._check_room(free_bytes)
+        self._weights: dict[tuple[str, int], Tensor] = {}
+        self._sessions: dict[str, tuple[Any, dict[str, Tensor]]] = {}
+        self._steps: dict[tuple[object, ...], BoundStep] = {}
+        self._fixed: dict[tuple[str, int, int], Tensor] = {}
+        self._free = list(range(1, self._num_pages))
+        self._pages = np.zeros((max_rows, self._num_columns), np.int32)
+        self._num_owned = np.zeros(max_rows, np.int64)
+        self._taken = np.zeros(max_rows, np.int64)
+        self._waiting = np.zeros((max_rows, _MOST_WAITING + widths[-1]), np.int64)
+        self._num_waiting = np.zeros(max_rows, np.int64)
+        self._draft_rows = np.zeros(max_rows, np.int64)
+        self._live: set[int] = set()
+        self._broken: set[int] = set()
+        self._head = 0
+        self._place(max_rows)
+
+    def _place(self, max_rows: int) -> None:
+        """Allocate what stays between steps."""
+        heap, kind = self._heap, self._data_type
+        self._caches = {"target": self._pools(self._manifest.target.cache)}
+        draft = self._manifest.draft
+        if draft is not None and draft.cache is not None:
+            self._caches["draft"] = self._pools(draft.cache)
+        target, _ = self._session("target", Verification(1))
+        shapes = {value.name: value.shape for value in target.get_inputs()}
+        self._ring = heap.empty(kind, (1, self._ring_size, shapes["past_ring"][2]))
+        size = shapes["draft_vocab"][0]
+        self._num_slots = 0
+        if self._has_network:
+            assert draft is not None
+            self._mask_token = draft.mask_token_id or 0
+            inputs = {v.name: v.shape for v in self._session("draft", None)[0].get_inputs()}
+            self._num_slots = inputs["block_tokens"][1]
+            """Of a block: γ, or one more where the anchor's own drafts nothing."""
+        self._draft_logits = heap.empty(FLOAT, (max_rows, max(self._block_size, 1), size))
+
+    def _pools(self, shapes: CacheInfo) -> list[Tensor]:
+        """Keys and values of each layer."""
+        return [
+            self._heap.empty(self._data_type, (self._num_pages, PAGE, heads, size))
+            for heads, size in shapes.cache_shapes
+            for _ in ("key", "value")
+        ]
+
+    def _check_room(self, free_bytes: int | None) -> None:
+        """Refuse more pages than the device has room for, before it fails in the middle of a run."""
+        if free_bytes is None:
+            return
+        draft = self._manifest.draft
+        caches = [self._manifest.target.cache, *([draft.cache] if draft and draft.cache else [])]
+        values = sum(2 * h * d for cache in caches for h, d in cache.cache_shapes)
+        needed = self._num_pages * PAGE * values * 2
+        weights = sum(
+            file.bytes for name, file in self._manifest.files.items() if name.endswith(".data")
+        )
+        rows = self.padded_shapes.rows[-1]
+        logits = 8 * self._manifest.target.vocab_size * rows * (self._block_size + 1)
+        if needed + weights + logits > free_bytes:
+            giga = 1e9
+            raise EngineError(
+                f"{self._folder}: {rows} rows of up to {self._manifest.limits.max_tokens} tokens "
+                f"need {needed / giga:.1f} GB for keys and values, {weights / giga:.1f} for "
+                f"weights and {logits / giga:.1f} for logits; the GPU has {free_bytes / giga:.1f}",
+                hint="run with fewer rows (--rows), or export with a lower max_tokens",
+            )
+
+    # rows ---------------------------------------------------------------------------------------
+
+    def admit(self, slot: int) -> None:
+        """Begin a row without pages."""
+        self._live.add(slot)
+        self._taken[slot] = self._num_waiting[slot] = 0
+
+    def release(self, slot: int) -> None:
+        """End a row; keys that are not finite (a row that broke) are wiped with it."""
+        self._live.discard(slot)
+        owned = self._pages[slot, : self._num_owned[slot]].tolist()
+        if slot in self._broken:
+            self._broken.discard(slot)
+            for pool in (tensor for pools in self._caches.values() for tensor in pools):
+                one = pool.nbytes // self._num_pages
+                for page in owned:
+                    self._heap.clear(pool.view((1, *pool.shape[1:]), offset=page * one))
+        self._free += owned
+        self._pages[slot] = 0
+        self._num_owned[slot] = 0
+
+    def close(self) -> None:
+        """Free graphs, weights and caches."""
+        self._steps.clear()
+        self._sessions.clear()
+        self._caches.clear()
+        self._weights.clear()
+        self._fixed.clear()
+
+    def _cover(self, slots: Sequence[int] | Ints, ends: Ints) -> int:
+        """Own pages for so many tokens of each slot; the bucket of how far all of them reach."""
+        wanted = -(-ends // PAGE)
+        for i in np.flatnonzero(self._num_owned[slots] < wanted).tolist():
+            slot = slots[i]
+            owned = int(self._num_owned[slot])
+            for column in range(owned, int(wanted[i])):
+                self._pages[slot, column] = self._free.pop()
+            self._num_owned[slot] = wanted[i]
+        return bucket(self._reaches, int(ends.max()))
+
+    # target -------------------------------------------------------------------------------------
+
+    def step(self, step: Step) -> VerifyResult:
+        """One replay: rows padded to a bucket, and all to the tokens of the longest."""
+        num = len(step.slots)
+        most = 1 if step.drafts is None else int(step.lengths.max()) + 1
+        width = bucket(self.padded_shapes.tokens_per_row, most)
+        rows = bucket(self.padded_shapes.rows, num)
+        self._make_room(rows * width)
+        reach = self._cover(step.slots, step.starts + width)
+        which = _verification(width, step.draws, self._manifest.target.vocab_size)
+        bound = self._target_step(which, rows, reach)
+        sent = bound.sent
+        tokens = sent["tokens"].reshape(rows, width)
+        tokens[:num, 0] = step.anchors
+        sent["lengths"][:num], sent["lengths"][num:] = step.lengths, 0
+        if width > 1:
+            assert step.drafts is not None
+            tokens[:num, 1:] = step.drafts[:, : width - 1]
+            sent["draft_tokens"][:num] = tokens[:num, 1:]
+        self._tell_rows(sent, "", step.slots, step.starts)
+        sent["context_start"][0] = self._head
+        if which.samples:
+            _tell_draws(sent, step.draws, num)
+            if width > 1:
+                sent["certain"][:num] = step.certain
+                sent["draft_rows"][:num] = self._draft_rows[step.slots]
+        found = bound.run()
+        accepted, bonus = found["num_accepted"][:num], found["bonus"][:num]
+        first = self._head + np.arange(num) * width
+        self._head += rows * width
+        self._note(step.slots, first, accepted + 1)
+        self._note_broken(step.slots, bonus)
+        return VerifyResult(accepted, bonus)
+
+    def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
+        """One pass over pieces of prompts, which is not captured; `lengths` are all 0."""
+        assert not lengths.any()
+        found = self._read(spans, draws, context=None)
+        bonus = found["bonus"]
+        self._note_broken([span.slot for span in spans], bonus)
+        return VerifyResult(np.zeros(len(spans), np.int64), bonus)
+
+    def context(self, spans: list[Span]) -> list[Floats]:
+        """One pass over known tokens, whose context the host reads."""
+        ends = np.cumsum([len(span.tokens) for span in spans])
+        shape = (1, int(ends[-1]), self._ring.shape[2])
+        draws = idle_draws(len(spans), self._block_size + 1)
+        found = self._read(spans, draws, context=shape)["context"][0]
+        return [part.astype(np.float32) for part in np.split(found, ends[:-1])]
+
+    def _read(
+        self, spans: list[Span], draws: Draws, *, context: Shape | None
+    ) -> dict[str, NDArray[Any]]:
+        counts = np.array([len(span.tokens) for span in spans])
+        starts = np.array([span.start for span in spans])
+        slots = [span.slot for span in spans]
+        ends, total, num = np.cumsum(counts), int(counts.sum()), len(spans)
+        self._make_room(total)
+        reach = self._cover(slots, starts + counts)
+        which = _verification(1, draws, self._manifest.target.vocab_size)
+        session, weights = self._session("target", which)
+        sent = self._target_fields(which, num, total)
+        sent |= {"logit_tokens": (INT64, (num,)), "cumulative": (INT32, (num + 1,))}
+        fetched: dict[str, tuple[int, Shape]] = {
+            "num_accepted": (INT64, (num,)),
+            "bonus": (INT64, (num,)),
+        }
+        if context is not None:
+            fetched["context"] = (self._data_type, context)
+        bound = BoundStep(
+            session,
+            self._heap,
+            sent=sent,
+            fetched=fetched,
+            inputs=weights | self._past("target") | {"past_ring": self._ring},
+            outputs=self._present("target") | {"present_ring": self._ring},
+            bounds={"bounds": (int(counts.max()), reach)},
+        )
+        given = bound.sent
+        given["tokens"][:] = np.concatenate([span.tokens for span in spans])
+        given["logit_tokens"][:] = ends - 1
+        given["cumulative"][1:] = ends
+        given["lengths"][:] = 0
+        given["context_start"][0] = self._head
+        self._tell_rows(given, "", slots, starts)
+        if which.samples:
+            _tell_draws(given, draws, num)
+        found = bound.run()
+        first = self._head + ends - counts
+        self._head += total
+        if self._has_network:
+            self._take_in_spans(slots, first, counts)
+        return found
+
+    def _target_fields(
+        self, which: Verification, rows: int, total: int
+    ) -> dict[str, tuple[int, Shape]]:
+        """What a target's step is sent."""
+        fields: dict[str, tuple[int, Shape]] = {
+            "tokens": (INT64, (total,)),
+            "lengths": (INT64, (rows,)),
+            "context_start": (INT64, (1,)),
+            "past": (INT32, (rows,)),
+            "pages": (INT32, (rows, self._num_columns)),
+        }
+        if which.tokens_per_row > 1:
+            fields["draft_tokens"] = (INT64, (rows, which.tokens_per_row - 1))
+        if which.samples:
+            fields |= _draw_fields(rows, self._block_size + 1)
+            fields |= {"certain": (INT64, (rows,)), "draft_rows": (INT64, (rows,))}
+        return fields
+
+    def _target_step(self, which: Verification, rows: int, reach: int) -> BoundStep:
+        key = ("target", which, rows, reach)
+        if key not in self._steps:
+            session, weights = self._session("target", which)
+            width = which.tokens_per_row
+            total = rows * width
+            inputs = weights | self._past("target") | {"past_ring": self._ring}
+            inputs["logit_tokens"] = self._counting(INT64, total, 1)
+            inputs["cumulative"] = self._counting(INT32, rows + 1, width)
+            inputs["draft_logits"] = self._draft_logits
+            self._steps[key] = BoundStep(
+                session,
+                self._heap,
+                sent=self._target_fields(which, rows, total),
+                fetched={"num_accepted": (INT64, (rows,)), "bonus": (INT64, (rows,))},
+                inputs=inputs,
+                outputs=self._present("target") | {"present_ring": self._ring},
+                bounds={"bounds": (width, reach)},
+                graph_id=self._next_id(),
+            )
+        return self._steps[key]
+
+    def _note(self, slots: Sequence[int], first: Ints, counts: Ints) -> None:
+        """Context of so many committed tokens of each row waits in the ring, from `first` on."""
+        if not self._has_network:
+            return
+        index = np.asarray(slots)
+        offsets = np.arange(int(counts.max()))
+        waiting = self._num_waiting[index]
+        # What lies beyond a row's count is overwritten by its next step.
+        self._waiting[index[:, None], waiting[:, None] + offsets] = first[:, None] + offsets
+        self._num_waiting[index] = waiting + counts
+        if int(self._num_waiting[index].max()) > _MOST_WAITING:
+            self._take_in([slot for slot in slots if self._num_waiting[slot]])
+
+    def _note_broken(self, slots: Sequence[int], bonus: Ints) -> None:
+        if int(bonus.min()) < 0:
+            self._broken.update(slot for slot, token in zip(slots, bonus, strict=True) if token < 0)
+
+    # draft --------------------------------------------------------------------------------------
+
+    def draft(self, slots: list[int], anchors: Ints, draws: Draws) -> DraftBlock:
+        """One replay, which takes in the context that waits; a pass without capture if it is much."""
+        num, index = len(slots), np.asarray(slots)
+        waiting = self._num_waiting[index]
+        samples = bool((draws.temperature > 0).any())
+        most = int(waiting.max())
+        if most > self.padded_shapes.tokens_per_row[-1]:
+            self._take_in([slot for slot in slots if self._num_waiting[slot]])
+            waiting, most = self._num_waiting[index], 0
+        width = bucket(self.padded_shapes.tokens_per_row, max(most, 1))
+        rows = bucket(self.padded_shapes.rows, num)
+        starts = self._taken[index]
+        anchored = starts + waiting
+        reach = self._cover(slots, np.maximum(anchored + self._num_slots, starts + width))
+        bound = self._draft_step(rows, width, reach, samples=samples)
+        sent = bound.sent
+        sent["context_rows"].reshape(rows, width)[:num] = self._waiting[index, :width]
+        sent["anchors"][:num] = anchors
+        sent["block_tokens"][:num, 0] = anchors
+        sent["block_tokens"][:num, 1:] = self._mask_token
+        self._tell_rows(sent, "context_", slots, starts)
+        sent["block_past"][:num], sent["block_past"][num:] = anchored, 0
+        if samples:
+            _tell_draws(sent, draws, num)
+            self._draft_rows[index] = np.arange(num)
+        found = bound.run()
+        self._taken[index] = anchored
+        self._num_waiting[index] = 0
+        return DraftBlock(
+            found["draft_tokens"][:num],
+            found["confidence"][:num],
+            np.full(num, self._block_size),
+        )
+
+    def _draft_step(self, rows: int, width: int, reach: int, *, samples: bool) -> BoundStep:
+        key = ("draft", samples, rows, width, reach)
+        if key not in self._steps:
+            inputs = {
+                "context_cumulative": self._counting(INT32, rows + 1, width),
+                "block_cumulative": self._counting(INT32, rows + 1, self._num_slots),
+            }
+            fields = {"context_rows": (INT64, (rows * width,))}
+            self._steps[key] = self._bound_draft(
+                rows, fields, inputs, (width, reach), samples=samples, graph_id=self._next_id()
+            )
+        return self._steps[key]
+
+    def _bound_draft(
+        self,
+        rows: int,
+        fields: dict[str, tuple[int, Shape]],
+        inputs: dict[str, Tensor],
+        context_bounds: tuple[int, int],
+        *,
+        samples: bool,
+        graph_id: int = -1,
+    ) -> BoundStep:
+        session, weights = self._session("draft-sampling" if samples else "draft", None)
+        gamma = self._block_size
+        sent: dict[str, tuple[int, Shape]] = {
+            **fields,
+            "context_past": (INT32, (rows,)),
+            "pages": (INT32, (rows, self._num_columns)),
+            "block_tokens": (INT64, (rows, self._num_slots)),
+            "block_past": (INT32, (rows,)),
+            "anchors": (INT64, (rows,)),
+        }
+        outputs = self._present("draft") | self._present("draft", "context")
+        if samples:
+            sent |= _draw_fields(rows, gamma)
+            outputs["draft_logits"] = self._draft_logits.view(
+                (rows, gamma, self._draft_logits.shape[2])
+            )
+        return BoundStep(
+            session,
+            self._heap,
+            sent=sent,
+            fetched={"draft_tokens": (INT64, (rows, gamma)), "confidence": (FLOAT, (rows, gamma))},
+            inputs=weights | self._past("draft") | {"context": self._ring} | inputs,
+            outputs=outputs,
+            bounds={
+                "context_bounds": context_bounds,
+                "block_bounds": (self._num_slots, context_bounds[1]),
+            },
+            graph_id=graph_id,
+        )
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Begin the ring anew where it has no room; the draft takes in what still waits there."""
+        if self._head + num_tokens <= self._ring_size:
+            return
+        if self._has_network:
+            self._take_in([slot for slot in self._live if self._num_waiting[slot]])
+        self._head = 0
+
+    def _take_in(self, slots: list[int]) -> None:
+        """Let the draft take in the context that waits for these rows."""
+        if not slots:
+            return
+        counts = self._num_waiting[slots]
+        rows = np.concatenate([self._waiting[s, :n] for s, n in zip(slots, counts, strict=True)])
+        self._take_in_rows(slots, rows, counts)
+
+    def _take_in_spans(self, slots: list[int], first: Ints, counts: Ints) -> None:
+        """The same for context that was just written, from `first` on."""
+        parts = [np.arange(b, b + n) for b, n in zip(first.tolist(), counts.tolist(), strict=True)]
+        self._take_in_rows(slots, np.concatenate(parts), counts)
+
+    def _take_in_rows(self, slots: list[int], places: Ints, counts: Ints) -> None:
+        """A pass that is not captured, for any number of tokens; its block is not used.
+
+        It writes nothing that the rows' next draft does not write again.
+        """
+        num, starts = len(slots), self._taken[slots]
+        reach = self._cover(slots, starts + counts + self._num_slots)
+        ends = np.cumsum(counts)
+        fields = {
+            "context_rows": (INT64, (len(places),)),
+            "context_cumulative": (INT32, (num + 1,)),
+            "block_cumulative": (INT32, (num + 1,)),
+        }
+        bound = self._bound_draft(num, fields, {}, (int(counts.max()), reach), samples=False)
+        sent = bound.sent
+        sent["context_rows"][:] = places
+        sent["context_cumulative"][1:] = ends
+        sent["block_cumulative"][:] = np.arange(num + 1) * self._num_slots
+        self._tell_rows(sent, "context_", slots, starts)
+        sent["block_past"][:] = starts + counts
+        bound.run()
+        self._taken[slots] = starts + counts
+        self._num_waiting[slots] = 0
+
+    # graphs -------------------------------------------------------------------------------------
+
+    def _session(self, name: str, which: Verification | None) -> tuple[Any, dict[str, Tensor]]:
+        """A graph, opened at its first use, and its weights."""
+        key = f"{name} {which}"
+        if key not in self._sessions:
+            path = self._folder / f"{name}.onnx"
+            if which is None:
+                model = GraphBuilder.opened(path).model()
+            else:
+                model = verifying(path, which, block_size=self._block_size)
+            on_cpu = self._heap.device == "cpu"
+            octets, places = hoisted(model, twins=on_cpu)
+            session = open_graph(octets, self._heap.device, capture=True, threads=self._threads)
+            weights = {}
+            for weight, place in places.items():
+                found = (place.file, place.offset)
+                if found not in self._weights:
+                    array, kind = read_weight(self._folder, place, wide=on_cpu)
+                    self._weights[found] = self._heap.placed(array, kind)
+                weights[weight] = self._weights[found]
+            self._sessions[key] = (session, weights)
+        return self._sessions[key]
+
+    def _past(self, model: str) -> dict[str, Tensor]:
+        return _cache_names(self._caches[model], "past")
+
+    def _present(self, model: str, prefix: str = "present") -> dict[str, Tensor]:
+        return _cache_names(self._caches[model], prefix)
+
+    def _counting(self, kind: int, number: int, step: int) -> Tensor:
+        """0, step, 2 step, ...: what never changes in a captured step."""
+        key = (str(kind), number, step)
+        if key not in self._fixed:
+            dtype = np.int32 if kind == INT32 else np.int64
+            values = np.arange(number, dtype=dtype) * dtype(step)
+            self._fixed[key] = self._heap.placed(values, kind)
+        return self._fixed[key]
+
+    def _next_id(self) -> int:
+        """Of a graph to capture; -1, which is not captured, if there are very many."""
+        if len(self._steps) < _MOST_CAPTURED:
+            return len(self._steps) + 1
+        logger.warning("%d steps are captured; others run slower", _MOST_CAPTURED)
+        return -1
+
+    def _tell_rows(
+        self, sent: dict[str, NDArray[Any]], prefix: str, slots: Sequence[int], starts: Ints
+    ) -> None:
+        num = len(slots)
+        past, pages = sent[f"{prefix}past"], sent["pages"]
+        past[:num], past[num:] = starts, 0
+        pages[:num], pages[num:] = self._pages[slots], 0
+
+
+def _cache_names(pools: Sequence[Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}_{('key', 'value')[i % 2]}_{i // 2}": tensor for i, tensor in enumerate(pools)
+    }
+
+
+def _verification(width: int, draws: Draws, vocab_size: int) -> Verification:
+    """What rows need that sample so: the candidates to sort are all, unless top-k is small."""
+    hot = draws.temperature > 0
+    if not hot.any():
+        return Verification(width)
+    by_count, by_mass = hot & (draws.top_k > 0), hot & (draws.top_p < 1)
+    if not (by_count | by_mass).any():
+        return Verification(width, samples=True)
+    small = not (by_mass & ~by_count).any() and int(draws.top_k[by_count].max()) <= _CANDIDATES
+    return Verification(width, samples=True, width=_CANDIDATES if small else vocab_size)
+
+
+def _draw_fields(rows: int, num_uniforms: int) -> dict[str, tuple[int, Shape]]:
+    return {
+        "temperature": (FLOAT, (rows,)),
+        "top_k": (INT64, (rows,)),
+        "top_p": (FLOAT, (rows,)),
+        "uniforms": (FLOAT, (rows, num_uniforms)),
+    }
+
+
+def _tell_draws(sent: dict[str, NDArray[Any]], draws: Draws, num: int) -> None:
+    sent["temperature"][:num], sent["temperature"][num:] = draws.temperature, 0
+    sent["top_k"][:num], sent["top_p"][:num] = draws.top_k, draws.top_p
+    sent["uniforms"][:num] = draws.uniforms[:, : sent["uniforms"].shape[1]]
