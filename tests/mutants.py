@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "wrong seed position",
         "dspark_batch/engine/network.py",
-        "np.array([row.anchor_position for row in rows]),\n            num=",
-        "np.array([row.slot for row in rows]),\n            num=",
+        "sampling.uniforms(self._seed[places], at, num=num)",
+        "sampling.uniforms(self._seed[places], places, num=num)",
     ),
     Mutant(
         "the limit is one token late",

@@ -10,6 +10,7 @@ from typing import Any
 
 import accepted_length
 import calibration
+import host
 import identity
 import numpy as np
 import precision
@@ -360,3 +361,35 @@ def test_precision_compares_an_engine_with_its_fp32_twin(folder: Path, tmp_path:
     assert int8["num_rows"] == fp32["num_rows"] > 1
     assert len(int8["gaps"]) == int8["num_differing"] <= int8["num_rows"]
     assert all(0 < gap <= 2 * int8["largest_difference"] for gap in int8["gaps"])
+
+
+def test_the_host_s_time_is_that_between_two_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this clock an answer takes a second, and each look at it a millisecond."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1e-3
+        return now
+
+    def slow(answer: Any) -> Any:
+        def answered(*arguments: Any) -> Any:
+            nonlocal now
+            now += 1.0
+            return answer(*arguments)
+
+        return answered
+
+    monkeypatch.setattr(host.time, "perf_counter", clock)
+    for name in ("DraftBlock", "VerifyResult"):
+        monkeypatch.setattr(host, name, slow(getattr(host, name)))
+    arguments = ["--rows", "3", "--rounds", "4", "--prompt-tokens", "40"]
+    result = CliRunner().invoke(host.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "| rows | plain | drafted | with lookup |" in result.stdout
+    found = last_json(result)
+    assert found["command"].endswith("--rows 3 --rounds 4 --prompt-tokens 40")
+    assert found["rows"] == [3]
+    plain, drafted, looked_up = (found["host_seconds"][kind][0] for kind in host.KINDS)
+    assert 0 < plain < drafted < 0.1
+    assert 0 < looked_up < 0.1

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
+
 from dspark_batch.decode.algorithm import metrics
+from dspark_batch.decode.counts import RunningCounts
 from dspark_batch.decode.engine import DecodeEngine
 from dspark_batch.decode.schedule import open_schedule
 from dspark_batch.decode.types import (
@@ -25,6 +28,9 @@ from dspark_batch.decode.types import (
 )
 
 T = TypeVar("T")
+
+BROKEN = -1
+"""Instead of a token: the logits of the row were not finite."""
 
 
 @dataclass(slots=True)
@@ -80,10 +86,12 @@ class Slots:
 
     def __init__(self, engine: DecodeEngine, stats: DecodeStats) -> None:
         self.running: list[RunningRow] = []
+        self.counts = RunningCounts(engine.max_rows, engine.block_size)
         self._engine = engine
         self._stats = stats
         self._free = list(reversed(range(engine.max_rows)))
         self._finished: list[Completion] = []
+        self._ending = engine.stop_token_ids | {BROKEN}
         self._clock = time.perf_counter()
 
     def fill(self, prompts: Iterator[Prompt]) -> bool:
@@ -102,9 +110,7 @@ class Slots:
             first = self._timed("prefill_seconds", self._engine.prefill, admitted)
             self._stats.num_prompt_tokens += sum(s.num_prompt_tokens for s in admitted)
             self.running += admitted
-            for row, token in zip(admitted, first.tolist(), strict=True):
-                self._append(row, [token])
-            self._retire()
+            self._append(admitted, [[token] for token in first.tolist()])
         return bool(self.running)
 
     def _admit(self, prompt: Prompt) -> RunningRow:
@@ -113,8 +119,8 @@ class Slots:
             slot=self._free.pop(),
             tokens=list(prompt.token_ids),
             num_prompt_tokens=len(prompt.token_ids),
-            accepted_histogram=[0] * (self._engine.block_size + 1),
         )
+        self.counts.reset(row.slot)
         self._engine.admit(row)
         return row
 
@@ -123,13 +129,23 @@ class Slots:
         if not rows:
             return None
         self._stats.num_drafted_rounds += 1
-        chosen = {row.slot for row in rows}
-        places = [r for r, s in enumerate(self.running) if s.slot in chosen]
-        drafting = [self.running[r] for r in places]
+        drafting, whole = self.running, len(rows) == len(self.running)
+        if not whole:
+            chosen = {row.slot for row in rows}
+            drafting = [row for row in self.running if row.slot in chosen]
         block = self._timed("draft_seconds", self._engine.draft, drafting)
-        for row, looked_up in zip(drafting, block.looked_up.tolist(), strict=True):
-            if not looked_up:
-                row.num_taken = row.anchor_position
+        passing = drafting
+        if block.evidence is not None:
+            passing = [
+                row
+                for row, level in zip(drafting, block.evidence.tolist(), strict=True)
+                if not level
+            ]
+        for row in passing:
+            row.num_taken = len(row.tokens) - 1
+        if whole:
+            return block
+        places = [r for r, row in enumerate(self.running) if row.slot in chosen]
         empty = DraftBlock.empty(len(self.running), self._engine.block_size)
         return empty.updated(places, block)
 
@@ -140,18 +156,9 @@ class Slots:
 
     def commit(self, block: DraftBlock | None, plan: VerifyPlan, result: VerifyResult) -> None:
         """Append each row's accepted drafts and bonus, up to its first stop."""
-        lengths, counts = plan.lengths.tolist(), result.num_accepted.tolist()
-        looked_up = None if block is None else block.lengths * block.looked_up
-        for r, (row, bonus) in enumerate(zip(self.running, result.bonus.tolist(), strict=True)):
-            row.num_rounds += 1
-            row.num_draft_tokens += int(block.lengths[r]) if block is not None else 0
-            row.num_looked_up_tokens += int(looked_up[r]) if looked_up is not None else 0
-            row.num_verified_tokens += lengths[r]
-            row.num_accepted_tokens += counts[r]
-            row.accepted_histogram[counts[r]] += 1
-            accepted = block.tokens[r, : counts[r]].tolist() if block is not None else []
-            self._append(row, [*accepted, bonus])
-        self._retire()
+        slots = np.array([row.slot for row in self.running])
+        self.counts.add(slots, block, plan, result)
+        self._append(self.running, committed(block, result))
 
     def take_finished(self) -> list[Completion]:
         """Completions since the last call."""
@@ -167,15 +174,32 @@ class Slots:
         setattr(self._stats, phase, getattr(self._stats, phase) + self._clock - begin)
         return result
 
-    def _append(self, row: RunningRow, tokens: list[int]) -> None:
+    def _append(self, rows: list[RunningRow], tokens: list[list[int]]) -> None:
+        """Append each row's tokens, up to the first that ends it, and retire the rows that end."""
+        unended = self._ending.isdisjoint
+        any_ended = False
+        for row, new in zip(rows, tokens, strict=True):
+            text = row.tokens
+            # Most rows are far from any end: their tokens are not looked at one by one.
+            far = len(text) + len(new) < row.most_tokens and not row.prompt.params.stop
+            if far and unended(new):
+                text += new
+                self._stats.num_new_tokens += len(new)
+            else:
+                self._append_singly(row, new)
+                any_ended |= row.finish_reason is not None
+        if any_ended:
+            self._retire()
+
+    def _append_singly(self, row: RunningRow, tokens: list[int]) -> None:
         """Append tokens until one ends the row: a stop token, a stop string, the limit."""
         for token in tokens:
-            if token < 0:
+            if token == BROKEN:
                 row.finish_reason = FinishReason.ERROR
                 return
             row.tokens.append(token)
             self._stats.num_new_tokens += 1
-            if token in self._engine.stop_token_ids or self._hits_stop_string(row):
+            if token in self._ending or self._hits_stop_string(row):
                 row.finish_reason = FinishReason.STOP
                 return
             if not row.num_remaining:
@@ -227,13 +251,16 @@ class Slots:
             token_ids=tuple(new),
             text=text if error is None else None,
             finish_reason=row.finish_reason,
-            spec=SpecCounts(
-                row.num_rounds,
-                row.num_draft_tokens,
-                row.num_verified_tokens,
-                row.num_accepted_tokens,
-                tuple(row.accepted_histogram),
-                row.num_looked_up_tokens,
-            ),
+            spec=self.counts.of(row.slot),
             error=error,
         )
+
+
+def committed(block: DraftBlock | None, result: VerifyResult) -> list[list[int]]:
+    """What a round adds to each row: its accepted drafts, then the target's own token."""
+    if block is None:
+        return [[bonus] for bonus in result.bonus.tolist()]
+    accepted = zip(
+        block.tokens.tolist(), result.num_accepted.tolist(), result.bonus.tolist(), strict=True
+    )
+    return [[*drafts[:num], bonus] for drafts, num, bonus in accepted]

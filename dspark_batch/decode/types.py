@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Tokens = NDArray[np.int64]
+Places = list[int] | NDArray[np.int64]
 
 CONFIDENCE_THRESHOLD = 0.5
 """Own confidence below which the scheduler `threshold` verifies no further."""
@@ -130,16 +131,16 @@ class RunningRow:
     tokens: list[int]
     """Prompt and committed tokens."""
     num_prompt_tokens: int
-    num_rounds: int = 0
-    num_draft_tokens: int = 0
-    num_verified_tokens: int = 0
-    num_accepted_tokens: int = 0
-    num_looked_up_tokens: int = 0
     num_taken: int = 0
     """Positions whose context a draft pass has taken in."""
-    accepted_histogram: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     text: str | None = None
+    most_tokens: int = field(init=False)
+    """Prompt and new tokens that `max_new_tokens` allows."""
+
+    def __post_init__(self) -> None:
+        """Add up the limit, which every round asks for."""
+        self.most_tokens = self.num_prompt_tokens + self.prompt.params.max_new_tokens
 
     @property
     def anchor_position(self) -> int:
@@ -149,7 +150,7 @@ class RunningRow:
     @property
     def num_pending(self) -> int:
         """Positions whose context waits for the row's next draft."""
-        return self.anchor_position - self.num_taken
+        return len(self.tokens) - 1 - self.num_taken
 
     @property
     def num_new_tokens(self) -> int:
@@ -159,7 +160,7 @@ class RunningRow:
     @property
     def num_remaining(self) -> int:
         """Tokens that `max_new_tokens` still allows."""
-        return self.prompt.params.max_new_tokens - self.num_new_tokens
+        return self.most_tokens - len(self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +190,7 @@ class DraftBlock:
         """[R] whether a lookup proposed, so that the last drafter made no pass for the row."""
         return np.zeros(len(self.lengths), bool) if self.evidence is None else self.evidence > 0
 
-    def updated(self, places: list[int], block: DraftBlock) -> DraftBlock:
+    def updated(self, places: Places, block: DraftBlock) -> DraftBlock:
         """This block with the rows at `places` replaced by those of `block`."""
         return DraftBlock(
             _updated(self.tokens, places, block.tokens),
@@ -207,7 +208,7 @@ class DraftBlock:
         )
 
 
-def _updated(array: NDArray[Any], places: list[int], values: NDArray[Any] | None) -> NDArray[Any]:
+def _updated(array: NDArray[Any], places: Places, values: NDArray[Any] | None) -> NDArray[Any]:
     found = array.copy()
     found[places] = 0 if values is None else values
     return found

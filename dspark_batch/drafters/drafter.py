@@ -40,17 +40,18 @@ class FirstOf:
 
     def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
         """See `Drafter`. `evidence` is None if there is only one, and 0 for rows of the last."""
-        found: DraftBlock | None = None
-        waiting = list(range(len(rows)))
-        for drafter in self._drafters:
-            block = drafter.draft([rows[r] for r in waiting])
-            if drafter is self.last:
-                block = replace(block, evidence=None if found is None else np.zeros_like(waiting))
-            found = block if found is None else found.updated(waiting, block)
-            waiting = [r for r in waiting if not found.lengths[r]]
-            if not waiting:
+        first, *others = self._drafters
+        found = first.draft(rows)
+        if not others:
+            return found if found.evidence is None else replace(found, evidence=None)
+        for drafter in others:
+            waiting = np.flatnonzero(found.lengths == 0)
+            if not len(waiting):
                 break
-        assert found is not None
+            block = drafter.draft([rows[r] for r in waiting.tolist()])
+            if drafter is self.last:
+                block = replace(block, evidence=None)
+            found = found.updated(waiting, block)
         return found
 
     def release(self, slot: int) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -127,20 +128,24 @@ class Lookup:
     def __init__(self, info: LookupInfo) -> None:
         self._block_size = info.block_size
         self._source = info.source(info.settings, block_size=info.block_size)
-        self._logits = [info.logits(sampled=sampled) for sampled in (False, True)]
+        self._logits = np.stack([info.logits(sampled=sampled) for sampled in (False, True)])
 
     def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
         """See `Drafter`; `evidence` are levels, 0 for a row without a proposal."""
-        shape = (len(rows), self._block_size)
-        tokens, confidence = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
-        lengths, levels = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        for r, row in enumerate(rows):
-            found = self._source.propose(row)
-            if found is not None:
-                tokens[r], levels[r] = found
-                confidence[r] = self._logits[row.prompt.params.temperature > 0][found.level]
-                lengths[r] = self._block_size
-        return DraftBlock(tokens, confidence, lengths, levels, np.ones(len(rows), bool))
+        found = [self._source.propose(row) for row in rows]
+        nothing = Proposal([0] * self._block_size, 0)
+        proposals = [nothing if one is None else one for one in found]
+        count = len(rows) * self._block_size
+        tokens = np.fromiter(chain.from_iterable(p.tokens for p in proposals), np.int64, count)
+        levels = np.array([p.level for p in proposals], np.int64)
+        sampled = np.array([row.prompt.params.temperature > 0 for row in rows], np.int64)
+        return DraftBlock(
+            tokens.reshape(len(rows), self._block_size),
+            self._logits[sampled, levels],
+            np.where(levels > 0, self._block_size, 0),
+            levels,
+            np.ones(len(rows), bool),
+        )
 
     def release(self, slot: int) -> None:
         """See `Drafter`."""

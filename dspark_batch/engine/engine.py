@@ -18,7 +18,7 @@ from dspark_batch.decode.algorithm import CostTable, calibration
 from dspark_batch.drafters import Drafter, FirstOf, Lookup
 from dspark_batch.engine.costs import read_costs
 from dspark_batch.engine.manifest import DraftInfo, EngineManifest, read_manifest
-from dspark_batch.engine.network import NetworkDrafter, draws_for
+from dspark_batch.engine.network import NetworkDrafter, SlotDraws, standing
 from dspark_batch.engine.runtimes import (
     ANYWHERE,
     PREFILL_CHUNK,
@@ -53,7 +53,8 @@ class Engine:
         self.costs: CostTable | None = None
         self.hardware_key = hardware_key
         self._runtime = runtime
-        self._drafter = _open_drafter(manifest.draft, runtime) if manifest.draft else None
+        self._draws = SlotDraws(max_rows, self.block_size)
+        self._drafter = self._open_drafter(manifest.draft) if manifest.draft else None
         self._tokenizer: Tokenizer | None = None
 
     @property
@@ -109,6 +110,7 @@ class Engine:
     def admit(self, row: RunningRow) -> None:
         """Give the row's slot to it."""
         self._runtime.admit(row.slot)
+        self._draws.admit(row)
 
     def release(self, row: RunningRow) -> None:
         """Free the row's slot."""
@@ -122,8 +124,9 @@ class Engine:
         Rows of a pass share it, so prompts of similar length cost the least.
         """
         first = np.zeros(len(rows), np.int64)
-        for chosen, spans in _passes([row.tokens for row in rows], [row.slot for row in rows]):
-            draws = draws_for([rows[r] for r in chosen], block_size=self.block_size)[1]
+        slots, ends, _ = standing(rows)
+        for chosen, spans in _passes([row.tokens for row in rows], slots):
+            draws = self._draws.verify([slots[r] for r in chosen], ends[chosen])
             result = self._runtime.verify(spans, np.zeros(len(chosen), np.int64), draws)
             first[chosen] = result.bonus  # of a row's last chunk in the end
         return first
@@ -175,40 +178,33 @@ class Engine:
         if block is not None and plan.lengths.any():
             drafts = block.tokens
             certain = certain if block.certain is None else block.certain
-        step = Step(
-            slots=[row.slot for row in rows],
-            starts=np.array([row.anchor_position for row in rows], np.int64),
-            anchors=np.array([row.tokens[-1] for row in rows], np.int64),
-            lengths=plan.lengths,
-            drafts=drafts,
-            certain=certain,
-            draws=draws_for(rows, block_size=self.block_size)[1],
-        )
+        slots, starts, anchors = standing(rows)
+        draws = self._draws.verify(slots, starts)
+        step = Step(slots, starts, anchors, plan.lengths, drafts, certain, draws)
         return self._runtime.step(step)
 
     def _temperatures(self, rows: Sequence[RunningRow]) -> NDArray[np.float64]:
-        """[R, γ] by which confidence logits are divided: those of greedy or of sampled rows."""
+        """[γ] or [R, γ] by which confidence logits are divided: of greedy or of sampled rows."""
         draft = self.manifest.draft
         assert draft is not None
         greedy = np.array(draft.confidence_temperatures)
-        if not draft.sampled_temperatures:
-            return np.tile(greedy, (len(rows), 1))
-        samples = np.array([row.prompt.params.temperature > 0 for row in rows])
+        if not draft.sampled_temperatures or not self._draws.any_sampled:
+            return greedy
+        samples = self._draws.samples([row.slot for row in rows])
         return np.where(samples[:, None], np.array(draft.sampled_temperatures), greedy)
+
+    def _open_drafter(self, draft: DraftInfo) -> FirstOf:
+        """A lookup, the network, or the lookup ahead of the network."""
+        drafters: list[Drafter] = []
+        if draft.lookup is not None:
+            drafters.append(Lookup(draft.lookup))
+        if draft.has_network:
+            drafters.append(NetworkDrafter(self._runtime, self._draws))
+        return FirstOf(*drafters)
 
     def close(self) -> None:
         """Free the runtime."""
         self._runtime.close()
-
-
-def _open_drafter(draft: DraftInfo, runtime: Runtime) -> FirstOf:
-    """A lookup, the network, or the lookup ahead of the network."""
-    drafters: list[Drafter] = []
-    if draft.lookup is not None:
-        drafters.append(Lookup(draft.lookup))
-    if draft.has_network:
-        drafters.append(NetworkDrafter(runtime, draft.block_size))
-    return FirstOf(*drafters)
 
 
 def _passes(

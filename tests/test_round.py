@@ -1,0 +1,120 @@
+"""A round as the runtime gets it: the engine's step, without a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from host import BLOCK, InstantRuntime, instant_engine
+
+from dspark_batch.decode.types import (
+    DraftBlock,
+    Prompt,
+    RunningRow,
+    SamplingParams,
+    VerifyPlan,
+    VerifyResult,
+)
+from dspark_batch.engine.engine import Engine
+from dspark_batch.engine.runtimes import Draws, Ints, Runtime, Span, Step
+
+ROWS = 4
+
+
+class Noting(InstantRuntime):
+    """Keeps the last step."""
+
+    steps: list[Step]
+
+    def step(self, step: Step) -> VerifyResult:
+        self.steps = [step]
+        return super().step(step)
+
+
+class Packing(Noting, Runtime):
+    """A runtime that knows spans only."""
+
+    step = Runtime.step  # type: ignore[assignment]
+
+    def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
+        self.spans, self.lengths, self.draws = spans, lengths, draws
+        return super().verify(spans, lengths, draws)
+
+
+def engine_on(runtime: Runtime) -> Engine:
+    return instant_engine("drafted", runtime, max_rows=ROWS, max_tokens=99)
+
+
+def rows_of(*texts: Sequence[int], temperature: float = 0.0) -> list[RunningRow]:
+    """In slots that count down."""
+    return [
+        RunningRow(
+            prompt=Prompt(r, tuple(text), SamplingParams(temperature=temperature, seed=r)),
+            slot=ROWS - 1 - r,
+            tokens=list(text),
+            num_prompt_tokens=len(text),
+        )
+        for r, text in enumerate(texts)
+    ]
+
+
+def block_for(num_rows: int, *, certain: Sequence[bool] | None = None) -> DraftBlock:
+    tokens = np.arange(num_rows * BLOCK).reshape(num_rows, BLOCK) + 100
+    return DraftBlock(
+        tokens,
+        np.ones(tokens.shape, np.float32),
+        np.full(num_rows, BLOCK),
+        certain=None if certain is None else np.array(certain),
+    )
+
+
+def test_a_step_has_each_row_s_anchor_and_its_planned_drafts() -> None:
+    runtime = Noting(ROWS, 9)
+    engine = engine_on(runtime)
+    rows = rows_of([5, 6, 7], [8], [9, 1])
+    for row in rows:
+        engine.admit(row)
+    lengths = np.array([2, 0, BLOCK])
+    engine.verify(rows, block_for(3, certain=[True, False, False]), VerifyPlan(lengths))
+    (step,) = runtime.steps
+    assert step.slots == [3, 2, 1]
+    assert (step.starts.tolist(), step.anchors.tolist()) == ([2, 0, 1], [7, 8, 1])
+    assert step.starts.dtype == step.anchors.dtype == np.int64
+    assert step.lengths.tolist() == lengths.tolist()
+    assert step.draws.uniforms.shape == (3, BLOCK + 1)
+    spans = step.spans()
+    assert [(s.slot, s.start, s.certain) for s in spans] == [
+        (3, 2, True),
+        (2, 0, False),
+        (1, 1, False),
+    ]
+    assert [s.tokens.tolist() for s in spans] == [[7, 100, 101], [8], [1, *range(114, 121)]]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_step_without_drafts_to_verify_is_a_plain_one(drafted: bool) -> None:
+    runtime = Noting(ROWS, 9)
+    engine = engine_on(runtime)
+    rows = rows_of([5, 6], [8])
+    for row in rows:
+        engine.admit(row)
+    block = block_for(2) if drafted else None
+    engine.verify(rows, block, VerifyPlan(np.zeros(2, np.int64)))
+    (step,) = runtime.steps
+    assert step.drafts is None
+    assert not step.certain.any()
+    assert [s.tokens.tolist() for s in step.spans()] == [[6], [8]]
+
+
+def test_a_runtime_that_packs_rows_gets_a_step_as_spans() -> None:
+    runtime = Packing(ROWS, 9)
+    engine = engine_on(runtime)
+    rows = rows_of([5, 6, 7], [8])
+    for row in rows:
+        engine.admit(row)
+    result = engine.verify(rows, block_for(2), VerifyPlan(np.array([1, 3])))
+    assert len(result.bonus) == 2
+    assert [s.tokens.tolist() for s in runtime.spans] == [[7, 100], [8, 107, 108, 109]]
+    assert runtime.lengths.tolist() == [1, 3]
+    assert runtime.draws.temperature.tolist() == [0.0, 0.0]
