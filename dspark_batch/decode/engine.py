@@ -27,6 +27,11 @@ class DecodeEngine(Protocol):
         """Rows at once; their slots are below it."""
 
     @property
+    def intake(self) -> int:
+        """Slots that must be free before prompts are read while rows run; 1 is at once."""
+        return 1
+
+    @property
     def block_size(self) -> int:
         """γ; 0 without a draft."""
 
@@ -78,6 +83,11 @@ class EngineWrapper:
     def max_rows(self) -> int:
         """See `DecodeEngine`; so are the others."""
         return self._inner.max_rows
+
+    @property
+    def intake(self) -> int:
+        """See `DecodeEngine`."""
+        return self._inner.intake
 
     @property
     def block_size(self) -> int:

@@ -95,11 +95,11 @@ class Slots:
         self._clock = time.perf_counter()
 
     def fill(self, prompts: Iterator[Prompt]) -> bool:
-        """Admit and prefill prompts while a slot is free; False when no row is left.
+        """Admit and prefill prompts while enough slots are free; False when no row is left.
 
         Repeats if all rows of an intake end on their first token, so that no prompt is left behind.
         """
-        while self._free:
+        while len(self._free) >= (self._engine.intake if self.running else 1):
             admitted: list[RunningRow] = []
             for prompt in prompts:
                 admitted.append(self._admit(prompt))

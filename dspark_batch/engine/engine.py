@@ -21,9 +21,8 @@ from dspark_batch.engine.manifest import DraftInfo, EngineManifest, read_manifes
 from dspark_batch.engine.network import NetworkDrafter, SlotDraws, standing
 from dspark_batch.engine.runtimes import (
     ANYWHERE,
-    PREFILL_CHUNK,
-    PREFILL_TOKENS,
     Placement,
+    PrefillSizes,
     Runtime,
     Span,
     Step,
@@ -61,6 +60,12 @@ class Engine:
     def name(self) -> str:
         """The engine's name: that of its recipe."""
         return self.manifest.name
+
+    @property
+    def intake(self) -> int:
+        """See `DecodeEngine`."""
+        share = self._runtime.prefill_sizes.intake
+        return max(self.max_rows // share, 1) if share else 1
 
     @property
     def max_tokens(self) -> int:
@@ -125,7 +130,8 @@ class Engine:
         """
         first = np.zeros(len(rows), np.int64)
         slots, ends, _ = standing(rows)
-        for chosen, spans in _passes([row.tokens for row in rows], slots):
+        sizes = self._runtime.prefill_sizes
+        for chosen, spans in _passes([row.tokens for row in rows], slots, sizes):
             draws = self._draws.verify([slots[r] for r in chosen], ends[chosen])
             result = self._runtime.verify(spans, np.zeros(len(chosen), np.int64), draws)
             first[chosen] = result.bonus  # of a row's last chunk in the end
@@ -141,7 +147,7 @@ class Engine:
             parts: list[list[NDArray[np.float32]]] = [[] for _ in group]
             for slot in range(len(group)):
                 self._runtime.admit(slot)
-            for found, spans in _passes(group, range(len(group))):
+            for found, spans in _passes(group, range(len(group)), self._runtime.prefill_sizes):
                 for r, part in zip(found, self._runtime.context(spans), strict=True):
                     parts[r].append(part)
             for slot, row in enumerate(parts):
@@ -208,16 +214,16 @@ class Engine:
 
 
 def _passes(
-    rows: Sequence[Sequence[int]], slots: Sequence[int]
+    rows: Sequence[Sequence[int]], slots: Sequence[int], sizes: PrefillSizes
 ) -> Iterator[tuple[list[int], list[Span]]]:
     """Rows of tokens in chunks, as many in a pass as it has room for: their indices and spans."""
     done = [0] * len(rows)
     waiting = list(range(len(rows)))
     while waiting:
         spans: list[Span] = []
-        taken, room = [], PREFILL_TOKENS
+        taken, room = [], sizes.tokens
         for r in waiting:
-            tokens = rows[r][done[r] : done[r] + PREFILL_CHUNK]
+            tokens = rows[r][done[r] : done[r] + sizes.chunk]
             if spans and len(tokens) > room:
                 break
             spans.append(Span(slots[r], done[r], np.array(tokens, np.int64)))

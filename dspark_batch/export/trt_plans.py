@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dspark_batch.engine import PlansInfo, ProfileInfo, find_gpus
-from dspark_batch.engine.runtimes import PREFILL_CHUNK, PREFILL_TOKENS, RUNTIMES
+from dspark_batch.engine.runtimes import PREFILL, RUNTIMES
 from dspark_batch.errors import EngineError
 from dspark_batch.export.recipe import EngineSection
 from dspark_batch.models.plugin import Bounds, PlanReport, PlanRequest, build_plan, contract
@@ -39,9 +39,9 @@ def plan_files_info(engine: EngineSection, *, block_size: int) -> PlansInfo | No
         return None
     found = _library_version(library, engine.runtime)
     archs = _gpu_archs(engine)
-    chunk = min(PREFILL_CHUNK, engine.max_tokens)
+    chunk = min(PREFILL.chunk, engine.max_tokens)
     slots, rows = block_size + 1, engine.max_rows
-    tokens, prompt_tokens = rows * slots, min(PREFILL_TOKENS, rows * chunk)
+    tokens, prompt_tokens = rows * slots, min(PREFILL.tokens, rows * chunk)
     return PlansInfo(
         library=library,
         library_version=found,

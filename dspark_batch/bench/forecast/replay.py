@@ -164,6 +164,7 @@ class ReplayEngine:
 
     tokenizer = None
     stop_token_ids = frozenset({_STOP})
+    intake = 1
 
     def __init__(
         self,

@@ -6,11 +6,12 @@ from .layout import token_layout as token_layout
 from .ort import float_type as float_type
 from .ort import open_session as open_session
 from .session import ANYWHERE as ANYWHERE
-from .session import PREFILL_CHUNK as PREFILL_CHUNK
-from .session import PREFILL_TOKENS as PREFILL_TOKENS
+from .session import PREFILL as PREFILL
 from .session import Draws as Draws
 from .session import Ints as Ints
+from .session import PaddedShapes as PaddedShapes
 from .session import Placement as Placement
+from .session import PrefillSizes as PrefillSizes
 from .session import Runtime as Runtime
 from .session import Span as Span
 from .session import Step as Step

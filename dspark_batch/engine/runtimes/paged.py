@@ -39,7 +39,16 @@ from dspark_batch.engine.runtimes.captured import (
     read_weight,
 )
 from dspark_batch.engine.runtimes.layout import idle_draws
-from dspark_batch.engine.runtimes.session import Draws, Floats, Ints, PaddedShapes, Span, Step
+from dspark_batch.engine.runtimes.session import (
+    Draws,
+    Floats,
+    Ints,
+    PaddedShapes,
+    PrefillSizes,
+    Runtime,
+    Span,
+    Step,
+)
 from dspark_batch.errors import EngineError
 from dspark_batch.models.graph import PAGE, GraphBuilder, hoisted
 from dspark_batch.models.plugin import Verification, verifying
@@ -53,11 +62,10 @@ _MOST_CAPTURED = 256  # graphs
 _DATA_TYPES = {"fp16": FLOAT16, "bf16": BFLOAT16}
 
 
-class PagedRuntime:
+class PagedRuntime(Runtime):
     """`runtimes.session.Runtime` on captured graphs, or on their twins on the CPU."""
 
-    prefill_tokens = 2048
-    prefill_chunk = 2048
+    prefill_sizes = PrefillSizes(tokens=2048, chunk=2048, intake=16)
 
     def __init__(
         self,
@@ -90,7 +98,7 @@ class PagedRuntime:
         self._reaches = [_LEAST_REACH << i for i in range(32) if _LEAST_REACH << i < longest]
         self._reaches.append(longest)
         self._num_pages = max_rows * self._num_columns + 1
-        self._ring_size = max(2 * self.prefill_tokens, 4 * max_rows * widths[-1])
+        self._ring_size = max(2 * self.prefill_sizes.tokens, 4 * max_rows * widths[-1])
         self._check_room(free_bytes)
         self._weights: dict[tuple[str, int], Tensor] = {}
         self._sessions: dict[str, tuple[Any, dict[str, Tensor]]] = {}

@@ -18,8 +18,21 @@ from dspark_batch.decode import DraftBlock, VerifyResult
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-PREFILL_TOKENS = 512  # of all rows in one prefill pass
-PREFILL_CHUNK = 256  # of one row in it
+
+@dataclass(frozen=True, slots=True)
+class PrefillSizes:
+    """How prompts are cut into passes."""
+
+    tokens: int = 512
+    """Of all rows in one pass."""
+    chunk: int = 256
+    """Of one row in it."""
+    intake: int = 0
+    """A pass that holds up all rows should be for some prompts, not for one: while rows run, one in
+    so many slots must be free before prompts are read. 0: read at once."""
+
+
+PREFILL = PrefillSizes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +125,10 @@ class Runtime(Protocol):
 
     A class that names this one as its base has `step` from it.
     """
+
+    padded_shapes: PaddedShapes | None = None
+    """Sizes that steps are rounded up to; None where they are not."""
+    prefill_sizes: PrefillSizes = PREFILL
 
     def admit(self, slot: int) -> None:
         """Begin a row: its caches are empty."""

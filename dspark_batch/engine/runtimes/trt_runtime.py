@@ -37,7 +37,7 @@ from dspark_batch.engine.runtimes.layout import (
 )
 from dspark_batch.engine.runtimes.plan_file import PlanFile, Shape
 from dspark_batch.engine.runtimes.session import (
-    PREFILL_CHUNK,
+    PREFILL,
     Draws,
     Floats,
     Ints,
@@ -112,7 +112,7 @@ class TrtRuntime(Runtime):
     def _check_sizes(self, manifest: EngineManifest) -> None:
         """Refuse plans that do not take what they will be given."""
         again = f"build the engine again: {manifest.export_command}"
-        chunk = min(PREFILL_CHUNK, manifest.limits.max_tokens)
+        chunk = min(PREFILL.chunk, manifest.limits.max_tokens)
         if self._target.most("S") < chunk or self._target.most("T") < chunk:
             raise EngineError(
                 f"{self._target.plan.path} takes fewer than {chunk} tokens of a row at once",
