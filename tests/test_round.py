@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from host import BLOCK, InstantRuntime, instant_engine
 
+from dspark_batch.decode.algorithm.sampling import uniforms
 from dspark_batch.decode.types import (
     DraftBlock,
     Prompt,
@@ -17,6 +19,7 @@ from dspark_batch.decode.types import (
     VerifyResult,
 )
 from dspark_batch.engine.engine import Engine
+from dspark_batch.engine.network import SlotDraws, standing
 from dspark_batch.engine.runtimes import Draws, Ints, Runtime, Span, Step
 
 ROWS = 4
@@ -118,3 +121,42 @@ def test_a_runtime_that_packs_rows_gets_a_step_as_spans() -> None:
     assert [s.tokens.tolist() for s in runtime.spans] == [[7, 100], [8, 107, 108, 109]]
     assert runtime.lengths.tolist() == [1, 3]
     assert runtime.draws.temperature.tolist() == [0.0, 0.0]
+
+
+def test_draws_are_those_of_each_row_s_seed_and_position_whatever_is_kept() -> None:
+    """Rows move on, sit out drafts, and make room in their slots for rows that sample otherwise."""
+    draws = SlotDraws(ROWS, BLOCK)
+    rows = rows_of([5, 6, 7], [8], [9, 1], temperature=0.5)
+    rows[1] = replace(rows[1], prompt=replace(rows[1].prompt, params=SamplingParams()))
+    for row in rows:
+        draws.admit(row)
+
+    def check(chosen: list[RunningRow], *, drafted: int) -> None:
+        slots, positions, anchors = standing(chosen)
+        assert anchors.tolist() == [row.tokens[-1] for row in chosen]
+        params = [row.prompt.params for row in chosen]
+        seeds = [p.seed for p in params]
+        expected = uniforms(seeds, [len(row.tokens) - 1 for row in chosen], num=2 * BLOCK + 1)
+        sampled = np.array([p.temperature > 0 for p in params])
+        if drafted:
+            found = draws.draft(slots[:drafted], positions[:drafted]).uniforms
+            expected_draft = expected[:drafted][sampled[:drafted], :BLOCK]
+            np.testing.assert_array_equal(found[sampled[:drafted]], expected_draft)
+        verify = draws.verify(slots, positions)
+        np.testing.assert_array_equal(verify.uniforms[sampled], expected[sampled, BLOCK:])
+        assert verify.uniforms.shape == (len(chosen), BLOCK + 1)
+        assert verify.temperature.tolist() == [p.temperature for p in params]
+        assert verify.top_k.tolist() == [p.top_k for p in params]
+        assert draws.samples(slots).tolist() == sampled.tolist()
+
+    check(rows, drafted=0)
+    check(rows, drafted=2)
+    for row in rows:
+        row.tokens += [3, 4]
+    check(rows, drafted=3)
+    other = SamplingParams(temperature=2.0, top_k=5, seed=-7)
+    for r in (0, 1):  # as many tokens, in the same slots
+        rows[r] = replace(rows[r], prompt=Prompt(9, (8,), other), tokens=list(rows[r].tokens))
+        draws.admit(rows[r])
+        check(rows, drafted=3)
+    check(rows[:2], drafted=1)

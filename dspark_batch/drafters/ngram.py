@@ -5,8 +5,7 @@ came after them is proposed. The longest match wins, and of equally long ones th
 match that reaches the row's end continues into the proposal itself, as in LZ77, so a row that
 repeats itself gets whole blocks.
 
-A row is kept as a string, one character a token, because nothing searches as fast as `rfind`, with
-an index of its shortest n-grams: most rows have no match, and are not searched at all.
+A row is kept as a string, one character a token, because nothing searches as fast as `rfind`.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Match(NamedTuple):
 
 
 class Ngrams(Source):
-    """The source. Invariant: what is kept of a slot is of a prefix of the row in it."""
+    """The source. Invariant: `_texts[slot]` is a prefix of the row in that slot."""
 
     Settings: ClassVar[type[LookupSettings]] = NgramSettings
 
@@ -67,14 +66,14 @@ class Ngrams(Source):
         """See `Source`."""
         self._block_size = block_size
         self._levels = settings.levels
-        self._texts: dict[int, IndexedText] = {}
+        self._texts: dict[int, str] = {}
 
     def propose(self, row: RunningRow) -> Proposal | None:
         """See `Source`."""
-        text = self._texts.get(row.slot)
-        if text is None:
-            text = self._texts[row.slot] = IndexedText(self._levels)
-        match = text.grown(row.tokens)
+        text = self._texts.get(row.slot, "")
+        text += text_from_tokens(row.tokens[len(text) :])
+        self._texts[row.slot] = text
+        match = longest_match(text, shortest=self._levels[0], longest=self._levels[-1])
         if match is None:
             return None
         return Proposal(continuation(row.tokens, match.follows, self._block_size), match.size)
@@ -82,45 +81,6 @@ class Ngrams(Source):
     def release(self, slot: int) -> None:
         """See `Source`."""
         self._texts.pop(slot, None)
-
-
-class IndexedText:
-    """A row that grows, and where each n-gram of the shortest size in it ended last."""
-
-    __slots__ = ("_ends", "_longest", "_num_indexed", "_shortest", "_text")
-
-    def __init__(self, levels: range) -> None:
-        self._shortest, self._longest = levels[0], levels[-1]
-        self._text = ""
-        self._ends: dict[str, int] = {}
-        self._num_indexed = self._shortest - 1  # n-grams that end here or earlier are in the index
-
-    def grown(self, tokens: Sequence[int]) -> Match | None:
-        """`longest_match` of the row, which has become `tokens`."""
-        text, size = self._text, self._shortest
-        if len(text) < len(tokens):
-            text = self._text = text + text_from_tokens(tokens[len(text) :])
-        # All but the n-gram at the end, which is looked for.
-        ends, end = self._ends, len(text)
-        for last in range(self._num_indexed + 1, end):
-            ends[text[last - size : last]] = last
-        self._num_indexed = max(self._num_indexed, end - 1)
-        follows = ends.get(text[-size:]) if end > size else None
-        if follows is None:
-            return None
-        # A longer match ends there too, or further ahead.
-        while True:
-            most = min(self._longest, follows)
-            while size < most and text[follows - size - 1] == text[end - size - 1]:
-                size += 1
-            if size == self._longest:
-                break
-            found = text.rfind(text[end - size - 1 :], 0, follows - 1)
-            if found < 0:
-                break
-            size += 1
-            follows = found + size
-        return Match(follows, size)
 
 
 def text_from_tokens(tokens: Iterable[int]) -> str:
@@ -134,12 +94,18 @@ def longest_match(text: str, *, shortest: int, longest: int) -> Match | None:
     Suffixes of `shortest` to `longest` tokens are tried; a longer match than that is not told from
     one of `longest`.
     """
-    match = None
-    for size in range(shortest, longest + 1):  # where n tokens do not occur, n + 1 do not either
-        found = text.rfind(text[-size:], 0, -1)
-        if found < 0:
+    match, size, end, before = None, shortest, len(text), len(text) - 1
+    while size <= longest:
+        begin = text.rfind(text[-size:], 0, before)
+        if begin < 0:  # where n tokens do not occur, n + 1 do not either
             break
-        match = Match(found + size, size)
+        follows = begin + size
+        # Most are longer than what was searched for: that is seen on the spot.
+        while size < longest and begin and text[begin - 1] == text[end - size - 1]:
+            begin, size = begin - 1, size + 1
+        match = Match(follows, size)
+        # A longer one ends further ahead, as this one does not go on.
+        size, before = size + 1, follows - 1
     return match
 
 
