@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _copy_speed(torch: Any) -> float:
 def catalogue_key(name: str) -> str | None:
     """The GPU of the catalogue whose name is a word, or two, of `name`; None if there is none."""
     words = re.findall(r"[a-z0-9]+", name.lower())
-    joined = {*words, *(a + b for a, b in zip(words, words[1:], strict=False))}
+    joined = {*words, *(a + b for a, b in pairwise(words))}
     return next((key for key in GPUS if key in joined), None)
 
 
