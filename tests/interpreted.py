@@ -10,14 +10,16 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from verify_calls import Call, Result
 
+from dspark_batch.models.plugin import launch
 from dspark_batch.models.plugin.contract import INPUT_NAMES, OPERANDS, OUTPUT_NAMES
-from dspark_batch.models.plugin.launch import PARAMETERS, SIZES, VerifyCall
+from dspark_batch.models.plugin.launch import PARAMETERS, SIZES, STAGES, VerifyCall
 
 
 def prepare() -> None:
@@ -26,15 +28,55 @@ def prepare() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def interpret(call: Call, block: int = 16, tile: int | None = None) -> Result:
-    """Run a call, `tile` rows a program. Default: the largest power of two that divides them."""
+def interpret(
+    call: Call,
+    slice_size: int = 16,
+    tile: int | None = None,
+    capacity: int = 16,
+    workspace: NDArray[np.float32] | None = None,
+) -> Result:
+    """Run a call, `tile` rows a program. Default: the largest power of two that divides them.
+
+    The workspace begins as noise, unless one of before is handed in, and none may be written
+    beyond its end.
+    """
     num_rows, num_drafts = call.draft_tokens.shape
     _, block_size, draft_vocab_size = call.draft_logits.shape
     results = [np.full(num_rows, -7, np.int64) for _ in OUTPUT_NAMES]
     operands = [np.ascontiguousarray(call.feeds[name]) for name in INPUT_NAMES]
     sizes = (*call.logits.shape, draft_vocab_size, num_drafts, block_size)
-    _run([*operands, *results], sizes, block, tile or num_rows & -num_rows)
+    size = launch.workspace_bytes(
+        num_rows,
+        num_drafts,
+        call.logits.shape[1],
+        draft_vocab_size,
+        slice_size=slice_size,
+        capacity=capacity,
+    )
+    if workspace is None:
+        workspace = noise(size // 4 + GUARD)
+    beyond = workspace[size // 4 :].tobytes()
+    tile = tile or num_rows & -num_rows
+    _run([*operands, *results], sizes, workspace, slice_size, tile, capacity)
+    assert workspace[size // 4 :].tobytes() == beyond
     return results[0], results[1]
+
+
+GUARD = 4096
+
+
+def replay(calls: Sequence[Call]) -> list[Result]:
+    """Calls of one shape, one after the other in one workspace."""
+    num_rows, num_drafts = calls[0].draft_tokens.shape
+    sizes = (calls[0].logits.shape[1], calls[0].draft_logits.shape[2])
+    size = launch.workspace_bytes(num_rows, num_drafts, *sizes, slice_size=16, capacity=16)
+    workspace = noise(size // 4 + GUARD)
+    return [interpret(call, workspace=workspace) for call in calls]
+
+
+def noise(size: int) -> NDArray[np.float32]:
+    """Any bits, so that large, negative and not finite numbers are among them."""
+    return np.frombuffer(np.random.default_rng(size).bytes(4 * size), np.float32).copy()
 
 
 class HostLauncher:
@@ -57,7 +99,9 @@ class HostLauncher:
             for operand, address in zip(OPERANDS.values(), call.pointers, strict=True)
         ]
         sizes = tuple(getattr(call, name) for name in SIZES)
-        _run(arrays, sizes, block=16, tile=1)
+        size = launch.workspace_bytes(rows, drafts, call.vocab_size, call.draft_vocab_size)
+        workspace = _at(call.workspace, (size // 4,), "float32")
+        _run(arrays, sizes, workspace, launch.SLICE, tile=1, capacity=launch.CAPACITY)
         self.streams.append(stream)
 
 
@@ -67,17 +111,49 @@ def _at(address: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def _run(arrays: list[NDArray[Any]], sizes: tuple[int, ...], block: int, tile: int) -> None:
+def _run(
+    arrays: list[NDArray[Any]],
+    sizes: tuple[int, ...],
+    workspace: NDArray[np.float32],
+    slice_size: int,
+    tile: int,
+    capacity: int,
+) -> None:
     named = dict(zip((*OPERANDS, *SIZES), (*arrays, *sizes), strict=True))
-    _call(len(arrays[-1]), [named[name] for name in PARAMETERS], block, tile)
+    named["workspace"] = workspace
+    values = [named[name] for name in PARAMETERS]
+    _call(named, values, {"ROWS": tile, "SLICE": slice_size, "CAPACITY": capacity})
 
 
-def _call(num_rows: int, values: Sequence[Any], block: int, tile: int) -> None:
-    """Run the kernel on `values`, its parameters in order."""
+def _call(named: dict[str, Any], values: Sequence[Any], constants: dict[str, int]) -> None:
+    """Run the stages on `values`, their parameters in order."""
     import torch
 
+    _patch_once()
     from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
+    num_rows = len(named["lengths"])
     tensors = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values]
-    with np.errstate(all="ignore"):
-        dspark_verify[(num_rows // tile,)](*tensors, ROWS=tile, BLOCK=block)
+    sizes = (named["num_drafts"], named["vocab_size"], named["draft_vocab_size"])
+    for i, stage in enumerate(STAGES):
+        tiles = num_rows // constants["ROWS"]
+        grid = launch.grid(stage, tiles, *sizes, slice_size=constants["SLICE"])
+        with np.errstate(all="ignore"):
+            dspark_verify[grid](*tensors, STAGE=i, **constants)
+
+
+@cache
+def _patch_once() -> None:
+    """Let the interpreter prepare Triton's language once for each module, not for each call of a
+    function within a kernel: that took most of the time."""
+    from triton.runtime import interpreter
+
+    prepared: set[int] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from fake_trt import HostDevice
-from interpreted import HostLauncher
+from interpreted import HostLauncher, noise
 from verify_calls import Call, Result
 
 from dspark_batch.engine.runtimes.plan_file import PlanFile
@@ -126,7 +126,7 @@ def enqueue(call: Call, stream: int) -> tuple[Result, list[int]]:
     """Results of the plugin's `enqueue` on arrays of this process, and the streams it used."""
     trt = trt_body.import_tensorrt_rtx()
     launcher = HostLauncher()
-    kernel = Kernel(arch=89, num_threads=512, shared_bytes=0, cubin=b"-")
+    kernel = Kernel(arch=89, stage="survey", num_threads=256, shared_bytes=0, cubin=b"-")
     creator = trt_body.register(trt, [kernel], make_launcher=lambda _: launcher)
     plugin = creator.create_plugin("", trt.PluginFieldCollection([]), trt.TensorRTPhase.BUILD)
     plugin = plugin.attach_to_context(None)
@@ -143,7 +143,17 @@ def enqueue(call: Call, stream: int) -> tuple[Result, list[int]]:
         tensors.append(tensor)
     addresses = [array.ctypes.data for array in arrays]
     n = len(INPUT_NAMES)
-    plugin.enqueue(tensors[:n], tensors[n:], addresses[:n], addresses[n:], 0, stream)
+    ranges = []
+    for tensor in tensors:
+        known = trt.DynamicPluginTensorDesc()
+        known.desc, known.min, known.max = tensor, tensor.dims, tensor.dims
+        ranges.append(known)
+    num_bytes = plugin.get_workspace_size(ranges[:n], ranges[n:])
+    workspace = noise(num_bytes // 4 + 1024)
+    beyond = workspace[num_bytes // 4 :].tobytes()
+    at = workspace.ctypes.data
+    plugin.enqueue(tensors[:n], tensors[n:], addresses[:n], addresses[n:], at, stream)
+    assert workspace[num_bytes // 4 :].tobytes() == beyond
     return (results[0], results[1]), launcher.streams
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from dspark_batch.errors import UsageError
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[1]
 NEW_TOKENS = 12
 SOURCES = ("even", "odd")
 
@@ -393,3 +397,31 @@ def test_the_host_s_time_is_that_between_two_answers(monkeypatch: pytest.MonkeyP
     plain, drafted, looked_up = (found["host_seconds"][kind][0] for kind in host.KINDS)
     assert 0 < plain < drafted < 0.1
     assert 0 < looked_up < 0.1
+
+
+def test_the_verification_benchmark_runs_without_a_gpu() -> None:
+    """In a process of its own, since Triton is told at import that it interprets."""
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    sizes = ["--rows", "1", "--vocab", "60", "--drafts", "1", "--repeat", "1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/verification.py", *sizes],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0].split(" | ")[:3] == ["| setting     ", "vocabulary", "rows"]
+    record = json.loads(lines[-1])
+    assert record["device"] == "interpreter"
+    assert [r["setting"] for r in record["results"]] == [
+        "greedy",
+        "temperature",
+        "top-k, top-p",
+        "top-p",
+    ]
+    for result in record["results"]:
+        assert result["ms"] > result["floor_ms"] > 0
+        assert result["accepted"] in (0, 1)

@@ -7,6 +7,7 @@ The interpreter takes a tile of rows at once. A GPU takes one row a program, and
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import re
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from interpreted import interpret, prepare
+from interpreted import interpret, noise, prepare, replay
 from scipy import stats
 from verify_calls import (
     SETTINGS,
@@ -39,7 +40,6 @@ from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, VerifyCall, 
 
 pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
-GPU_BLOCK = launch.BLOCK
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +53,16 @@ def pool() -> Iterator[Executor]:
 class Body:
     """The kernel as a body of the op."""
 
-    def __init__(self, pool: Executor, block: int, tile: int | None = None) -> None:
-        self._pool, self._block, self._tile = pool, block, tile
+    def __init__(self, pool: Executor, *sizes: int | None) -> None:
+        self._pool, self._sizes = pool, sizes
 
     def __call__(self, call: Call) -> Result:
-        return self._pool.submit(interpret, call, self._block, self._tile).result()
+        return self._pool.submit(interpret, call, *self._sizes).result()
 
 
 @pytest.fixture(scope="module")
 def body(pool: Executor) -> Body:
-    return Body(pool, block=16)
+    return Body(pool, 16)
 
 
 # decisions ----------------------------------------------------------------------------------------
@@ -75,31 +75,130 @@ def rows_of(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_kernel_decides_as_the_specification(name: str, pool: Executor) -> None:
-    """Vocabularies of 37 and 700 tokens are no multiples of the blocks."""
+    """Vocabularies of 37 and 700 tokens are no multiples of the slices. Lists of 16 tokens are too
+    short for some cells, and for some of these also between the finer thresholds."""
     settings = rows_of(name)
     calls = [make_call(seed=seed, **settings) for seed in (11, 12)]
-    block = 256 if "vocab" in settings else 16
-    found = [pool.submit(interpret, call, block) for call in calls]
+    sizes = (256, None, 64) if "vocab" in settings else (16,)
+    found = [pool.submit(interpret, call, *sizes) for call in calls]
     outcomes: Counter[str] = Counter()
     for call, future in zip(calls, found, strict=True):
         outcomes += assert_same(call, lambda _, future=future: future.result())  # type: ignore[misc]
     assert len(outcomes) == (1 if SETTINGS[name].get("drafts") == 0 else 2)
 
 
-def test_one_row_a_program_in_blocks_of_the_gpu_s_size(pool: Executor) -> None:
+def test_one_row_a_program_in_slices_of_the_gpu_s_size(pool: Executor) -> None:
     call = make_call(
         seed=13,
         rows=4,
-        vocab=3 * GPU_BLOCK + 5,
-        gamma=3,
-        draft_vocab=GPU_BLOCK + 7,
+        vocab=2 * launch.SLICE + 5,
+        gamma=2,
+        draft_vocab=launch.SLICE + 7,
         temperature=[0.0, 1.0],
         top_k=[0, 50],
         top_p=[0.9, 1.0],
         spread=4.0,
     )
     assert set(call.temperature) == {0.0, 1.0}
-    assert_same(call, Body(pool, block=GPU_BLOCK, tile=1))
+    assert_same(call, Body(pool, launch.SLICE, 1, launch.CAPACITY))
+
+
+@pytest.mark.parametrize("vocab", [15, 16, 17, 31, 32, 33])
+def test_a_vocabulary_may_end_anywhere_in_a_slice(vocab: int, body: Body) -> None:
+    for draft_vocab in (None, 16):
+        settings = {"top_k": [0, 3, vocab - 1], "top_p": [0.7, 1.0], "temperature": [0.0, 1.0]}
+        reduced = None if draft_vocab is None else min(draft_vocab, vocab)
+        call = make_call(seed=24, rows=128, vocab=vocab, draft_vocab=reduced, gamma=2, **settings)  # type: ignore[arg-type]
+        assert_same(call, body)
+
+
+def test_a_vocabulary_may_have_more_slices_than_are_read_at_a_time(pool: Executor) -> None:
+    """34 slices of 8 tokens, read by 32."""
+    call = make_call(
+        seed=25,
+        rows=32,
+        vocab=34 * 8 - 3,
+        gamma=1,
+        draft_vocab=33 * 8,
+        temperature=[0.0, 1.0, 0.3],
+        top_k=[0, 10, 100],
+        top_p=[0.9, 1.0],
+    )
+    assert_same(call, Body(pool, 8))
+
+
+@pytest.mark.parametrize("capacity", [1, 4, 64])
+def test_a_list_of_any_length_finds_the_same_threshold(capacity: int, pool: Executor) -> None:
+    """No list, some, and one for every cell."""
+    call = make_call(
+        seed=26,
+        rows=128,
+        gamma=1,
+        temperature=[0.3, 1.0, 50.0],
+        top_k=[0, 2, 9, 36],
+        top_p=[0.2, 0.9, 1.0],
+    )
+    assert_same(call, Body(pool, 16, None, capacity))
+
+
+def test_a_call_does_not_depend_on_what_the_workspace_held(pool: Executor) -> None:
+    """Other operands at the same address, as when a CUDA graph is replayed."""
+    settings = {"temperature": [0.0, 0.9], "top_k": [0, 3], "top_p": [0.8, 1.0], "rows": 64}
+    calls = [make_call(seed=seed, draft_vocab=20, gamma=2, **settings) for seed in (27, 28)]  # type: ignore[arg-type]
+    alone = [pool.submit(interpret, call) for call in calls]
+    replayed = pool.submit(replay, [*calls, calls[0]]).result()
+    for found, future in zip(replayed, [*alone, alone[0]], strict=True):
+        for a, b in zip(found, future.result(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def one_hot(tokens: Any, vocab: int) -> Any:
+    """Logits of which one has all the mass."""
+    return np.where(np.arange(vocab) == np.asarray(tokens)[..., None], 0, -1e4).astype(np.float32)
+
+
+def test_a_one_hot_target_accepts_its_token_alone(body: Body) -> None:
+    call = make_call(seed=29, rows=128, temperature=1.0, top_k=[0, 4], top_p=[0.5, 1.0], noise=0)
+    sure = np.arange(len(call.logits)) % 37
+    call = replace(call, logits=one_hot(sure, 37))
+    accepted, bonus = body(call)
+    right = call.draft_tokens == sure[call.logit_rows[:, :-1]]
+    planned = np.arange(right.shape[1]) < call.lengths[:, None]
+    np.testing.assert_array_equal(accepted, np.cumprod(right & planned, axis=1).sum(axis=1))
+    ends = call.logit_rows[np.arange(128), accepted]
+    np.testing.assert_array_equal(bonus, sure[ends])
+    assert len(set(accepted)) > 1
+
+
+def test_disjoint_supports_reject_and_a_residual_of_one_token_is_drawn(body: Body) -> None:
+    """The draft proposes the lower half, which the target has nothing of; then all but one token of
+    what the target has as well, so that only that one is left."""
+    rows, vocab, half = 64, 37, 18
+    call = make_call(seed=30, rows=rows, temperature=1.0, gamma=2)
+    logits = call.logits.copy()
+    logits[:, :half] = -1e4
+    low = np.where(np.arange(vocab) < half, np.float32(0), -np.inf).astype(np.float32)
+    tokens = np.full_like(call.draft_tokens, 5)
+    draft_logits = np.broadcast_to(low, call.draft_logits.shape).copy()
+    call = replace(call, logits=logits, draft_tokens=tokens, draft_logits=draft_logits)
+    accepted, bonus = body(call)
+    assert not accepted.any()
+    assert (bonus >= half).all()
+    assert_same(call, body)
+
+    one = np.where(np.arange(vocab) < 2, np.float32(0), np.float32(-1e4))
+    first = np.where(np.arange(vocab) == 0, np.float32(0), -np.inf).astype(np.float32)
+    call = replace(
+        call,
+        logits=np.broadcast_to(one, logits.shape).copy(),
+        draft_tokens=np.zeros_like(tokens),
+        draft_logits=np.broadcast_to(first, draft_logits.shape).copy(),
+        lengths=np.full(rows, 2),
+    )
+    accepted, bonus = body(call)  # half of the drafts are accepted
+    assert set(accepted) == {0, 1, 2}
+    assert (bonus[accepted < 2] == 1).all()
+    assert set(bonus[accepted == 2]) == {0, 1}
 
 
 def test_padding_may_hold_anything(body: Body) -> None:
@@ -158,7 +257,7 @@ def test_a_filtered_draft_is_no_broken_one(body: Body) -> None:
 def test_a_row_does_not_depend_on_its_company(pool: Executor, body: Body) -> None:
     settings = {"temperature": [0.0, 0.9], "top_k": [0, 3], "top_p": [0.8, 1.0]}
     call = make_call(seed=19, rows=8, draft_vocab=20, **settings)  # type: ignore[arg-type]
-    alone = Body(pool, block=16, tile=1)
+    alone = Body(pool, 16, 1)
     for a, b in zip(alone(call), body(call), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -224,7 +323,7 @@ def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) 
         np.full(rows, 0.9, np.float32),
         rng.random((rows, 2), dtype=np.float32),
     )
-    accepted, bonus = Body(pool, block=8, tile=4096)(call)
+    accepted, bonus = Body(pool, 8, 4096)(call)
     first = np.where(accepted > 0, tokens, bonus)
     law = sampling.filtered_probs(logits, np.full(2, 0.8), np.zeros(2), np.full(2, 0.9))
     assert 0.2 < accepted.mean() < 0.95
@@ -244,16 +343,22 @@ def test_the_parameters_are_the_contract_s() -> None:
     from dspark_batch.models.plugin.triton_kernel import dspark_verify
 
     assert tuple(launch.OPERANDS) == INPUT_NAMES + OUTPUT_NAMES
-    assert (*INPUT_NAMES, *launch.SIZES, *OUTPUT_NAMES) == launch.PARAMETERS
-    assert dspark_verify.arg_names == [*launch.PARAMETERS, "ROWS", "BLOCK"]
-    assert len(launch.PARAMETER_TYPES) == 13 + 5 + launch.HIDDEN_POINTERS
+    assert (*INPUT_NAMES, *launch.SIZES, *OUTPUT_NAMES, "workspace") == launch.PARAMETERS
+    assert dspark_verify.arg_names == [*launch.PARAMETERS, *launch.CONSTANTS]
+    assert len(launch.PARAMETER_TYPES) == 13 + 5 + 1 + launch.HIDDEN_POINTERS
 
 
 @pytest.mark.parametrize("arch", launch.ARCHS)
-def test_the_kernel_compiles_without_a_gpu(arch: int) -> None:
-    (kernel,) = compile_kernels([arch])
+def test_every_stage_compiles_without_a_gpu(arch: int) -> None:
+    kernels = compile_kernels([arch])
+    assert tuple(kernel.stage for kernel in kernels) == launch.STAGES
+    for kernel in kernels:
+        check_compiled(kernel, arch)
+
+
+def check_compiled(kernel: Kernel, arch: int) -> None:
     assert kernel.arch == arch
-    assert kernel.num_threads == 512
+    assert kernel.num_threads == 256
     assert f".reqntid {kernel.num_threads}\n" in kernel.ptx
     assert kernel.shared_bytes <= 48 * 1024  # more would have to be asked for
     assert kernel.cubin[:4] == b"\x7fELF"
@@ -263,7 +368,7 @@ def test_the_kernel_compiles_without_a_gpu(arch: int) -> None:
     assert target[1] == f"sm_{arch}" + ("a" if arch >= 90 else "")
     assert version is not None
     assert int(version[1].replace(".", "")) == launch.PTX_VERSIONS[arch] < 90  # CUDA 13.0 has 9.0
-    assert launch.parameter_bytes(kernel.ptx) == [8] * 11 + [4] * 5 + [8] * 4
+    assert launch.parameter_bytes(kernel.ptx) == [8] * 11 + [4] * 5 + [8] * 5
     folder = str(inspect.getfile(launch)).rsplit("/", 1)[0]
     assert folder not in kernel.ptx
     assert folder.encode() not in kernel.cubin
@@ -289,8 +394,18 @@ def test_another_calling_convention_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 # launch -------------------------------------------------------------------------------------------
 
-KERNEL = Kernel(arch=89, num_threads=512, shared_bytes=256, cubin=b"\x7fELF")
-CALL = VerifyCall(tuple(range(1000, 1013)), 3, 15, 50, 20, 4, 7)
+KERNELS = tuple(
+    Kernel(arch=89, stage=stage, num_threads=256, shared_bytes=128 * i, cubin=bytes([i]))
+    for i, stage in enumerate(launch.STAGES)
+)
+CALL = VerifyCall(tuple(range(1000, 1013)), 3, 15, 9000, 20, 4, 7, 5000)
+
+
+def parameters_at(address: int) -> list[int]:
+    """What CUDA reads of the parameters of a launch."""
+    kinds = launch.PARAMETER_TYPES
+    pointers = (ctypes.c_void_p * len(kinds)).from_address(address)
+    return [kind.from_address(p).value or 0 for kind, p in zip(kinds, pointers, strict=True)]
 
 
 class FakeDriver:
@@ -302,19 +417,23 @@ class FakeDriver:
 
     def __init__(self, **statuses: int) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.passed: list[list[int]] = []
         self._statuses = statuses
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> tuple[Any, ...]:
             self.calls.append((name, *arguments))
+            first = arguments[0] if arguments else None
             values: dict[str, list[Any]] = {
                 "cuCtxGetDevice": [0],
-                "cuDeviceGetAttribute": [8 if arguments[:1] == ("major",) else 9],
-                "cuLibraryLoadData": ["library"],
-                "cuLibraryGetKernel": ["kernel"],
-                "cuKernelGetFunction": ["function"],
+                "cuDeviceGetAttribute": [8 if first == "major" else 9],
+                "cuLibraryLoadData": [f"library of {first!r}"],
+                "cuLibraryGetKernel": [f"kernel in {first}"],
+                "cuKernelGetFunction": [f"function of {first}"],
                 "cuLaunchKernel": [],
             }
+            if name == "cuLaunchKernel":  # CUDA copies them, and they are gone after the call
+                self.passed.append(parameters_at(arguments[-2]))
             return (self._statuses.get(name, 0), *values[name])
 
         return call
@@ -323,36 +442,44 @@ class FakeDriver:
         return [arguments for called, *arguments in self.calls if called == name]  # type: ignore[misc]
 
 
-def test_a_launch_passes_every_parameter_in_its_place() -> None:
+def test_every_stage_is_launched_in_order_with_all_parameters() -> None:
     driver = FakeDriver()
-    launcher = CudaLauncher([KERNEL], driver=driver)
+    launcher = CudaLauncher(KERNELS, driver=driver)
     launcher(CALL, stream=77)
     launcher(CALL, stream=78)
-    assert [arguments[0] for arguments in driver.called("cuLibraryLoadData")] == [KERNEL.cubin]
-    assert driver.called("cuLibraryGetKernel") == [["library", b"dspark_verify"]]
-    first, second = driver.called("cuLaunchKernel")
-    values = (*range(1000, 1011), 15, 50, 20, 4, 7, 1011, 1012, 0, 0)
-    parameters = (values, launch.PARAMETER_TYPES)
-    assert first == ["function", 3, 1, 1, 512, 1, 1, 256, 77, parameters, 0]
-    assert second[8] == 78
+    loaded = [arguments[0] for arguments in driver.called("cuLibraryLoadData")]
+    assert loaded == [kernel.cubin for kernel in KERNELS]
+    assert {name for _, name in driver.called("cuLibraryGetKernel")} == {b"dspark_verify"}
+    launches = driver.called("cuLaunchKernel")
+    assert [arguments[8] for arguments in launches] == [77] * 7 + [78] * 7
+    grids = [tuple(arguments[1:4]) for arguments in launches]
+    # 3 rows, 5 cells, 2 slices of the target and 1 of the draft
+    heavy = (3, 5, 2)
+    wanted = [(3, 5, 3), heavy, heavy, heavy, (3, 5, 1), (3, 1, 2), (3, 1, 1)]
+    assert grids == wanted * 2
+    for arguments, kernel in zip(launches, KERNELS * 2, strict=True):
+        assert repr(kernel.cubin) in arguments[0]
+        assert arguments[4:8] == [256, 1, 1, kernel.shared_bytes]
+    values = [*range(1000, 1011), 15, 9000, 20, 4, 7, 1011, 1012, 5000, 0, 0]
+    assert driver.passed == [values] * 14
 
 
 def test_a_gpu_of_another_architecture_is_named() -> None:
     with pytest.raises(EngineError, match=r"(?s)this GPU is sm_89.*sm_120 only.*--gpu-arch 89"):
-        CudaLauncher([replace(KERNEL, arch=120)], driver=FakeDriver())(CALL, stream=0)
+        CudaLauncher([replace(KERNELS[0], arch=120)], driver=FakeDriver())(CALL, stream=0)
 
 
 @pytest.mark.parametrize("name", ["cuCtxGetDevice", "cuLibraryLoadData", "cuLaunchKernel"])
 def test_what_cuda_refuses_is_told(name: str) -> None:
     driver = FakeDriver(**{name: 719})
     with pytest.raises(EngineError, match=r"CUDA refused.*719"):
-        CudaLauncher([KERNEL], driver=driver)(CALL, stream=0)
+        CudaLauncher(KERNELS, driver=driver)(CALL, stream=0)
 
 
 def test_a_missing_binding_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(EngineError, match=r"(?s)cuda-bindings.*not installed.*pip install"):
-        CudaLauncher([KERNEL])(CALL, stream=0)
+        CudaLauncher(KERNELS)(CALL, stream=0)
 
 
 def has_driver() -> bool:
@@ -372,7 +499,7 @@ needs_gpu = pytest.mark.skipif(not has_driver(), reason="needs an NVIDIA GPU")
 def test_a_missing_driver_is_named() -> None:
     pytest.importorskip("cuda.bindings.driver")
     with pytest.raises(EngineError, match=r"(?s)no NVIDIA driver on this machine.*nvidia-smi"):
-        CudaLauncher([KERNEL])(CALL, stream=0)
+        CudaLauncher(KERNELS)(CALL, stream=0)
 
 
 @needs_no_gpu
@@ -380,14 +507,19 @@ def test_the_real_bindings_take_what_is_passed() -> None:
     """They convert the arguments, a TypeError if they cannot, before they look for the driver."""
     driver = pytest.importorskip("cuda.bindings.driver")
     fake = FakeDriver()
-    CudaLauncher([KERNEL], driver=fake)(CALL, stream=77)
-    handles = {"library": driver.CUlibrary(1), "kernel": driver.CUkernel(1)}
-    handles |= {"function": driver.CUfunction(1)}
+    CudaLauncher(KERNELS, driver=fake)(CALL, stream=77)
+    kinds = {"library": driver.CUlibrary, "kernel": driver.CUkernel, "function": driver.CUfunction}
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-    handles |= {"major": attribute, "minor": attribute}
-    assert len(fake.calls) == 7
+
+    def real_of(argument: Any) -> Any:
+        if not isinstance(argument, str):
+            return argument
+        kind = kinds.get(argument.split()[0])
+        return attribute if kind is None else kind(1)
+
+    assert len(fake.calls) == 3 + 4 * len(KERNELS)
     for name, *arguments in fake.calls:
-        real = [handles.get(a, a) if isinstance(a, str) else a for a in arguments]
+        real = [real_of(argument) for argument in arguments]
         with pytest.raises(RuntimeError, match="driver library"):
             getattr(driver, name)(*real)
     with pytest.raises(TypeError):
@@ -398,12 +530,23 @@ def test_the_real_bindings_take_what_is_passed() -> None:
 
 
 def run_on_gpu(call: Call) -> Result:
-    """The kernel compiled for the first device, on copies of the call's arrays."""
+    """One call on the first device."""
+    return run_all_on_gpu([call])[0]
+
+
+def run_all_on_gpu(calls: list[Call]) -> list[Result]:
+    """Calls of one shape, each with copies of its arrays, all in one workspace."""
     from cuda.bindings import driver
 
     def checked(returned: tuple[Any, ...]) -> Any:
         assert returned[0] == 0, returned
         return returned[1] if len(returned) > 1 else None
+
+    def copied(array: Any) -> Any:
+        address = checked(driver.cuMemAlloc(max(array.nbytes, 1)))
+        if array.nbytes:
+            checked(driver.cuMemcpyHtoD(address, array.ctypes.data, array.nbytes))
+        return address
 
     capability = driver.CUdevice_attribute
     device = checked(driver.cuDeviceGet(0))
@@ -415,23 +558,26 @@ def run_on_gpu(call: Call) -> Result:
             capability.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
         )
     )
-    num_rows, num_drafts = call.draft_tokens.shape
-    _, gamma, draft_vocab_size = call.draft_logits.shape
-    results = [np.full(num_rows, -7, np.int64) for _ in OUTPUT_NAMES]
-    arrays = [*(np.ascontiguousarray(call.feeds[name]) for name in INPUT_NAMES), *results]
-    addresses = [checked(driver.cuMemAlloc(max(array.nbytes, 1))) for array in arrays]
-    for address, array in zip(addresses, arrays, strict=True):
-        if array.nbytes:
-            checked(driver.cuMemcpyHtoD(address, array.ctypes.data, array.nbytes))
-    sizes = (num_rows, *call.logits.shape, draft_vocab_size, num_drafts, gamma)
     launcher = CudaLauncher(compile_kernels([10 * major + minor]))
-    launcher(VerifyCall(tuple(map(int, addresses)), *sizes), stream=0)
-    checked(driver.cuStreamSynchronize(0))
-    for address, result in zip(addresses[-len(OUTPUT_NAMES) :], results, strict=True):
-        checked(driver.cuMemcpyDtoH(result.ctypes.data, address, result.nbytes))
-    for address in addresses:
-        checked(driver.cuMemFree(address))
-    return results[0], results[1]
+    num_rows, num_drafts = calls[0].draft_tokens.shape
+    _, gamma, draft_vocab_size = calls[0].draft_logits.shape
+    sizes = (num_rows, *calls[0].logits.shape, draft_vocab_size, num_drafts, gamma)
+    num_bytes = launch.workspace_bytes(num_rows, num_drafts, sizes[2], draft_vocab_size)
+    workspace = copied(noise(num_bytes // 4))
+    found = []
+    for call in calls:
+        results = [np.full(num_rows, -7, np.int64) for _ in OUTPUT_NAMES]
+        arrays = [*(np.ascontiguousarray(call.feeds[name]) for name in INPUT_NAMES), *results]
+        addresses = [copied(array) for array in arrays]
+        launcher(VerifyCall(tuple(map(int, addresses)), *sizes, int(workspace)), stream=0)
+        checked(driver.cuStreamSynchronize(0))
+        for address, result in zip(addresses[-len(OUTPUT_NAMES) :], results, strict=True):
+            checked(driver.cuMemcpyDtoH(result.ctypes.data, address, result.nbytes))
+        for address in addresses:
+            checked(driver.cuMemFree(address))
+        found.append((results[0], results[1]))
+    checked(driver.cuMemFree(workspace))
+    return found
 
 
 @pytest.mark.gpu
@@ -448,3 +594,16 @@ def test_a_gpu_takes_a_vocabulary_of_151936_tokens() -> None:
     settings = {"temperature": [0.0, 0.8], "top_k": [0, 50], "top_p": [0.9, 1.0], "spread": 4.0}
     call = make_call(seed=0, rows=32, vocab=151_936, gamma=7, draft_vocab=32_000, **settings)  # type: ignore[arg-type]
     assert_same(call, run_on_gpu)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("vocab", [launch.SLICE - 1, launch.SLICE, launch.SLICE + 1, 60_000])
+def test_a_gpu_repeats_itself_in_a_workspace_of_other_calls(vocab: int) -> None:
+    settings = {"temperature": [0.0, 0.8, 30.0], "top_k": [0, 50], "top_p": [0.9, 1.0]}
+    calls = [make_call(seed=seed, rows=24, vocab=vocab, gamma=3, **settings) for seed in (1, 2)]  # type: ignore[arg-type]
+    first, second, again = run_all_on_gpu([*calls, calls[0]])
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for call, found in zip(calls, (first, second), strict=True):
+        assert_same(call, lambda _, found=found: found)  # type: ignore[misc]

@@ -24,15 +24,16 @@ from dspark_batch.models.families.table import decoder_spec
 from dspark_batch.models.graph.builder import GraphBuilder
 from dspark_batch.models.plugin import trt_body
 from dspark_batch.models.plugin.contract import INPUT_NAMES, OUTPUT_NAMES
-from dspark_batch.models.plugin.launch import Kernel, compile_kernels
+from dspark_batch.models.plugin.launch import STAGES, Kernel, compile_kernels
 from dspark_batch.models.weights import open_weights
 
 pytest.importorskip("tensorrt_rtx_libs")
 pytest.importorskip("triton")
 DRAFT_VOCAB, GAMMA = 20, 4
 KERNELS = (
-    Kernel(arch=89, num_threads=512, shared_bytes=256, cubin=bytes(range(256)) * 9),
-    Kernel(arch=120, num_threads=256, shared_bytes=128, cubin=b"\x00\xff another"),
+    Kernel(89, "survey", num_threads=512, shared_bytes=256, cubin=bytes(range(256)) * 9),
+    Kernel(89, "draw", num_threads=128, shared_bytes=64, cubin=b"\x01\xfe other"),
+    Kernel(120, "survey", num_threads=256, shared_bytes=128, cubin=b"\x00\xff another"),
 )
 
 
@@ -94,8 +95,10 @@ def test_the_parser_takes_the_plugin_and_the_engine_keeps_the_kernel(
         assert f"supports_format_combination {position} True" in built.callbacks
     assert "enqueue" not in built.callbacks
     assert built.plan is not None
-    assert kernels[0].cubin in built.plan
-    assert f"cubin_sm_{arch}".encode() in built.plan
+    assert len(kernels) == len(STAGES)
+    for kernel in kernels:
+        assert kernel.cubin in built.plan
+        assert f"cubin_sm_{arch}_{kernel.stage}".encode() in built.plan
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

@@ -43,8 +43,11 @@ def test_the_kernel_has_the_parameters_that_a_launch_passes() -> None:
     found = re.search(r"def dspark_verify\((.*?)\):", source, re.DOTALL)
     assert found is not None
     parameters = [line.strip().rstrip(",") for line in found[1].strip().split("\n")]
-    assert parameters == [*launch.PARAMETERS, "ROWS: tl.constexpr", "BLOCK: tl.constexpr"]
-    assert set(launch.PARAMETERS) == {*NAMES, *launch.SIZES}
+    assert parameters == [
+        *launch.PARAMETERS,
+        *(f"{name}: tl.constexpr" for name in launch.CONSTANTS),
+    ]
+    assert set(launch.PARAMETERS) == {*NAMES, *launch.SIZES, "workspace"}
 
 
 @pytest.mark.parametrize("name", ["mixed", "reduced", "no-columns"])

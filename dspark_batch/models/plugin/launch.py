@@ -1,4 +1,4 @@
-"""Compile the verification kernel ahead of time, and launch it on the current CUDA device.
+"""Compile the verification kernel ahead of time, and launch its stages on the current CUDA device.
 
 Compiling needs `triton` and no GPU. Launching needs `cuda-bindings` and a driver, and no Triton.
 """
@@ -15,15 +15,21 @@ from dspark_batch.errors import EngineError
 from dspark_batch.models.plugin.contract import INPUT_NAMES, OPERANDS, OUTPUT_NAMES
 
 KERNEL_NAME = "dspark_verify"
-BLOCK = 2048  # tokens that a program reads at a time
-NUM_WARPS = 16
+# One launch each, in this order; `triton_kernel` says what they do.
+STAGES = ("survey", "coarse", "fine", "gather", "judge", "weigh", "draw")
+SLICE = 8192  # tokens of the vocabulary that one program serves
+CAPACITY = 4096  # tokens of a cell among which the filters' threshold is searched for
+WAYS = 16
+VERDICTS = 8
+NUM_WARPS = 8
 # Compute capability -> the oldest PTX version that has it, times ten. Triton's own choice is the
 # newest that its assembler knows, which an older driver refuses.
 PTX_VERSIONS = {75: 80, 80: 80, 86: 80, 89: 80, 90: 80, 100: 87, 120: 87}
 ARCHS = tuple(PTX_VERSIONS)
 SIZES = ("num_logits", "vocab_size", "draft_vocab_size", "num_drafts", "block_size")
-PARAMETERS = (*INPUT_NAMES, *SIZES, *OUTPUT_NAMES)
-"""The kernel's, in order."""
+PARAMETERS = (*INPUT_NAMES, *SIZES, *OUTPUT_NAMES, "workspace")
+"""The kernel's, in order. Every stage takes all of them."""
+CONSTANTS = ("STAGE", "ROWS", "SLICE", "CAPACITY")
 _POINTERS = {"float32": "*fp32", "int64": "*i64"}
 # Triton appends two pointers to scratch memory. This kernel uses none, so they are null.
 HIDDEN_POINTERS = 2
@@ -35,9 +41,11 @@ PARAMETER_TYPES = (
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """The kernel compiled for sm_`arch`, and what a launch must know of it."""
+    """One stage compiled for sm_`arch`, and what a launch must know of it."""
 
     arch: int
+    stage: str
+    """One of `STAGES`."""
     num_threads: int
     shared_bytes: int
     cubin: bytes
@@ -47,7 +55,8 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class VerifyCall:
-    """One call: device addresses of the inputs and outputs, and the sizes R, N, V, D, K and γ."""
+    """One call: device addresses of the inputs and outputs, the sizes R, N, V, D, K and γ, and the
+    address of `workspace_bytes` of scratch memory, which may hold anything."""
 
     pointers: tuple[int, ...]
     num_rows: int
@@ -56,17 +65,49 @@ class VerifyCall:
     draft_vocab_size: int
     num_drafts: int
     block_size: int
+    workspace: int
+
+
+def workspace_bytes(
+    num_rows: int,
+    num_drafts: int,
+    vocab_size: int,
+    draft_vocab_size: int,
+    *,
+    slice_size: int = SLICE,
+    capacity: int = CAPACITY,
+) -> int:
+    """Scratch memory of a call. `triton_kernel` says what is where; it grows with every size."""
+    slices, draft_slices = -(-vocab_size // slice_size), -(-draft_vocab_size // slice_size)
+    record = (6 + 4 * WAYS) * slices + 2 * draft_slices + VERDICTS + capacity
+    return 4 * (vocab_size + num_rows * (num_drafts + 1) * record)
+
+
+def grid(
+    stage: str,
+    num_rows: int,
+    num_drafts: int,
+    vocab_size: int,
+    draft_vocab_size: int,
+    *,
+    slice_size: int = SLICE,
+) -> tuple[int, int, int]:
+    """Programs of a stage: rows, cells, slices."""
+    slices, draft_slices = -(-vocab_size // slice_size), -(-draft_vocab_size // slice_size)
+    cells = 1 if stage in ("weigh", "draw") else num_drafts + 1
+    parts = {"survey": slices + draft_slices, "judge": 1, "draw": 1}.get(stage, slices)
+    return num_rows, cells, parts
 
 
 class Launcher(Protocol):
     """What runs a call, without waiting for it."""
 
     def __call__(self, call: VerifyCall, stream: int) -> None:
-        """Enqueue the kernel on `stream`, the address of a CUDA stream."""
+        """Enqueue the stages on `stream`, the address of a CUDA stream."""
 
 
 def compile_kernels(archs: Iterable[int] = ARCHS) -> tuple[Kernel, ...]:
-    """The kernel for each architecture.
+    """Every stage for each architecture.
 
     What was compiled before comes from Triton's cache (`TRITON_CACHE_DIR`).
 
@@ -74,10 +115,10 @@ def compile_kernels(archs: Iterable[int] = ARCHS) -> tuple[Kernel, ...]:
         EngineError: Triton is missing, has no such architecture, or is of a version that compiles
             the kernel to something that `CudaLauncher` does not launch.
     """
-    return tuple(map(_compile, archs))
+    return tuple(_compile(arch, stage) for arch in archs for stage in STAGES)
 
 
-def _compile(arch: int) -> Kernel:
+def _compile(arch: int, stage: str) -> Kernel:
     if arch not in ARCHS:
         known = ", ".join(f"sm_{known}" for known in ARCHS)
         raise EngineError(
@@ -96,18 +137,19 @@ def _compile(arch: int) -> Kernel:
 
     signature = dict.fromkeys(PARAMETERS, "i32")
     signature |= {name: _POINTERS[operand.dtype] for name, operand in OPERANDS.items()}
-    signature |= {"ROWS": "constexpr", "BLOCK": "constexpr"}
+    signature |= {"workspace": "*fp32"} | dict.fromkeys(CONSTANTS, "constexpr")
+    constants = (STAGES.index(stage), 1, SLICE, CAPACITY)
     with triton.knobs.compilation.scope():
         # Line information names the folders of this machine.
         triton.knobs.compilation.disable_line_info = True
         built = triton.compile(
-            ASTSource(dspark_verify, signature, {"ROWS": 1, "BLOCK": BLOCK}),
+            ASTSource(dspark_verify, signature, dict(zip(CONSTANTS, constants, strict=True))),
             target=GPUTarget("cuda", arch, 32),
             options={
                 "num_warps": NUM_WARPS,
                 "ptx_version": PTX_VERSIONS[arch],
-                # Weights are compared with a threshold that other passes found among them, so
-                # every pass must round alike.
+                # Weights are compared with a threshold that other stages found among them, so
+                # every stage must round alike.
                 "enable_fp_fusion": False,
             },
         )
@@ -121,7 +163,7 @@ def _compile(arch: int) -> Kernel:
             hint='pip install "triton==3.9.*"',
         )
     num_threads = metadata.num_warps * metadata.warp_size
-    return Kernel(arch, num_threads, metadata.shared, built.asm["cubin"], ptx)
+    return Kernel(arch, stage, num_threads, metadata.shared, built.asm["cubin"], ptx)
 
 
 def parameter_bytes(ptx: str) -> list[int]:
@@ -132,42 +174,51 @@ def parameter_bytes(ptx: str) -> list[int]:
 
 
 class CudaLauncher:
-    """Launches the kernel of the current device, through the CUDA driver API.
+    """Launches the stages for the current device, through the CUDA driver API.
 
-    The cubin is loaded once, at the first launch; CUDA hands it to every context that uses it.
-    `driver` stands in for `cuda.bindings.driver`.
+    The cubins are loaded once, at the first launch; CUDA hands them to every context that uses
+    them. `driver` stands in for `cuda.bindings.driver`.
     """
 
     def __init__(self, kernels: Sequence[Kernel], *, driver: Any = None) -> None:
-        self._kernels = {kernel.arch: kernel for kernel in kernels}
+        self._kernels: dict[int, list[Kernel]] = {}
+        for kernel in kernels:
+            self._kernels.setdefault(kernel.arch, []).append(kernel)
         self._driver = driver
-        self._loaded: dict[int, Any] = {}
+        self._loaded: dict[int, list[Any]] = {}
 
     def __call__(self, call: VerifyCall, stream: int) -> None:
-        """Enqueue the kernel.
+        """Enqueue every stage.
 
         Raises:
             EngineError: no driver, no kernel for this device, or CUDA refuses.
         """
         driver = self._driver = self._driver or _cuda_driver()
-        kernel = self._kernel_of_device(driver)
-        if kernel.arch not in self._loaded:
-            library = _checked(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
-            handle = _checked(driver.cuLibraryGetKernel(library, KERNEL_NAME.encode()))
-            self._loaded[kernel.arch] = handle
-        function = _checked(driver.cuKernelGetFunction(self._loaded[kernel.arch]))
+        kernels = self._kernels_of_device(driver)
+        arch = kernels[0].arch
+        if arch not in self._loaded:
+            self._loaded[arch] = [_handle(driver, kernel) for kernel in kernels]
         named = dict(zip(OPERANDS, call.pointers, strict=True))
-        named |= {name: getattr(call, name) for name in SIZES}
+        named |= {name: getattr(call, name) for name in (*SIZES, "workspace")}
         values = (*(named[name] for name in PARAMETERS), *(0,) * HIDDEN_POINTERS)
-        grid, block = (call.num_rows, 1, 1), (kernel.num_threads, 1, 1)
-        parameters = (values, PARAMETER_TYPES)
-        _checked(
-            driver.cuLaunchKernel(
-                function, *grid, *block, kernel.shared_bytes, stream, parameters, 0
+        # Converted once for all stages. CUDA copies them within the launch.
+        held = [kind(value) for kind, value in zip(PARAMETER_TYPES, values, strict=True)]
+        addresses = (ctypes.c_void_p * len(held))(*map(ctypes.addressof, held))
+        sizes = (call.num_rows, call.num_drafts, call.vocab_size, call.draft_vocab_size)
+        for kernel, handle in zip(kernels, self._loaded[arch], strict=True):
+            _checked(
+                driver.cuLaunchKernel(
+                    _checked(driver.cuKernelGetFunction(handle)),
+                    *grid(kernel.stage, *sizes),
+                    *(kernel.num_threads, 1, 1),
+                    kernel.shared_bytes,
+                    stream,
+                    ctypes.addressof(addresses),
+                    0,
+                )
             )
-        )
 
-    def _kernel_of_device(self, driver: Any) -> Kernel:
+    def _kernels_of_device(self, driver: Any) -> list[Kernel]:
         arch = _arch_of(driver, _checked(driver.cuCtxGetDevice()))
         if arch not in self._kernels:
             there = ", ".join(f"sm_{arch}" for arch in self._kernels)
@@ -177,6 +228,11 @@ class CudaLauncher:
                 hint=f"build the engine with --gpu-arch {arch}",
             )
         return self._kernels[arch]
+
+
+def _handle(driver: Any, kernel: Kernel) -> Any:
+    library = _checked(driver.cuLibraryLoadData(kernel.cubin, [], [], 0, [], [], 0))
+    return _checked(driver.cuLibraryGetKernel(library, KERNEL_NAME.encode()))
 
 
 def _arch_of(driver: Any, device: Any) -> int:

@@ -42,12 +42,19 @@ from dspark_batch.models.plugin.contract import (
     OUTPUT_NAMES,
     PLUGIN_VERSION,
 )
-from dspark_batch.models.plugin.launch import CudaLauncher, Kernel, Launcher, VerifyCall
+from dspark_batch.models.plugin.launch import (
+    STAGES,
+    CudaLauncher,
+    Kernel,
+    Launcher,
+    VerifyCall,
+    workspace_bytes,
+)
 
 MakeLauncher = Callable[[Sequence[Kernel]], Launcher]
 # By module: TensorRT's registry does not keep a Python creator alive.
 _creators: dict[str, Any] = {}
-_CUBIN, _LAUNCH = "cubin_sm_", "launch_sm_"  # names of fields, before the architecture
+_CUBIN, _LAUNCH = "cubin_sm_", "launch_sm_"  # names of fields, before architecture and stage
 
 
 @cache
@@ -235,7 +242,11 @@ def _plugin_class(trt: Any) -> Any:
             pass
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
-            return 0
+            most = {
+                name: tuple(tensor.max) for name, tensor in zip(INPUT_NAMES, inputs, strict=True)
+            }
+            num_rows, num_drafts = most["draft_tokens"]
+            return workspace_bytes(num_rows, num_drafts, most["logits"][1], most["draft_logits"][2])
 
         def get_valid_tactics(self) -> list[int]:
             return []
@@ -283,6 +294,7 @@ def _plugin_class(trt: Any) -> Any:
                 draft_vocab_size=draft_vocab_size,
                 num_drafts=num_drafts,
                 block_size=block_size,
+                workspace=workspace,
             )
             self._launch(call, stream)
 
@@ -290,21 +302,22 @@ def _plugin_class(trt: Any) -> Any:
 
 
 def arrays_from_kernels(kernels: Iterable[Kernel]) -> dict[str, NDArray[Any]]:
-    """The plugin's fields in an engine, by name: two for each kernel."""
+    """The plugin's fields in an engine, by name: two for each stage of each architecture."""
     arrays: dict[str, NDArray[Any]] = {}
     for kernel in kernels:
         launch = [kernel.num_threads, kernel.shared_bytes]
-        arrays[f"{_LAUNCH}{kernel.arch}"] = np.array(launch, np.int32)
-        arrays[f"{_CUBIN}{kernel.arch}"] = np.frombuffer(kernel.cubin, np.int8)
+        arrays[f"{_LAUNCH}{kernel.arch}_{kernel.stage}"] = np.array(launch, np.int32)
+        arrays[f"{_CUBIN}{kernel.arch}_{kernel.stage}"] = np.frombuffer(kernel.cubin, np.int8)
     return arrays
 
 
 def kernels_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> tuple[Kernel, ...]:
-    """Inverse of `arrays_from_kernels`."""
+    """Inverse of `arrays_from_kernels`, but for the order: stages are in that of their launch."""
+    names = (name.removeprefix(_CUBIN) for name in arrays if name.startswith(_CUBIN))
     kernels = []
-    for name, cubin in arrays.items():
-        if name.startswith(_CUBIN):
-            arch = int(name.removeprefix(_CUBIN))
-            num_threads, shared_bytes = map(int, arrays[f"{_LAUNCH}{arch}"])
-            kernels.append(Kernel(arch, num_threads, shared_bytes, cubin.tobytes()))
-    return tuple(kernels)
+    for name in names:
+        arch, stage = name.split("_")
+        num_threads, shared_bytes = map(int, arrays[_LAUNCH + name])
+        cubin = arrays[_CUBIN + name].tobytes()
+        kernels.append(Kernel(int(arch), stage, num_threads, shared_bytes, cubin))
+    return tuple(sorted(kernels, key=lambda kernel: (kernel.arch, STAGES.index(kernel.stage))))
