@@ -32,7 +32,13 @@ def open_pair(
         ort.preload_dlls()  # of NVIDIA's packages, where CUDA is not installed otherwise
     free = None if device == "cpu" else find_gpus().gpus[0].free_bytes
     return PagedRuntime(
-        folder, manifest, max_rows, device=device, threads=placement.threads, free_bytes=free
+        folder,
+        manifest,
+        max_rows,
+        device=device,
+        threads=placement.threads,
+        free_bytes=free,
+        pads_prompts=device != "cpu",  # where padding costs, and nothing is captured
     )
 
 

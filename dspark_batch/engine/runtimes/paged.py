@@ -3,8 +3,8 @@
 A slot owns pages of tokens, and target and draft keep its keys at the same positions of the same
 page numbers. Page 0 is for whatever a padding row writes. A step is a graph at one shape (rows, and
 tokens per row, rounded up to a bucket): what it needs is written to its inbox, it is replayed, and
-its results are read. So a round is two replays and nothing is allocated in it. A prompt is read by
-passes that are not captured, of up to 2,048 tokens of any rows.
+its results are read. So a round is two replays and nothing is allocated in it. Prompts are read by
+passes of up to 2,048 tokens of any rows, which are captured too.
 
 The target leaves the context of every token in a ring. The draft takes it from there, of each row
 what was committed since it last drafted; of a prompt, at once.
@@ -58,14 +58,15 @@ logger = logging.getLogger(__name__)
 _MOST_WAITING = 64  # tokens of context of a row that wait in the ring; then the draft takes them in
 _LEAST_REACH = 512  # the least bucket of how far rows reach
 _CANDIDATES = 256  # that filters sort, where top-k is below
-_MOST_CAPTURED = 256  # graphs
+_PROMPT_SIZES = (256, 512, 1024, 2048)  # tokens of a pass over prompts
+_MOST_CAPTURED = 512  # graphs
 _DATA_TYPES = {"fp16": FLOAT16, "bf16": BFLOAT16}
 
 
 class PagedRuntime(Runtime):
     """`runtimes.session.Runtime` on captured graphs, or on their twins on the CPU."""
 
-    prefill_sizes = PrefillSizes(tokens=2048, chunk=2048, intake=16)
+    prefill_sizes = PrefillSizes(tokens=2048, chunk=2048, intake=8)
 
     def __init__(
         self,
@@ -76,14 +77,18 @@ class PagedRuntime(Runtime):
         device: str,
         threads: int = 0,
         free_bytes: int | None = None,
+        pads_prompts: bool = True,
     ) -> None:
         """Open the graphs, place the weights and the caches.
+
+        `pads_prompts`: passes over prompts are rounded up too, so that they can be captured.
 
         Raises:
             EngineError: the device has too little room, or a graph does not run on it.
         """
         self._folder, self._manifest, self._threads = folder, manifest, threads
         self._heap = Heap(device)
+        self._pads_prompts = pads_prompts
         draft = manifest.draft
         self._block_size = draft.block_size if draft else 0
         self._has_network = draft is not None and draft.has_network
@@ -93,12 +98,15 @@ class PagedRuntime(Runtime):
         widths = powers_up_to(self._block_size + 1)
         self.padded_shapes = PaddedShapes(rows=powers_up_to(max_rows), tokens_per_row=widths)
         reach = manifest.limits.max_tokens + self._block_size + 1 + widths[-1]
-        self._num_columns = -(-reach // PAGE)
+        num_pages = -(-reach // PAGE)  # of a row
+        # Wide enough also for the row that pads a pass over prompts.
+        padding = -(-(_PROMPT_SIZES[-1] + widths[-1] + 1) // PAGE)
+        self._num_columns = max(num_pages, padding if pads_prompts else 0)
         longest = self._num_columns * PAGE
         self._reaches = [_LEAST_REACH << i for i in range(32) if _LEAST_REACH << i < longest]
         self._reaches.append(longest)
-        self._num_pages = max_rows * self._num_columns + 1
-        self._ring_size = max(2 * self.prefill_sizes.tokens, 4 * max_rows * widths[-1])
+        self._num_pages = max_rows * num_pages + 1
+        self._ring_size = max(2 * _PROMPT_SIZES[-1], 4 * max_rows * widths[-1])
         self._check_room(free_bytes)
         self._weights: dict[tuple[str, int], Tensor] = {}
         self._sessions: dict[str, tuple[Any, dict[str, Tensor]]] = {}
@@ -242,10 +250,9 @@ class PagedRuntime(Runtime):
         return VerifyResult(accepted, bonus)
 
     def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
-        """One pass over pieces of prompts, which is not captured; `lengths` are all 0."""
+        """One pass over pieces of prompts; `lengths` are all 0."""
         assert not lengths.any()
-        found = self._read(spans, draws, context=None)
-        bonus = found["bonus"]
+        bonus = self._read(spans, draws, context=None)["bonus"][: len(spans)]
         self._note_broken([span.slot for span in spans], bonus)
         return VerifyResult(np.zeros(len(spans), np.int64), bonus)
 
@@ -260,46 +267,78 @@ class PagedRuntime(Runtime):
     def _read(
         self, spans: list[Span], draws: Draws, *, context: Shape | None
     ) -> dict[str, NDArray[Any]]:
+        """The results of one pass over spans; with the shape of their `context`, that as well."""
         counts = np.array([len(span.tokens) for span in spans])
         starts = np.array([span.start for span in spans])
         slots = [span.slot for span in spans]
-        ends, total, num = np.cumsum(counts), int(counts.sum()), len(spans)
+        ends, num = np.cumsum(counts), len(spans)
+        rows, total, longest = self._padded_prompts(counts, exactly=context is not None)
         self._make_room(total)
-        reach = self._cover(slots, starts + counts)
+        reach = max(self._cover(slots, starts + counts), bucket(self._reaches, longest))
         which = _verification(1, draws, self._manifest.target.vocab_size)
+        key = ("prompts", which, rows, total, reach)
+        bound = self._steps.get(key) if context is None else None
+        if bound is None:
+            bound = self._prompt_step(which, rows, total, (longest, reach), context=context)
+            if self._pads_prompts and context is None:
+                self._steps[key] = bound
+        sent = bound.sent
+        tokens = np.concatenate([span.tokens for span in spans])
+        sent["tokens"][: len(tokens)], sent["tokens"][len(tokens) :] = tokens, 0
+        sent["logit_tokens"][:num], sent["logit_tokens"][num:] = ends - 1, 0
+        _tell_ends(sent["cumulative"], ends, total)
+        sent["context_start"][0] = self._head
+        self._tell_rows(sent, "", slots, starts)
+        if which.samples:
+            _tell_draws(sent, draws, num)
+        found = bound.run()
+        first = self._head + ends - counts
+        self._head += total
+        if self._has_network:
+            places = np.concatenate([np.arange(b, b + n) for b, n in zip(first, counts, strict=True)])
+            self._take_in_rows(slots, places, counts)
+        return found
+
+    def _padded_prompts(self, counts: Ints, *, exactly: bool) -> tuple[int, int, int]:
+        """Rows and tokens of a pass over pieces of `counts` tokens, and the most of one row.
+
+        Padded, so that it can be captured: a row more has the tokens that are too many.
+        """
+        total = int(counts.sum())
+        if exactly or not self._pads_prompts or total > self.prefill_sizes.tokens:
+            return len(counts), total, int(counts.max())
+        tokens = bucket(_PROMPT_SIZES, total)
+        return bucket(self.padded_shapes.rows, len(counts)) + 1, tokens, tokens
+
+    def _prompt_step(
+        self,
+        which: Verification,
+        rows: int,
+        total: int,
+        bounds: tuple[int, int],
+        *,
+        context: Shape | None,
+    ) -> BoundStep:
         session, weights = self._session("target", which)
-        sent = self._target_fields(which, num, total)
-        sent |= {"logit_tokens": (INT64, (num,)), "cumulative": (INT32, (num + 1,))}
+        sent = self._target_fields(which, rows, total)
+        sent |= {"logit_tokens": (INT64, (rows,)), "cumulative": (INT32, (rows + 1,))}
         fetched: dict[str, tuple[int, Shape]] = {
-            "num_accepted": (INT64, (num,)),
-            "bonus": (INT64, (num,)),
+            "num_accepted": (INT64, (rows,)),
+            "bonus": (INT64, (rows,)),
         }
         if context is not None:
             fetched["context"] = (self._data_type, context)
-        bound = BoundStep(
+        captured = self._pads_prompts and context is None
+        return BoundStep(
             session,
             self._heap,
             sent=sent,
             fetched=fetched,
             inputs=weights | self._past("target") | {"past_ring": self._ring},
             outputs=self._present("target") | {"present_ring": self._ring},
-            bounds={"bounds": (int(counts.max()), reach)},
+            bounds={"bounds": bounds},
+            graph_id=self._next_id() if captured else -1,
         )
-        given = bound.sent
-        given["tokens"][:] = np.concatenate([span.tokens for span in spans])
-        given["logit_tokens"][:] = ends - 1
-        given["cumulative"][1:] = ends
-        given["lengths"][:] = 0
-        given["context_start"][0] = self._head
-        self._tell_rows(given, "", slots, starts)
-        if which.samples:
-            _tell_draws(given, draws, num)
-        found = bound.run()
-        first = self._head + ends - counts
-        self._head += total
-        if self._has_network:
-            self._take_in_spans(slots, first, counts)
-        return found
 
     def _target_fields(
         self, which: Verification, rows: int, total: int
@@ -365,11 +404,11 @@ class PagedRuntime(Runtime):
         num, index = len(slots), np.asarray(slots)
         waiting = self._num_waiting[index]
         samples = bool((draws.temperature > 0).any())
-        most = int(waiting.max())
-        if most > self.padded_shapes.tokens_per_row[-1]:
+        if int(waiting.max()) > self.padded_shapes.tokens_per_row[-1]:
             self._take_in([slot for slot in slots if self._num_waiting[slot]])
-            waiting, most = self._num_waiting[index], 0
-        width = bucket(self.padded_shapes.tokens_per_row, max(most, 1))
+            waiting = self._num_waiting[index]
+        # Fewer places for context would hardly cost less: this pass is bound by its launches.
+        width = self.padded_shapes.tokens_per_row[-1]
         rows = bucket(self.padded_shapes.rows, num)
         starts = self._taken[index]
         anchored = starts + waiting
@@ -456,38 +495,49 @@ class PagedRuntime(Runtime):
         self._head = 0
 
     def _take_in(self, slots: list[int]) -> None:
-        """Let the draft take in the context that waits for these rows."""
-        if not slots:
-            return
-        counts = self._num_waiting[slots]
-        rows = np.concatenate([self._waiting[s, :n] for s, n in zip(slots, counts, strict=True)])
-        self._take_in_rows(slots, rows, counts)
-
-    def _take_in_spans(self, slots: list[int], first: Ints, counts: Ints) -> None:
-        """The same for context that was just written, from `first` on."""
-        parts = [np.arange(b, b + n) for b, n in zip(first.tolist(), counts.tolist(), strict=True)]
-        self._take_in_rows(slots, np.concatenate(parts), counts)
+        """Let the draft take in the context that waits for these rows, by passes with room for it."""
+        while slots:
+            ends = np.cumsum(self._num_waiting[slots])
+            num = max(int(np.searchsorted(ends, self.prefill_sizes.tokens, side="right")), 1)
+            some, slots = slots[:num], slots[num:]
+            counts = self._num_waiting[some]
+            waiting = zip(some, counts.tolist(), strict=True)
+            places = np.concatenate([self._waiting[slot, :n] for slot, n in waiting])
+            self._take_in_rows(some, places, counts)
 
     def _take_in_rows(self, slots: list[int], places: Ints, counts: Ints) -> None:
-        """A pass that is not captured, for any number of tokens; its block is not used.
+        """One pass for context at `places` of the ring; its block is not used.
 
         It writes nothing that the rows' next draft does not write again.
         """
         num, starts = len(slots), self._taken[slots]
+        rows, total, longest = self._padded_prompts(counts, exactly=False)
         reach = self._cover(slots, starts + counts + self._num_slots)
-        ends = np.cumsum(counts)
-        fields = {
-            "context_rows": (INT64, (len(places),)),
-            "context_cumulative": (INT32, (num + 1,)),
-            "block_cumulative": (INT32, (num + 1,)),
-        }
-        bound = self._bound_draft(num, fields, {}, (int(counts.max()), reach), samples=False)
+        reach = max(reach, bucket(self._reaches, longest + self._num_slots))
+        key = ("intake", rows, total, reach)
+        bound = self._steps.get(key)
+        if bound is None:
+            fields: dict[str, tuple[int, Shape]] = {
+                "context_rows": (INT64, (total,)),
+                "context_cumulative": (INT32, (rows + 1,)),
+            }
+            fixed = {"block_cumulative": self._counting(INT32, rows + 1, self._num_slots)}
+            bound = self._bound_draft(
+                rows,
+                fields,
+                fixed,
+                (longest, reach),
+                samples=False,
+                graph_id=self._next_id() if self._pads_prompts else -1,
+            )
+            if self._pads_prompts:
+                self._steps[key] = bound
         sent = bound.sent
-        sent["context_rows"][:] = places
-        sent["context_cumulative"][1:] = ends
-        sent["block_cumulative"][:] = np.arange(num + 1) * self._num_slots
+        sent["context_rows"][: len(places)], sent["context_rows"][len(places) :] = places, 0
+        ends = np.cumsum(counts)
+        _tell_ends(sent["context_cumulative"], ends, total)
         self._tell_rows(sent, "context_", slots, starts)
-        sent["block_past"][:] = starts + counts
+        sent["block_past"][:num], sent["block_past"][num:] = starts + counts, 0
         bound.run()
         self._taken[slots] = starts + counts
         self._num_waiting[slots] = 0
@@ -563,6 +613,13 @@ def _verification(width: int, draws: Draws, vocab_size: int) -> Verification:
         return Verification(width, samples=True)
     small = not (by_mass & ~by_count).any() and int(draws.top_k[by_count].max()) <= _CANDIDATES
     return Verification(width, samples=True, width=_CANDIDATES if small else vocab_size)
+
+
+def _tell_ends(cumulative: NDArray[np.int32], ends: Ints, total: int) -> None:
+    """`cumulative` [R + 1] of rows with these `ends`; the row behind them has what is left."""
+    num = len(ends)
+    cumulative[1 : num + 1] = ends
+    cumulative[num + 1 :] = total
 
 
 def _draw_fields(rows: int, num_uniforms: int) -> dict[str, tuple[int, Shape]]:
