@@ -2,8 +2,8 @@
 
 Keys and values are in pages, at the positions and in the page numbers of the target's. New context
 goes in first, then the block behind it, whose slots see each other and all before them. There is
-a graph for greedy rows and one for rows that sample. Inputs for R rows, with M tokens of new context
-and γ slots (one more where the anchor's own drafts nothing):
+a graph for greedy rows and one for rows that sample. Inputs for R rows, with M tokens of new
+context and γ slots (one more where the anchor's own drafts nothing):
 
     context          float [1, Z, taps * hidden]   the target's ring
     context_rows     int64 [M]        places in it of the new tokens, row after row
@@ -44,6 +44,7 @@ from dspark_batch.models.graph import (
     MOST_HEAD_SIZE,
     PAGE,
     Activation,
+    Dim,
     GraphBuilder,
     Linears,
     PagedHeads,
@@ -119,16 +120,14 @@ class PagedDSparkGraph(DSparkGraph):
         flat = b.op("Reshape", ring, b.constant([-1, width]))
         new = b.op("Gather", flat, context_rows)
         projected = self._product("fc", new)
-        self._context = self._half(projected, "hidden_norm")
+        self._new_context = self._half(projected, "hidden_norm")
         x = embedding(b, table, block_tokens, embed.data_type)
         if spec.embedding_scale != 1.0:
             x = b.op("Mul", x, b.number(spec.embedding_scale))
         y = self._half(x, "layers.0.input_layernorm")
         for i in range(spec.num_layers):
             last = i + 1 == spec.num_layers
-            y, x = self._paged_layer(
-                i, x, y, "norm" if last else f"layers.{i + 1}.input_layernorm"
-            )
+            y, x = self._paged_layer(i, x, y, "norm" if last else f"layers.{i + 1}.input_layernorm")
         hidden = self._drafting(y)
         stream = self._drafting(x) if head.rows is not None else None
         states = b.op("Reshape", hidden, b.constant([-1, spec.block_size, spec.hidden_size]))
@@ -180,7 +179,7 @@ class PagedDSparkGraph(DSparkGraph):
         wkv = np.concatenate(kv, axis=1)
         q = self._product(f"{name}.q_proj", y)
         projected = []
-        for value in (self._context, y):
+        for value in (self._new_context, y):
             both = self._linears.linear(f"{name}.kv_proj", Activation(value), wkv)
             projected.append(b.ops("Split", both, outputs=2, axis=1, num_outputs=2))
         norms = None
@@ -192,7 +191,7 @@ class PagedDSparkGraph(DSparkGraph):
             norms = (q_norm, k_norm)
         heads, scale = spec.num_kv_heads, spec.attention_scale or spec.head_dim**-0.5
         caches = (self._caches[i][0], self._caches[i][1])
-        shape = ["P", PAGE, heads, spec.head_dim]
+        shape: list[Dim] = ["P", PAGE, heads, spec.head_dim]
         # What the context's own queries would find is of no use: its keys stand in for them.
         new_k, new_v = projected[0]
         _, *caches_now = paged_attention(
@@ -322,9 +321,7 @@ class _Draw:
         most, best = largest(b, logits)
         cooled = b.op("Div", b.op("Sub", logits, most), self._divisor)
         soft = b.op("Softmax", cooled, axis=1)
-        values = b.ops(
-            "TopK", soft, b.constant([self._width]), outputs=2, axis=1
-        )[0]
+        values = b.ops("TopK", soft, b.constant([self._width]), outputs=2, axis=1)[0]
         k_value = b.op("GatherElements", values, self._k_last, axis=1)
         k_floor = b.op("Where", self._k_on, k_value, zero)
         in_k = b.op("Where", b.op("Less", soft, k_floor), zero, soft)

@@ -205,8 +205,10 @@ def check_draft(
     """
     sums = dict.fromkeys(("kl", "agreement", "confidence"), 0.0)
     count = 0
-    probe: DraftProbe | PagedDraftProbe = DraftProbe(path, cache) if not paged else (
-        PagedDraftProbe(path, cache, mask_token_id=slow.spec.mask_token_id)
+    probe: DraftProbe | PagedDraftProbe = (
+        DraftProbe(path, cache)
+        if not paged
+        else (PagedDraftProbe(path, cache, mask_token_id=slow.spec.mask_token_id))
     )
     for group in _groups(texts.rows):
         rows, contexts = [texts.rows[r] for r in group], [texts.context(r) for r in group]

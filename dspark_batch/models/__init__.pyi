@@ -1,6 +1,8 @@
 from . import reference as reference
 from .decoder import DecoderGraph as DecoderGraph
 from .decoder import stream_name as stream_name
+from .device_body import Verification as Verification
+from .device_body import verifying as verifying
 from .paged_decoder import PagedDecoderGraph as PagedDecoderGraph
 from .paged_decoder import check_paged as check_paged
 from .reference import Forward as Forward

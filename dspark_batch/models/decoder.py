@@ -381,7 +381,7 @@ class DecoderGraph:
             *(inside.get(name, name) for name in contract.INPUT_NAMES),
             outputs=len(contract.OUTPUTS),
             domain=contract.DOMAIN,
-            **contract.ATTRIBUTES,
+            **dict[str, Any](contract.ATTRIBUTES),
         )
         for result, operand in zip(results, contract.OUTPUTS, strict=True):
             b.output(result, operand.name, _TYPES[operand.dtype], operand.shape)

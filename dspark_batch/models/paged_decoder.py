@@ -1,8 +1,8 @@
-"""The target graph for ONNX Runtime's CUDA provider: the same decoder, written for captured steps.
+"""The target graph for ONNX Runtime's CUDA provider: the same decoder, for captured steps.
 
-`decoder` says what a target computes; here it has one kernel for the attention of a layer, one for a
-sum and the norm after it, and neither control flow nor shapes. Inputs for R rows with T tokens in
-all, of which N get logits:
+`decoder` says what a target computes; here it has one kernel for a layer's attention, one for a sum
+and the norm after it, and neither control flow nor shapes. Inputs for R rows with T tokens in all,
+of which N get logits:
 
     tokens         int64 [T]
     logit_tokens   int64 [N]           indices into `tokens`
@@ -17,7 +17,7 @@ Outputs:
     context        float [T, taps * hidden]      the same
     present_ring, present_key_i, present_value_i
 
-and those of a verification (`plugin.device_body`), of which there is a graph for each number of
+and those of a verification (`device_body`), of which there is a graph for each number of
 tokens per row, greedy and sampling. Past and present must be bound to the same buffers.
 """
 
@@ -37,6 +37,7 @@ from dspark_batch.models.graph import (
     MOST_HEAD_SIZE,
     PAGE,
     Activation,
+    Dim,
     PagedHeads,
     PagedRows,
     added_norm,
@@ -175,7 +176,7 @@ class PagedDecoderGraph(DecoderGraph):
         mixed, keys, values = paged_attention(
             b, (qkv, "", ""), (past[0], past[1]), self._rows, self._rope(layer), heads, norms=norms
         )
-        shape = ["P", PAGE, layer.num_kv_heads, layer.head_dim]
+        shape: list[Dim] = ["P", PAGE, layer.num_kv_heads, layer.head_dim]
         b.output(keys, f"present_key_{i}", b.data_type, shape)
         b.output(values, f"present_value_{i}", b.data_type, shape)
         out = f"{name}.o_proj"
@@ -187,4 +188,6 @@ class PagedDecoderGraph(DecoderGraph):
         merged = linears.linear(f"{name}.gate_up_proj", Activation(y), np.concatenate(both, axis=1))
         gate, up = b.ops("Split", merged, outputs=2, axis=1, num_outputs=2)
         product = gated(b, gate, up, self.spec.activation)
-        return linears.linear(f"{name}.down_proj", Activation(product), self._matrix(f"{name}.down_proj"))
+        return linears.linear(
+            f"{name}.down_proj", Activation(product), self._matrix(f"{name}.down_proj")
+        )

@@ -1,7 +1,7 @@
 """Steps at fixed addresses: what ONNX Runtime can capture as a CUDA graph and replay.
 
-A captured graph reads and writes the addresses that it was captured with. So all that a step is told
-goes through one small buffer, its `inbox`, and all that the host wants to know through another;
+A captured graph reads and writes the addresses that it was captured with. So all that a step is
+told goes through one small buffer, its `inbox`, and all that the host wants to know through another;
 weights, caches and whatever stays between steps are `Tensor`s that were placed before. On the CPU
 the same code runs on NumPy's memory, without capture.
 """
@@ -50,7 +50,7 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         """Of all values."""
-        return math.prod(self.shape) * np.dtype(_DTYPES[self.data_type]).itemsize
+        return math.prod(self.shape) * int(np.dtype(_DTYPES[self.data_type]).itemsize)
 
 
 class Heap:
@@ -212,7 +212,9 @@ class BoundStep:
         self._session.run_with_iobinding(self._binding, self._options)
         octets = self._heap.read(self._outbox)
         return {
-            name: octets[at : at + n].view(_DTYPES[self._types[name][0]]).reshape(self._types[name][1])
+            name: octets[at : at + n]
+            .view(_DTYPES[self._types[name][0]])
+            .reshape(self._types[name][1])
             for name, (at, n) in self._fetched.items()
         }
 

@@ -50,8 +50,8 @@ from dspark_batch.engine.runtimes.session import (
     Step,
 )
 from dspark_batch.errors import EngineError
+from dspark_batch.models import Verification, verifying
 from dspark_batch.models.graph import PAGE, GraphBuilder, hoisted
-from dspark_batch.models.plugin import Verification, verifying
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ class PagedRuntime(Runtime):
         if device == "cpu" and self._data_type == BFLOAT16:
             self._data_type = FLOAT  # as the twins
         widths = powers_up_to(self._block_size + 1)
-        self.padded_shapes = PaddedShapes(rows=powers_up_to(max_rows), tokens_per_row=widths)
+        self._shapes = PaddedShapes(rows=powers_up_to(max_rows), tokens_per_row=widths)
+        self.padded_shapes = self._shapes
         reach = manifest.limits.max_tokens + self._block_size + 1 + widths[-1]
         num_pages = -(-reach // PAGE)  # of a row
         # Wide enough also for the row that pads a pass over prompts.
@@ -153,7 +154,7 @@ class PagedRuntime(Runtime):
         ]
 
     def _check_room(self, free_bytes: int | None) -> None:
-        """Refuse more pages than the device has room for, before it fails in the middle of a run."""
+        """Refuse more pages than the device has room for, before a run fails in the middle."""
         if free_bytes is None:
             return
         draft = self._manifest.draft
@@ -163,7 +164,7 @@ class PagedRuntime(Runtime):
         weights = sum(
             file.bytes for name, file in self._manifest.files.items() if name.endswith(".data")
         )
-        rows = self.padded_shapes.rows[-1]
+        rows = self._shapes.rows[-1]
         logits = 8 * self._manifest.target.vocab_size * rows * (self._block_size + 1)
         if needed + weights + logits > free_bytes:
             giga = 1e9
@@ -220,8 +221,8 @@ class PagedRuntime(Runtime):
         """One replay: rows padded to a bucket, and all to the tokens of the longest."""
         num = len(step.slots)
         most = 1 if step.drafts is None else int(step.lengths.max()) + 1
-        width = bucket(self.padded_shapes.tokens_per_row, most)
-        rows = bucket(self.padded_shapes.rows, num)
+        width = bucket(self._shapes.tokens_per_row, most)
+        rows = bucket(self._shapes.rows, num)
         self._make_room(rows * width)
         reach = self._cover(step.slots, step.starts + width)
         which = _verification(width, step.draws, self._manifest.target.vocab_size)
@@ -295,7 +296,9 @@ class PagedRuntime(Runtime):
         first = self._head + ends - counts
         self._head += total
         if self._has_network:
-            places = np.concatenate([np.arange(b, b + n) for b, n in zip(first, counts, strict=True)])
+            places = np.concatenate(
+                [np.arange(b, b + n) for b, n in zip(first, counts, strict=True)]
+            )
             self._take_in_rows(slots, places, counts)
         return found
 
@@ -308,7 +311,7 @@ class PagedRuntime(Runtime):
         if exactly or not self._pads_prompts or total > self.prefill_sizes.tokens:
             return len(counts), total, int(counts.max())
         tokens = bucket(_PROMPT_SIZES, total)
-        return bucket(self.padded_shapes.rows, len(counts)) + 1, tokens, tokens
+        return bucket(self._shapes.rows, len(counts)) + 1, tokens, tokens
 
     def _prompt_step(
         self,
@@ -400,16 +403,16 @@ class PagedRuntime(Runtime):
     # draft --------------------------------------------------------------------------------------
 
     def draft(self, slots: list[int], anchors: Ints, draws: Draws) -> DraftBlock:
-        """One replay, which takes in the context that waits; a pass without capture if it is much."""
+        """One replay, which takes in the context that waits; if that is much, another before it."""
         num, index = len(slots), np.asarray(slots)
         waiting = self._num_waiting[index]
         samples = bool((draws.temperature > 0).any())
-        if int(waiting.max()) > self.padded_shapes.tokens_per_row[-1]:
+        if int(waiting.max()) > self._shapes.tokens_per_row[-1]:
             self._take_in([slot for slot in slots if self._num_waiting[slot]])
             waiting = self._num_waiting[index]
         # Fewer places for context would hardly cost less: this pass is bound by its launches.
-        width = self.padded_shapes.tokens_per_row[-1]
-        rows = bucket(self.padded_shapes.rows, num)
+        width = self._shapes.tokens_per_row[-1]
+        rows = bucket(self._shapes.rows, num)
         starts = self._taken[index]
         anchored = starts + waiting
         reach = self._cover(slots, np.maximum(anchored + self._num_slots, starts + width))
@@ -440,7 +443,7 @@ class PagedRuntime(Runtime):
                 "context_cumulative": self._counting(INT32, rows + 1, width),
                 "block_cumulative": self._counting(INT32, rows + 1, self._num_slots),
             }
-            fields = {"context_rows": (INT64, (rows * width,))}
+            fields: dict[str, tuple[int, Shape]] = {"context_rows": (INT64, (rows * width,))}
             self._steps[key] = self._bound_draft(
                 rows, fields, inputs, (width, reach), samples=samples, graph_id=self._next_id()
             )
@@ -495,7 +498,7 @@ class PagedRuntime(Runtime):
         self._head = 0
 
     def _take_in(self, slots: list[int]) -> None:
-        """Let the draft take in the context that waits for these rows, by passes with room for it."""
+        """Let the draft take in the context that waits for these rows."""
         while slots:
             ends = np.cumsum(self._num_waiting[slots])
             num = max(int(np.searchsorted(ends, self.prefill_sizes.tokens, side="right")), 1)
@@ -550,11 +553,11 @@ class PagedRuntime(Runtime):
         if key not in self._sessions:
             path = self._folder / f"{name}.onnx"
             if which is None:
-                model = GraphBuilder.opened(path).model()
+                builder = GraphBuilder.opened(path)
             else:
-                model = verifying(path, which, block_size=self._block_size)
+                builder = verifying(path, which, block_size=self._block_size)
             on_cpu = self._heap.device == "cpu"
-            octets, places = hoisted(model, twins=on_cpu)
+            octets, places = hoisted(builder.model(), twins=on_cpu)
             session = open_graph(octets, self._heap.device, capture=True, threads=self._threads)
             weights = {}
             for weight, place in places.items():
@@ -577,7 +580,7 @@ class PagedRuntime(Runtime):
         key = (str(kind), number, step)
         if key not in self._fixed:
             dtype = np.int32 if kind == INT32 else np.int64
-            values = np.arange(number, dtype=dtype) * dtype(step)
+            values = np.arange(0, number * step, step).astype(dtype)
             self._fixed[key] = self._heap.placed(values, kind)
         return self._fixed[key]
 

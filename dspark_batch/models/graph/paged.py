@@ -2,9 +2,9 @@
 shapes.
 
 A step can be captured as a CUDA graph only if every node has a CUDA kernel and none asks for a
-shape. So rows are told by lengths: `PagedAttention` rotates queries and keys, writes keys and values
-into pages of `PAGE` tokens at each row's position, and attends to what the lengths cover. It has no
-CPU kernel: `with_twins` writes the same formulas as standard ops, to check a graph and to run it
+shape. So rows are told by lengths: `PagedAttention` rotates queries and keys, writes keys and
+values into pages of `PAGE` tokens at each row's position, and attends to what the lengths cover. It
+has no CPU kernel: `with_twins` writes the same formulas as standard ops, to check a graph and to run it
 where there is no GPU.
 """
 
@@ -40,7 +40,7 @@ class PagedRows:
 
     @classmethod
     def declared(cls, b: GraphBuilder, prefix: str = "", *, pages: str | None = None) -> PagedRows:
-        """Declare them as inputs, named with a prefix; `pages` is an input that is there already."""
+        """Declare them as inputs, named with a prefix; `pages` is an input already there."""
         return cls(
             b.input(f"{prefix}cumulative", INT32, [f"{prefix}R1"]),
             b.input(f"{prefix}past", INT32, ["R"]),
@@ -135,9 +135,7 @@ def gated(b: GraphBuilder, gate: str, up: str, kind: str) -> str:
 
 def largest(b: GraphBuilder, logits: str) -> tuple[str, str]:
     """The largest of `[n, V]` and its index, `[n, 1]` each. (ArgMax has no CUDA kernel.)"""
-    value, index = b.ops(
-        "TopK", logits, b.constant([1]), outputs=2, axis=1, largest=1, sorted=1
-    )
+    value, index = b.ops("TopK", logits, b.constant([1]), outputs=2, axis=1, largest=1, sorted=1)
     return value, index
 
 
@@ -314,6 +312,12 @@ _WINDOW = """
 """
 
 
+_INPUTS = (
+    *("query", "key", "value", "past_keys", "past_values", "cumulative", "past", "pages"),
+    *("cos", "sin", "", "", "query_norm", "key_norm", "", "", "bounds"),
+)
+
+
 def with_twins(model: onnx.ModelProto) -> None:
     """Replace every PagedAttention by the same formulas in standard ops, in fp32 inside."""
     types = {v.name: v.type.tensor_type for v in model.graph.input}
@@ -324,9 +328,7 @@ def with_twins(model: onnx.ModelProto) -> None:
         given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         cache = _cache_type(model, types, node.input[3])
         size = cache.shape.dim[3].dim_value
-        names = ("query", "key", "value", "past_keys", "past_values", "cumulative", "past", "pages")
-        names += ("cos", "sin", "", "", "query_norm", "key_norm", "", "", "bounds")
-        used = [(n, v) for n, v in zip(names, node.input, strict=True) if v]
+        used = [(n, v) for n, v in zip(_INPUTS, node.input, strict=True) if v]
         text = _twin_text(given, [n for n, _ in used], size=size, dtype=cache.elem_type)
         name = f"PagedAttention{len(functions)}"
         known = [n for n, f in functions.items() if f.doc_string == text]
@@ -348,9 +350,9 @@ def _cache_type(
     model: onnx.ModelProto, types: dict[str, onnx.TypeProto.Tensor], name: str
 ) -> onnx.TypeProto.Tensor:
     """The type of a cache: an input, or what another attention made of one."""
-    if name in types:
-        return types[name]
-    return {v.name: v.type.tensor_type for v in model.graph.output}[name]
+    outputs = {value.name: value.type.tensor_type for value in model.graph.output}
+    found: onnx.TypeProto.Tensor = (types | outputs)[name]
+    return found
 
 
 def _twin_text(given: dict[str, object], inputs: list[str], *, size: int, dtype: int) -> str:
@@ -375,4 +377,3 @@ def _twin_text(given: dict[str, object], inputs: list[str], *, size: int, dtype:
         copies=", ".join(["seen"] * (heads // kv)),
         dtype=dtype,
     )
-

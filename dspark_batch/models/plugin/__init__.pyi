@@ -1,8 +1,6 @@
 from . import contract as contract
 from . import onnx_body as onnx_body
 from . import trt_body as trt_body
-from .device_body import Verification as Verification
-from .device_body import verifying as verifying
 from .trt_build import Bounds as Bounds
 from .trt_build import PlanReport as PlanReport
 from .trt_build import PlanRequest as PlanRequest

@@ -1,10 +1,10 @@
-"""The verification op as nodes that a CUDA graph can capture: no control flow, no shapes at run time.
+"""The verification op as nodes that a CUDA graph can capture: no control flow, no shapes.
 
-As `onnx_body`, for rows that all have K1 = K + 1 tokens. Each node has a CUDA kernel in ONNX
+As `plugin.onnx_body`, for rows that all have K1 = K + 1 tokens. Each node has a CUDA kernel in ONNX
 Runtime, so ArgMax is a TopK of one. A graph is for greedy rows only, or for rows of which some
 sample; there, `width` is how many candidates the filters sort: 0 where no row filters.
 
-Inputs beside the logits `[R * K1, V]`, where all are as in `contract`:
+Inputs beside the logits `[R * K1, V]`, where all are as in `plugin.contract`:
 
     lengths       int64 [R]
     draft_tokens  int64 [R, K]          unless K is 0
@@ -13,7 +13,7 @@ Inputs beside the logits `[R * K1, V]`, where all are as in `contract`:
     draft_logits  float [Z, G, D]       what drafts were drawn from, of the rows that drafted
     draft_rows    int64 [R]             which of them is the row's
 
-Outputs: num_accepted, bonus int64 [R], as in `contract`.
+Outputs: num_accepted, bonus int64 [R], as in `plugin.contract`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from dspark_batch.models.graph import BOOL, FLOAT, INT64, GraphBuilder, largest
 from dspark_batch.models.plugin.contract import MIN_RESIDUAL_MASS
@@ -39,11 +38,12 @@ class Verification:
     """Candidates that filters sort, at most the vocabulary."""
 
 
-def verifying(path: Path, which: Verification, *, block_size: int) -> onnx.ModelProto:
+def verifying(path: Path, which: Verification, *, block_size: int) -> GraphBuilder:
     """The target graph in a file (`paged_decoder`) with a verification behind its logits."""
     b = GraphBuilder.opened(path)
-    shapes = {v.name: v.type.tensor_type.shape.dim for v in b.model().graph.output}
-    vocab = next(t for t in b.model().graph.initializer if t.name == "draft_vocab")
+    graph = b.model().graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in graph.output}
+    vocab = next(tensor for tensor in graph.initializer if tensor.name == "draft_vocab")
     DeviceBody(
         b,
         "logits",
@@ -53,7 +53,7 @@ def verifying(path: Path, which: Verification, *, block_size: int) -> onnx.Model
         draft_vocab_size=vocab.dims[0],
         block_size=block_size,
     )
-    return b.model()
+    return b
 
 
 class DeviceBody:
@@ -154,9 +154,7 @@ class DeviceBody:
         self._hot1 = b.op("Unsqueeze", hot, b.constant([1]))
         divisor = b.op("Where", hot, temperature, one)
         self._divisor2 = b.op("Unsqueeze", divisor, b.constant([1, 2]))
-        cells = b.op(
-            "Reshape", b.wide(logits), b.constant([-1, self._which.tokens_per_row, size])
-        )
+        cells = b.op("Reshape", b.wide(logits), b.constant([-1, self._which.tokens_per_row, size]))
         probs = self._softmax(cells)
         if self._which.width:
             probs = self._filtered(probs, top_k, top_p)
@@ -234,9 +232,15 @@ class DeviceBody:
         values, _ = b.ops(
             "TopK", probs, b.constant([width]), outputs=2, axis=-1, largest=1, sorted=1
         )
-        k_on = b.op("And", b.op("Greater", top_k, b.constant(0)), b.op("Less", top_k, b.constant(self._vocab_size)))
+        k_on = b.op(
+            "And",
+            b.op("Greater", top_k, b.constant(0)),
+            b.op("Less", top_k, b.constant(self._vocab_size)),
+        )
         k_capped = b.op("Where", k_on, top_k, b.constant(width))
-        k_capped = b.op("Where", b.op("Less", k_capped, b.constant(width)), k_capped, b.constant(width))
+        k_capped = b.op(
+            "Where", b.op("Less", k_capped, b.constant(width)), k_capped, b.constant(width)
+        )
         k_last = b.op("Unsqueeze", b.op("Sub", k_capped, b.constant(1)), b.constant([1, 2]))
         spread = b.constant(np.zeros((1, self._which.tokens_per_row, 1), np.int64))
         k_value = b.op("GatherElements", values, b.op("Add", k_last, spread), axis=2)
@@ -260,8 +264,10 @@ class DeviceBody:
         numbers = b.constant(np.arange(per_row)[None])
         here = b.op("Unsqueeze", b.op("Equal", numbers, end), b.constant([2]))
         return b.op(
-            "ReduceSum", b.op("Where", here, cells, b.constant(0.0, np.float32)),
-            b.constant([1]), keepdims=0,
+            "ReduceSum",
+            b.op("Where", here, cells, b.constant(0.0, np.float32)),
+            b.constant([1]),
+            keepdims=0,
         )
 
     def _drawn(self, weights: str, uniform: str) -> str:
@@ -273,4 +279,3 @@ class DeviceBody:
         count = b.op("ReduceSum", b.op("Cast", below, to=FLOAT), b.constant([1]), keepdims=0)
         last = b.constant(float(self._vocab_size - 1), np.float32)
         return b.op("Cast", b.op("Min", count, last), to=INT64)
-
