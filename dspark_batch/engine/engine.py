@@ -23,6 +23,7 @@ from dspark_batch.engine.runtimes import (
     ANYWHERE,
     PREFILL_CHUNK,
     PREFILL_TOKENS,
+    PaddedShapes,
     Placement,
     Runtime,
     Span,
@@ -74,6 +75,11 @@ class Engine:
     def block_size(self) -> int:
         """γ; 0 for an engine without a draft."""
         return self.manifest.draft.block_size if self.manifest.draft else 0
+
+    @property
+    def padded_shapes(self) -> PaddedShapes | None:
+        """See `Runtime`."""
+        return self._runtime.padded_shapes
 
     @property
     def stop_token_ids(self) -> frozenset[int]:

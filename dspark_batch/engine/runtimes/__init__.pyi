@@ -10,6 +10,7 @@ from .session import PREFILL_CHUNK as PREFILL_CHUNK
 from .session import PREFILL_TOKENS as PREFILL_TOKENS
 from .session import Draws as Draws
 from .session import Ints as Ints
+from .session import PaddedShapes as PaddedShapes
 from .session import Placement as Placement
 from .session import Runtime as Runtime
 from .session import Span as Span

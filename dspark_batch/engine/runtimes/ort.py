@@ -144,6 +144,8 @@ class _Row:
 class OrtRuntime:
     """`runtimes.session.Runtime` on the execution provider of a memory's device."""
 
+    padded_shapes = None
+
     def __init__(
         self,
         folder: Path,

@@ -62,8 +62,22 @@ class Placement:
 ANYWHERE = Placement()
 
 
+@dataclass(frozen=True, slots=True)
+class PaddedShapes:
+    """The sizes that passes are padded up to. Both ascend from 1."""
+
+    rows: tuple[int, ...]
+    """Of target passes without prefill, and of draft passes; the last holds every slot."""
+    tokens_per_row: tuple[int, ...]
+    """Of target passes, the anchor counted; the last holds a whole block."""
+
+
 class Runtime(Protocol):
     """An opened pair of graphs with caches for a fixed number of slots."""
+
+    @property
+    def padded_shapes(self) -> PaddedShapes | None:
+        """What passes are padded to, so that their cost goes in steps; None where they are not."""
 
     def admit(self, slot: int) -> None:
         """Begin a row: its caches are empty."""

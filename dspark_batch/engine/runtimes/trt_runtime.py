@@ -64,6 +64,8 @@ class _Row:
 class TrtRuntime:
     """`runtimes.session.Runtime` on the plans of one engine folder."""
 
+    padded_shapes = None
+
     def __init__(
         self,
         folder: Path,
