@@ -25,6 +25,7 @@ from dspark_batch.decode.types import (
 from dspark_batch.engine import costs as measure
 from dspark_batch.engine.costs import ensure_costs, measure_costs, read_costs
 from dspark_batch.engine.engine import Engine, open_engine
+from dspark_batch.engine.runtimes.session import PaddedShapes
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Timed:
     max_tokens: int = 4096
     block_size: int = 5
     vocab_size: int = 50
+    padded_shapes: PaddedShapes | None = None
     disturbed: int = 0
     """One pass in so many; 0 is none."""
     now: float = 0.0
@@ -129,6 +131,83 @@ def test_rows_that_cannot_be_long_are_measured_short() -> None:
     table = measured(Timed(max_rows=2, max_tokens=40))
     assert table.context_tokens == 20
     assert table.context_seconds == ()
+
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass
+class Captured(Timed):
+    """Passes are padded to shapes. The first one of a shape takes another time: `capture` more."""
+
+    max_rows: int = 256
+    block_size: int = 7
+    padded_shapes: PaddedShapes | None = field(
+        default_factory=lambda: PaddedShapes(BUCKETS, (1, 2, 4, 8))
+    )
+    capture: float = 0.06
+    shapes: set[tuple[int, ...]] = field(default_factory=set)
+
+    def _padded_to(self, rows: int, width: int | None = None) -> float:
+        """Seconds of a shape, of its graph and its reading of the caches left out."""
+        assert self.padded_shapes is not None
+        bucket = next(n for n in self.padded_shapes.rows if n >= rows)
+        if width is None:
+            shape: tuple[int, ...] = (bucket,)
+        else:
+            shape = (bucket, next(n for n in self.padded_shapes.tokens_per_row if n >= width))
+        if shape not in self.shapes:
+            self.shapes.add(shape)
+            self.now += self.capture
+        cells = bucket * (shape[1] if width else 1)
+        return 0.0013 + 2e-6 * cells if width else 0.0004 + 1e-6 * bucket
+
+    def verify_seconds(self, rows: int, tokens: int, longest: int, context: float) -> float:
+        return self._padded_to(rows, longest) + 1e-9 * rows * context * longest
+
+    def draft_seconds(self, rows: int, taken: float, pending: int) -> float:
+        return self._padded_to(rows) + 1e-8 * pending
+
+    def verify(
+        self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
+    ) -> VerifyResult:
+        assert len(set(plan.lengths.tolist())) == 1  # a lone long row costs as all of them do
+        return super().verify(sequences, block, plan)
+
+
+@pytest.mark.parametrize("capture", [0.06, -0.0002])
+@pytest.mark.parametrize(
+    ("max_rows", "rows"),
+    [(256, BUCKETS), (20, (1, 2, 4, 8, 16, 20)), (1, (1,))],
+    ids=["256", "20", "1"],
+)
+def test_of_padded_passes_each_shape_is_measured_once_captured(
+    max_rows: int, rows: tuple[int, ...], capture: float
+) -> None:
+    engine = Captured(max_rows=max_rows, capture=capture)
+    table = measured(engine)
+    assert table.padded
+    assert table.rows == rows
+    assert table.tokens_per_row == (1, 2, 4, 8)
+    assert table.lone_seconds == table.verify_seconds
+    for num_rows in {1, 3, max_rows // 2 + 1, max_rows} & set(range(1, max_rows + 1)):
+        bucket = next(n for n in BUCKETS if n >= num_rows)
+        assert table.draft(num_rows) == pytest.approx(0.0004 + 1e-6 * bucket, rel=0.02)
+        for longest, width in ((1, 1), (2, 2), (3, 4), (5, 8), (8, 8)):
+            expected = 0.0013 + 2e-6 * bucket * width
+            found = table.verify(num_rows, num_rows + longest - 1, longest)
+            assert found == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize(("max_rows", "buckets"), [(256, 9), (20, 6)])
+def test_measuring_padded_passes_is_quick(max_rows: int, buckets: int) -> None:
+    """Only shapes that a run of so many rows uses are captured, and few passes made of each."""
+    engine = Captured(max_rows=max_rows)
+    measured(engine)
+    assert len(engine.shapes) == 4 * buckets + buckets
+    assert max(shape[0] for shape in engine.shapes) == BUCKETS[buckets - 1]
+    assert engine.num_passes <= 4 * 4 * buckets + 8 * buckets + 50
+    assert engine.now - 77.0 * 5 < 5.0  # `Timed` takes 77 seconds for each of five prefills
 
 
 @pytest.fixture(scope="module")

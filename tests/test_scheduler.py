@@ -521,6 +521,55 @@ def test_costs_never_fall_with_tokens_or_rows_whatever_was_measured() -> None:
         assert (np.diff([costs.draft(r) for r in range(1, 60)]) >= 0).all()
 
 
+STEPS: dict[str, Any] = {
+    "padded": True,
+    "rows": [1, 4, 16],
+    "tokens_per_row": [1, 2, 4, 6],
+    "verify_seconds": [[1.0, 1.1, 1.3, 1.7], [1.2, 1.4, 1.8, 2.6], [1.6, 2.0, 3.0, 5.0]],
+    "draft_seconds": [0.4, 0.5, 0.7],
+}
+
+
+def test_a_padded_pass_costs_as_the_shape_that_it_is_padded_to() -> None:
+    """At a grid point its own time; below it the same; one row or token more, the next one's."""
+    costs = table(**STEPS)
+    for rows, seconds, draft in zip(
+        ((1,), (2, 3, 4), (5, 15, 16)), STEPS["verify_seconds"], STEPS["draft_seconds"], strict=True
+    ):
+        for num_rows in rows:
+            by_width = [seconds[i] for i in (0, 1, 2, 2, 3, 3)]
+            curve = costs.verify_curve(num_rows)
+            for width, expected in enumerate(by_width, start=1):
+                lone, uniform = num_rows + width - 1, num_rows * width
+                assert curve(lone, width) == curve(uniform, width) == pytest.approx(expected)
+                assert costs.verify(num_rows, uniform) == pytest.approx(expected)
+            assert costs.plain(num_rows) == seconds[0]
+            assert costs.draft(num_rows) == draft
+    assert costs.draft(4.5) == 0.7
+
+
+def test_beyond_the_largest_padded_batch_costs_go_on_in_a_line() -> None:
+    costs, by_rows = table(**STEPS), np.array(STEPS["verify_seconds"])
+    for num_rows in (17, 28):
+        expected = by_rows[2] + (num_rows - 16) / 12 * (by_rows[2] - by_rows[1])
+        for width, column in ((1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)):
+            found = costs.verify(num_rows, num_rows + 1, width)
+            assert found == pytest.approx(expected[column])
+        assert costs.draft(num_rows) == pytest.approx(0.7 + (num_rows - 16) / 12 * 0.2)
+    # A prefill pass has more tokens in a row than any draft.
+    assert costs.verify(4, 48) == pytest.approx(2.6 + 24 / 8 * (2.6 - 1.8))
+
+
+def test_a_padded_pass_reads_its_context_by_the_shape_too() -> None:
+    slopes = np.array([1, 4, 16])[:, None] * [0.01, 0.06]
+    costs, base = table(**STEPS, context_tokens=100, context_seconds=slopes), table(**STEPS)
+    for num_rows, bucket in ((3, 4), (4, 4), (9, 16)):
+        for longest, width in ((1, 1), (2, 2), (3, 4), (4, 4), (5, 6)):
+            added = 50 * bucket * (0.01 + (width - 1) / 5 * 0.05)
+            found = costs.verify(num_rows, num_rows * longest, longest, 150)
+            assert found == pytest.approx(base.verify(num_rows, 1, longest) + added)
+
+
 def test_one_measured_batch_size_scales_with_rows() -> None:
     costs = table(rows=[1], tokens_per_row=[1, 3], verify_seconds=[[1.0, 2.0]], draft_seconds=[0.5])
     assert costs.verify(1, 2) == 1.5
@@ -537,6 +586,11 @@ def test_a_table_survives_json() -> None:
         draft_context_seconds=0.3,
     )
     assert CostTable.from_json(json.loads(json.dumps(costs.to_json()))) == costs
+    padded = table(**STEPS)
+    kept = json.loads(json.dumps(padded.to_json()))
+    assert CostTable.from_json(kept) == padded
+    del kept["padded"]  # as in tables of before
+    assert not CostTable.from_json(kept).padded
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_batch.decode.account import (
+    CREDIT,
+    EVIDENCE,
+    GRAIN,
+    HURDLE,
+    LOOKING,
+    MOST_SAVED,
+    SHARE,
+)
 from dspark_batch.decode.algorithm import CostTable, Outlook, VerifyCurve
 from dspark_batch.decode.algorithm import scheduler as rules
 from dspark_batch.decode.engine import DecodeEngine
+from dspark_batch.decode.one_width import OneWidth
 from dspark_batch.decode.types import (
     CONFIDENCE_THRESHOLD,
     DraftBlock,
@@ -27,17 +37,8 @@ from dspark_batch.decode.types import (
     VerifyResult,
 )
 
-# What `auto` may lose, in plain steps. docs/scheduling.md derives the bound.
-_CREDIT = 3.0  # by drafts that seem to pay, and by the first looks
-_SHARE = 0.005  # of every plain step, by looking from then on
-_MOST_SAVED = 8.0  # of what drafting gained
-
-_EVIDENCE = 24  # blocks of this run, without which a promise is the export's
-_LOOKING = 4  # rows that are drafted to look
-_HURDLE = 1.05  # times plain decoding, that drafting must promise to begin with
 _REFRESH = 8  # drafted rounds after which an answer is worked out again
 _PRICED = ("early-stop", "async")  # schedulers that need costs, and confidence to be trusted
-_GRAIN = 16  # cached tokens by which prices are told apart
 
 Confidence = NDArray[np.floating[Any]]
 Lengths = NDArray[np.int64]
@@ -72,6 +73,8 @@ def open_schedule(
         return Plain()
     if spec == "auto" or scheduler in _PRICED:
         assert engine.costs is not None
+        if engine.costs.padded and scheduler in _PRICED:
+            return OneWidth(engine, engine.costs, auto=spec == "auto")
         return Weighed(engine, engine.costs, scheduler, confidence_threshold, auto=spec == "auto")
     return Unweighed(confidence_threshold if scheduler == "threshold" else None)
 
@@ -172,7 +175,7 @@ class Weighed:
     """Weighs what verifying brings against what it costs, and under `auto` drafting too.
 
     `auto` keeps an account in plain steps by the cost table. A round that drafted adds what its
-    tokens would have cost plainly, less what it cost; every round adds a `_SHARE`. `auto` drafts
+    tokens would have cost plainly, less what it cost; every round adds a `SHARE`. `auto` drafts
     for all rows if that pays, or for some to look whether it does, as far as the account allows.
     """
 
@@ -271,15 +274,15 @@ class Weighed:
 
     def _worth_drafting(self, running: list[RunningRow]) -> list[RunningRow]:
         """All rows if drafting pays, some to look whether it does, or none, as affordable."""
-        self._account = min(self._account + _SHARE, _MOST_SAVED)
-        knows = self._outlook.num_seen >= _EVIDENCE
+        self._account = min(self._account + SHARE, MOST_SAVED)
+        knows = self._outlook.num_seen >= EVIDENCE
         pays = knows and (self._pays(running) or self._last_paid)
         self._looking = not pays
-        credit = _CREDIT if pays or not knows else 0.0
+        credit = CREDIT if pays or not knows else 0.0
         affordable = (self._account + credit) * self._prices.plain
         rows = sorted(running, key=lambda s: s.num_pending)
         if self._looking:
-            rows = rows[:_LOOKING]
+            rows = rows[:LOOKING]
             return rows if self._price(rows) <= affordable else []
         # Context that waits may be more than can be paid at once: then some rows begin.
         while rows and self._price(rows) > affordable:
@@ -306,7 +309,7 @@ class Weighed:
             waiting = sum(s.num_pending for s in running)
             share = waiting / sum(s.num_remaining for s in running)
             seconds += tokens * (1.0 + share) * self._costs.intake_seconds
-            hurdle = 1.0 if len(self._drafting) == num_rows else _HURDLE
+            hurdle = 1.0 if len(self._drafting) == num_rows else HURDLE
             self._answers[num_rows] = tokens / seconds > hurdle * num_rows / self._prices.plain
         return self._answers[num_rows]
 
@@ -315,10 +318,10 @@ class Weighed:
         return self._prices.draft(len(rows), num_pending=sum(s.num_pending for s in rows))
 
     def _price_list(self, running: list[RunningRow]) -> Prices:
-        grain = sum(s.anchor_position for s in running) // (_GRAIN * len(running))
+        grain = sum(s.anchor_position for s in running) // (GRAIN * len(running))
         key = (len(running), grain)
         if key not in self._price_lists:
-            context = (grain + 0.5) * _GRAIN
+            context = (grain + 0.5) * GRAIN
             self._price_lists[key] = Prices.at(self._costs, len(running), context)
         return self._price_lists[key]
 

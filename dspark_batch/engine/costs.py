@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
 
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # and the most
+_TOKENS_PER_ROW = (1, 2, 4, 8)  # and a whole block's
 _REPEATS = 3
 _LONG_SWEEPS = 1.5  # seconds of two sweeps, after which a third would not tell much more
 _CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
@@ -46,13 +48,21 @@ def measure_costs(
     Each time is the least over sweeps in which all passes of a size take turns. Whatever else runs
     on the machine only adds, and disturbs one sweep of each pass rather than all sweeps of one. The
     first sweep also has the allocations.
+
+    Where passes are padded, the grids are the runtime's shapes, as far as a run can use them. The
+    first pass of each captures its graph and is not timed.
     """
+    shapes = engine.padded_shapes
     widest = engine.block_size + 1
-    rows = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < engine.max_rows] + [engine.max_rows]
-    per_row = sorted({min(n, widest) for n in (1, 2, 4, 8)} | {widest})
+    rows = _up_to(shapes.rows if shapes else _ROWS, engine.max_rows)
+    per_row = _up_to(shapes.tokens_per_row if shapes else _TOKENS_PER_ROW, widest)
     context = min(context_tokens, engine.max_tokens // 2)
     uniform, lone = [], []
     for num_rows in rows:
+        if shapes:
+            plans = [np.full(num_rows, width - 1) for width in per_row]
+            uniform.append(_target_times(engine, context, plans, clock))
+            continue
         first = np.arange(num_rows) == 0
         plans = [np.full(num_rows, width - 1) for width in per_row]
         plans += [first * (width - 1) for width in (2, widest)]
@@ -65,13 +75,19 @@ def measure_costs(
         rows,
         per_row,
         verify_seconds=uniform,
-        lone_seconds=lone,
+        lone_seconds=uniform if shapes else lone,
         draft_seconds=draft_seconds,
         intake_seconds=intake,
         context_tokens=context,
         context_seconds=slopes,
         draft_context_seconds=taken,
+        padded=shapes is not None,
     )
+
+
+def _up_to(grid: Sequence[int], most: int) -> list[int]:
+    """The sizes below the most that are used, and that one: it may be less than its shape holds."""
+    return [size for size in grid if size < most] + [most]
 
 
 def ensure_costs(engine: Engine, *, progress: Callable[[str], None]) -> None:
@@ -134,6 +150,7 @@ def _target_times(
 ) -> list[float]:
     """Least seconds of target passes with these lengths [R], over sweeps in which all take turns.
 
+    Padded passes have another sweep ahead of these, in which a graph is captured for each shape.
     Rows stand at `context` without a prefill: the time depends on how far the caches reach, not on
     what they hold.
     """
@@ -147,6 +164,9 @@ def _target_times(
             engine.verify(rows, block, VerifyPlan(lengths))
             return clock() - begin
 
+        if engine.padded_shapes:
+            for lengths in plans:
+                seconds(lengths)
         sweeps: list[list[float]] = []
         while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(map(sum, sweeps)) < _LONG_SWEEPS):
             sweeps.append([seconds(lengths) for lengths in plans])

@@ -21,6 +21,7 @@ from dspark_batch.engine.manifest import DraftInfo, EngineManifest, read_manifes
 from dspark_batch.engine.network import NetworkDrafter, SlotDraws, standing
 from dspark_batch.engine.runtimes import (
     ANYWHERE,
+    PaddedShapes,
     Placement,
     PrefillSizes,
     Runtime,
@@ -81,6 +82,11 @@ class Engine:
     def block_size(self) -> int:
         """γ; 0 for an engine without a draft."""
         return self.manifest.draft.block_size if self.manifest.draft else 0
+
+    @property
+    def padded_shapes(self) -> PaddedShapes | None:
+        """See `Runtime`."""
+        return self._runtime.padded_shapes
 
     @property
     def stop_token_ids(self) -> frozenset[int]:

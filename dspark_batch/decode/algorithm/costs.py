@@ -3,11 +3,14 @@
 The cost of a target pass depends on its rows R, its tokens B, the tokens S of its longest row and
 the cached tokens C of a row. Linear layers cost by B. Attention is laid out per row, so every row
 pays for S, and reads its whole cache.
+
+A runtime that replays captured graphs pads R and S up to sizes for which it has a graph. There a
+pass costs a step function of R and S, whatever the other rows verify.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
@@ -45,6 +48,9 @@ class CostTable:
     row, and with the most; empty where it was not measured."""
     draft_context_seconds: float = 0.0
     """The same for a draft pass."""
+    padded: bool = False
+    """Whether sizes cost as much as the next grid point above them, as passes are padded to it.
+    Then `lone_seconds` say nothing: one long row costs as much as if all were long."""
 
     def __post_init__(self) -> None:
         """Raise ValueError where the invariant does not hold."""
@@ -113,35 +119,47 @@ class CostTable:
     def verify_curve(self, num_rows: int, context: float = 0.0) -> VerifyCurve:
         """What a target pass of `num_rows` rows with `context` cached tokens each costs.
 
-        Linear between the measured points and beyond them. More tokens never cost less, nor do
-        more rows of as many tokens each: a dip in the measurements is noise, and is levelled by a
-        running maximum.
+        Linear between the measured points and beyond them; of padded passes, steps between them.
+        More tokens never cost less, nor do more rows of as many tokens each: a dip in the
+        measurements is noise, and is levelled by a running maximum.
         """
         widths = range(1, self.tokens_per_row[-1] + 1)
+        passes = self.verify_seconds if self.padded else self.lone_seconds
         uniform, lone = (
-            [_interpolate(self.tokens_per_row, times, width) for width in widths]
+            [self._between(self.tokens_per_row, times, width) for width in widths]
             for times in (
                 self._at_rows(self.verify_seconds, num_rows),
-                self._at_rows(self.lone_seconds, num_rows),
+                self._at_rows(passes, num_rows),
             )
         )
         if self.context_seconds:
             first, last = self._at_rows(self.context_seconds, num_rows)
             further = max(context - self.context_tokens, 0.0)
-            for i in range(len(widths)):
-                added = further * (first + (last - first) * i / (len(widths) - 1))
+            for i, width in enumerate(widths):
+                extra = (self._width_of(width) if self.padded else width) - 1
+                added = further * (first + (last - first) * extra / (len(widths) - 1))
                 uniform[i] += added
                 lone[i] += added
         # As much as the whole batch at the most, however noisy the measurements.
         lone = [min(alone, every) for alone, every in zip(lone, uniform, strict=True)]
-        return VerifyCurve(num_rows, uniform, lone)
+        return VerifyCurve(num_rows, uniform, lone, self.tokens_per_row if self.padded else ())
+
+    def _width_of(self, tokens: int) -> int:
+        """The least of `tokens_per_row` that holds so many; none is more than the largest."""
+        return self.tokens_per_row[bisect_left(self.tokens_per_row, tokens)]
 
     def _at_rows(self, passes: Sequence[Sequence[float]], num_rows: int) -> list[float]:
         """The columns of a table [rows][...] at `num_rows`, levelled."""
         by_rows = np.maximum.accumulate(np.asarray(passes), axis=0)
-        columns = [_interpolate(self.rows, times, num_rows) for times in by_rows.T.tolist()]
+        columns = [self._between(self.rows, times, num_rows) for times in by_rows.T.tolist()]
         # Last, because extrapolating over rows can make two columns cross.
         return list(accumulate(columns, max))
+
+    def _between(self, grid: Sequence[int], values: Sequence[float], x: float) -> float:
+        """The time at a size between those that were measured, and beyond them."""
+        if self.padded and x <= grid[-1]:
+            return values[bisect_left(grid, x)]
+        return _interpolate(grid, values, x)
 
     def verify(
         self, num_rows: int, num_tokens: int, longest: int | None = None, context: float = 0.0
@@ -161,7 +179,7 @@ class CostTable:
         """
         if num_rows < 1:
             return num_rows * self.draft(1, context=context) + num_pending * self.intake_seconds
-        seconds = _interpolate(self.rows, list(accumulate(self.draft_seconds, max)), num_rows)
+        seconds = self._between(self.rows, list(accumulate(self.draft_seconds, max)), num_rows)
         further = max(context - self.context_tokens, 0.0)
         added = num_rows * further * self.draft_context_seconds
         return seconds + added + num_pending * self.intake_seconds
@@ -178,24 +196,35 @@ class CostTable:
             "context_tokens": self.context_tokens,
             "context_seconds": [list(times) for times in self.context_seconds],
             "draft_context_seconds": self.draft_context_seconds,
+            "padded": self.padded,
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`. Raises KeyError or ValueError on anything else."""
+        """The inverse of `to_json`. Raises KeyError or ValueError on anything else.
+
+        A table that does not say whether it is padded is not: older ones did not.
+        """
+        values = {"padded": False, **values}
         return cls.measured(**{field.name: values[field.name] for field in fields(cls)})
 
 
 class VerifyCurve:
     """Seconds of a target pass by its tokens and those of its longest row: `step_seconds`."""
 
-    __slots__ = ("_base", "_num_rows", "_slope", "_uniform", "_widths")
+    __slots__ = ("_base", "_padded", "_slope", "_uniform", "_widths")
 
-    def __init__(self, num_rows: int, uniform: list[float], lone: list[float]) -> None:
-        """Seconds [γ+1] by the longest row: if all rows are as long, and if only one is."""
-        self._num_rows = num_rows
-        self._uniform = uniform
-        self._widths = [num_rows * width for width in range(1, len(uniform) + 1)]
+    def __init__(
+        self, num_rows: int, uniform: list[float], lone: list[float], steps: Sequence[int] = ()
+    ) -> None:
+        """Seconds [γ+1] by the longest row: if all rows are as long, and if only one is.
+
+        `steps` are the tokens per row that others are padded to; none: passes are not padded.
+        """
+        self._padded = bool(steps)
+        widths = steps or range(1, len(uniform) + 1)
+        self._uniform = [uniform[width - 1] for width in widths]
+        self._widths = [num_rows * width for width in widths]
         self._base, self._slope = [], []
         for extra, (every, alone) in enumerate(zip(uniform, lone, strict=True)):
             between = num_rows * (extra + 1) - (num_rows + extra)
@@ -205,9 +234,11 @@ class VerifyCurve:
 
     def __call__(self, num_tokens: float, longest: int | None = None) -> float:
         """Seconds; without `longest`, of a pass whose rows have about as many tokens each."""
-        if longest is None or longest > len(self._base):
-            return _interpolate(self._widths, self._uniform, num_tokens)
-        return self._base[longest - 1] + self._slope[longest - 1] * num_tokens
+        if longest is not None and longest <= len(self._base):
+            return self._base[longest - 1] + self._slope[longest - 1] * num_tokens
+        if self._padded and num_tokens <= self._widths[-1]:
+            return self._uniform[bisect_left(self._widths, num_tokens)]
+        return _interpolate(self._widths, self._uniform, num_tokens)
 
 
 def _interpolate(grid: Sequence[int], values: Sequence[float], x: float) -> float:

@@ -48,10 +48,14 @@ class Outlook:
         A draft pass was made for `num_passing` of them; None: for all.
         """
         self._blocks.extend(confidence)
-        self.num_seen += len(confidence)
-        passing = len(confidence) if num_passing is None else num_passing
-        self._num_passing = _DECAY * self._num_passing + passing
-        self._num_drafted = _DECAY * self._num_drafted + len(confidence)
+        size = len(confidence)
+        self.count(size, num_passing=size if num_passing is None else num_passing)
+
+    def count(self, num_drafted: int, *, num_passing: int) -> None:
+        """Count blocks that are not kept, for whoever averages them."""
+        self.num_seen += num_drafted
+        self._num_passing = _DECAY * self._num_passing + num_passing
+        self._num_drafted = _DECAY * self._num_drafted + num_drafted
 
     @property
     def share_passing(self) -> float:

@@ -99,15 +99,6 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class PaddedShapes:
-    """Sizes that a runtime rounds a step up to, ascending."""
-
-    rows: tuple[int, ...]
-    tokens_per_row: tuple[int, ...]
-    """One for all rows of a step: that of the longest."""
-
-
-@dataclass(frozen=True, slots=True)
 class Placement:
     """What depends on the machine and not on the engine."""
 
@@ -120,6 +111,16 @@ class Placement:
 ANYWHERE = Placement()
 
 
+@dataclass(frozen=True, slots=True)
+class PaddedShapes:
+    """The sizes that passes are padded up to. Both ascend from 1."""
+
+    rows: tuple[int, ...]
+    """Of target passes without prefill, and of draft passes; the last holds every slot."""
+    tokens_per_row: tuple[int, ...]
+    """Of target passes, the anchor counted; the last holds a whole block."""
+
+
 class Runtime(Protocol):
     """An opened pair of graphs with caches for a fixed number of slots.
 
@@ -127,8 +128,9 @@ class Runtime(Protocol):
     """
 
     padded_shapes: PaddedShapes | None = None
-    """Sizes that steps are rounded up to; None where they are not."""
+    """What passes are padded to, so that their cost goes in steps; None where they are not."""
     prefill_sizes: PrefillSizes = PREFILL
+    """How prompts are cut into passes."""
 
     def admit(self, slot: int) -> None:
         """Begin a row: its caches are empty."""
