@@ -13,5 +13,7 @@ from .session import Ints as Ints
 from .session import Placement as Placement
 from .session import Runtime as Runtime
 from .session import Span as Span
+from .table import OTHER_CARDS as OTHER_CARDS
+from .table import RTX_ONLY as RTX_ONLY
 from .table import RUNTIMES as RUNTIMES
 from .table import runtime_module as runtime_module

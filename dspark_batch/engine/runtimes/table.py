@@ -23,15 +23,23 @@ class RuntimeEntry:
     """That engines for it can have; the first is the default."""
     library: Literal["tensorrt", "tensorrt_rtx"] | None = None
     """What compiles the graphs to plan files; None: the runtime runs the ONNX files themselves."""
+    gpu_archs: tuple[int, ...] = ()
+    """The only GPUs that it runs on: compute capabilities, times ten. Empty: it names none."""
 
 
 _TENSORRT = "dspark_batch.engine.runtimes.trt"
 _FOR_GPUS = ("fp16", "bf16", "int8-weights", "int4-weights")
+# NVIDIA's support matrix of TensorRT-RTX. The builder of 1.7 also takes 80 and 121: never tried.
+_RTX_CARDS = (75, 86, 89, 120)
 RUNTIMES = {
     "onnxruntime": RuntimeEntry("dspark_batch.engine.runtimes.ort", ("fp32", "int8")),
-    "tensorrt-rtx": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt_rtx"),
+    "tensorrt-rtx": RuntimeEntry(
+        _TENSORRT, _FOR_GPUS, library="tensorrt_rtx", gpu_archs=_RTX_CARDS
+    ),
     "tensorrt": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt"),
 }
+RTX_ONLY = "TensorRT-RTX runs on RTX cards only"
+OTHER_CARDS = "a data-centre card takes --runtime tensorrt, or --runtime onnxruntime-cuda"
 
 
 class RuntimeModule(Protocol):
