@@ -257,6 +257,19 @@ def test_gpus_are_named_with_driver_and_memory(
     assert "int8 graphs have no kernels" in lines()["note"][0]
 
 
+def test_cards_that_tensorrt_rtx_does_not_run_on_are_notes(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = nvml(gpus=(("NVIDIA H200", 90), ("NVIDIA H200", 90), ("NVIDIA L4", 89)))
+    monkeypatch.setitem(sys.modules, "pynvml", found)
+    notes = [note for note in lines()["note"] if "RTX" in note]
+    assert notes == [
+        "TensorRT-RTX runs on RTX cards only, and NVIDIA H200 is sm_90: a data-centre card takes "
+        "--runtime tensorrt, or --runtime onnxruntime-cuda"
+    ]
+
+
 def test_an_engine_that_a_gpu_can_run_is_measured_against_its_memory(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

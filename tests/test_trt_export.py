@@ -298,7 +298,9 @@ def test_which_gpus_a_plan_file_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert archs(90, monkeypatch) == DEFAULT_RTX_ARCHS  # which TensorRT-RTX does not know
     assert archs(89, monkeypatch) == (89,)
     assert archs(89, monkeypatch, gpu_archs=[120, 75]) == (120, 75)
-    with pytest.raises(EngineError, match=r"does not build for sm_90; --gpu-arch can be 75, 80"):
+    with pytest.raises(
+        EngineError, match=r"(?s)not on sm_90; .* 75, 86, 89, 120\n.*--runtime tensorrt,"
+    ):
         archs(None, monkeypatch, gpu_archs=[90])
     with pytest.raises(EngineError, match=r"(?s)sm_75 has no bf16.*hint: .* --precision fp16"):
         archs(None, monkeypatch, gpu_archs=[75], precision="bf16")
@@ -310,6 +312,37 @@ def test_which_gpus_a_plan_file_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
         archs(90, monkeypatch, runtime="tensorrt", gpu_archs=[89])
     with pytest.raises(EngineError, match=r"(?s)this machine has no GPU.*--runtime tensorrt-rtx"):
         archs(None, monkeypatch, runtime="tensorrt")
+
+
+def test_a_card_that_tensorrt_rtx_never_runs_on_is_refused_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No weights are there, and no library."""
+    monkeypatch.setattr(trt_plans, "packages_distributions", dict)
+    recipe = tmp_path / "export" / "tiny.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(f'[target]\nweights = "nowhere"\n[draft]\ndrafter = "none"\n[engine]\n{RTX}')
+    for arch in (80, 90, 100):
+        with pytest.raises(EngineError, match=rf"RTX cards only, and not on sm_{arch}") as raised:
+            pipeline.export(recipe, output=tmp_path / "engine", gpu_archs=[arch])
+        assert "--runtime tensorrt," in str(raised.value.hint)
+        assert "--runtime onnxruntime-cuda" in str(raised.value.hint)
+
+
+def test_a_machine_that_will_not_run_the_engine_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for here, wanted in ((None, ()), (89, ()), (90, [89]), (90, ())):
+        gpus = fake_gpus(here) if here else Gpus(problem="none")
+        monkeypatch.setattr(trt_plans, "find_gpus", lambda found=gpus: found)
+        trt_plans.check_gpus(section(gpu_archs=wanted), progress=said.append)
+    assert [line.split(" and ")[0] for line in said] == [
+        "this engine is for sm_89",
+        "this engine is for sm_86, sm_89, sm_120",
+    ]
+    assert all("RTX cards only, and Fake is sm_90; a data-centre card" in line for line in said)
+    trt_plans.check_gpus(section(runtime="tensorrt"), progress=said.append)
+    trt_plans.check_gpus(EngineSection.model_validate({}), progress=said.append)
+    assert len(said) == 2
 
 
 def test_a_missing_library_is_named_before_anything_is_built(

@@ -21,7 +21,7 @@ from dspark_batch.decode.loop import DecodeStats, decode
 from dspark_batch.decode.types import Prompt, SamplingParams
 from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.manifest import read_manifest
-from dspark_batch.engine.runtimes import trt
+from dspark_batch.engine.runtimes import RUNTIMES, trt
 from dspark_batch.engine.runtimes.device import CudaDevice, usable_gpus
 from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.export.pipeline import export
@@ -30,7 +30,6 @@ from dspark_batch.models.reference import forward
 from dspark_batch.models.weights import open_weights
 
 ROOT = Path(__file__).parents[1]
-RTX_ARCHS = (75, 80, 86, 89, 120)
 needs_gpu = pytest.mark.skipif(not has_driver(), reason="needs an NVIDIA GPU")
 TIES = {"fp16": 2e-1, "bf16": 1.0}  # against the fp32 of ONNX Runtime
 
@@ -38,7 +37,10 @@ TIES = {"fp16": 2e-1, "bf16": 1.0}  # against the fp32 of ONNX Runtime
 def runtime() -> str:
     """What builds for the GPU that is there."""
     arch = usable_gpus().gpus[0].arch
-    for name, archs in (("tensorrt_rtx", RTX_ARCHS), ("tensorrt", (arch,))):
+    for name, archs in (
+        ("tensorrt_rtx", RUNTIMES["tensorrt-rtx"].gpu_archs),
+        ("tensorrt", (arch,)),
+    ):
         if arch in archs and importlib.util.find_spec(name):
             return name.replace("_", "-")
     pytest.skip(f"no TensorRT for sm_{arch} is installed")

@@ -71,6 +71,25 @@ def test_another_gpu_is_refused(planned: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@pytest.mark.parametrize("built_for", [89, 90])
+def test_a_card_that_is_no_rtx_card_is_refused_first(
+    planned: Path, built_for: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a driver, a library or a plan that something else would be wrong with."""
+
+    def old_driver() -> Gpus:
+        raise EngineError("the NVIDIA driver is for CUDA 12.4")
+
+    monkeypatch.setattr(trt, "find_gpus", lambda: fake_gpus(90))
+    monkeypatch.setattr(trt, "usable_gpus", old_driver)
+    problem = refused(planned, changed(planned, gpu_archs=(built_for,)))
+    assert f"{planned}: TensorRT-RTX runs on RTX cards only, and Fake is sm_90\n" in problem
+    hint = "build another engine, dspark-batch export tiny: a data-centre card takes --runtime"
+    assert f"{hint} tensorrt, or --runtime onnxruntime-cuda" in problem
+    full = read_manifest(planned).model_copy(update={"runtime": "tensorrt"})
+    assert "CUDA 12.4" in refused(planned, full)
+
+
 def test_another_library_is_refused(planned: Path) -> None:
     problem = refused(planned, changed(planned, library_version="1.2.3"))
     assert f"built by tensorrt_rtx 1.2.3, but {VERSION} is installed" in problem

@@ -26,7 +26,7 @@ from dspark_batch.engine import (
     read_costs,
     read_manifest,
 )
-from dspark_batch.engine.runtimes import runtime_module
+from dspark_batch.engine.runtimes import OTHER_CARDS, RTX_ONLY, RUNTIMES, runtime_module
 from dspark_batch.errors import EngineError, UsageError
 from dspark_batch.export import load_recipe
 from dspark_batch.models.weights import PACKAGE_PREFIX
@@ -141,6 +141,7 @@ def diagnose(*, verify: bool = False) -> Diagnosis:
     recipes = {path.stem: _look_at_recipe(path.stem) for path in sorted(_RECIPES.glob("*.toml"))}
     wanted = {_DEFAULT, *(Path(engine.folder).name for engine in engines)}
     notes += _recipe_notes(recipes, wanted)
+    notes += _gpu_notes(gpus)
     notes += _package_notes()
     return Diagnosis(
         _versions(),
@@ -225,6 +226,14 @@ def _engine_notes(engine: EngineReport, memory: Memory, gpus: Gpus) -> Iterator[
             f"into the free memory of the {'GPU' if engine.on_gpu else 'host'}; "
             f"if rows get that long: --max-rows {rows}"
         )
+
+
+def _gpu_notes(gpus: Gpus) -> Iterator[str]:
+    """Cards for which the engines that any machine can build are none."""
+    archs = RUNTIMES["tensorrt-rtx"].gpu_archs
+    for name, arch in dict.fromkeys((gpu.name, gpu.arch) for gpu in gpus.gpus):
+        if arch not in archs:
+            yield f"{RTX_ONLY}, and {name} is sm_{arch}: {OTHER_CARDS}"
 
 
 def _look_at_recipe(name: str) -> tuple[str | None, str]:

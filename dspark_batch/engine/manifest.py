@@ -182,9 +182,13 @@ class EngineManifest(_Part):
         """The command that builds the engine again; `export` names an engine by its recipe."""
         if self.runtime == "onnxruntime":
             return f"dspark-batch export {self.name} --force"
-        recipe = self.name.removesuffix(f"-{self.runtime}")
-        precision = f"--precision {self.precision}"
-        return f"dspark-batch export {recipe} --runtime {self.runtime} {precision} --force"
+        options = f"--runtime {self.runtime} --precision {self.precision} --force"
+        return f"dspark-batch export {self.recipe} {options}"
+
+    @property
+    def recipe(self) -> str:
+        """The name of its recipe, which `export` gives an engine with the runtime behind it."""
+        return self.name.removesuffix(f"-{self.runtime}")
 
     def fingerprint(self) -> dict[str, str]:
         """Facts that decide the text; a run that continues must find them unchanged."""

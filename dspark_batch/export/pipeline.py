@@ -71,7 +71,7 @@ from dspark_batch.export.calibrate import calibrate
 from dspark_batch.export.check import Texts, check_all_used, check_draft, check_target
 from dspark_batch.export.recipe import NO_DRAFT, DraftSection, Recipe, load_recipe
 from dspark_batch.export.texts import check_rows, example_prompts
-from dspark_batch.export.trt_plans import build_plan_files, plan_files_info
+from dspark_batch.export.trt_plans import build_plan_files, check_gpus, plan_files_info
 from dspark_batch.models import (
     DecoderGraph,
     Outliers,
@@ -125,6 +125,7 @@ def build(
     Without a draft, the target's context is the outputs of `context_layer_ids`: what a draft is
     trained on.
     """
+    check_gpus(recipe.engine, progress=progress)
     runtime_module("onnxruntime")  # what every graph is checked with, whatever it is for
     progress("opening weights")
     with open_weights(recipe.target_source) as target:

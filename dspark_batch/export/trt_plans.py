@@ -14,18 +14,35 @@ from pathlib import Path
 from typing import Literal
 
 from dspark_batch.engine import PlansInfo, ProfileInfo, find_gpus
-from dspark_batch.engine.runtimes import PREFILL, RUNTIMES
+from dspark_batch.engine.runtimes import OTHER_CARDS, PREFILL, RTX_ONLY, RUNTIMES
 from dspark_batch.errors import EngineError
 from dspark_batch.export.recipe import EngineSection
 from dspark_batch.models.plugin import Bounds, PlanReport, PlanRequest, build_plan, contract
 
 Progress = Callable[[str], None]
 Library = Literal["tensorrt", "tensorrt_rtx"]
-RTX_ARCHS = (75, 80, 86, 89, 120)
+RTX_ARCHS = RUNTIMES["tensorrt-rtx"].gpu_archs
 DEFAULT_RTX_ARCHS = (86, 89, 120)  # consumer cards since 2020, if this machine has none
 _MIN_BF16_ARCH = 80
 # Context that waits on the device until the draft takes it in.
 _MAX_WAITING_BYTES, _MAX_WAITING_TOKENS = 2**28, 16384
+
+
+def check_gpus(engine: EngineSection, *, progress: Progress) -> None:
+    """Whether plan files can be for the GPUs that they are to be for; needs no library.
+
+    Raises:
+        EngineError: the library does not build for them, or not on this machine.
+    """
+    if RUNTIMES[engine.runtime].library is None:
+        return
+    archs, gpus = _gpu_archs(engine), find_gpus().gpus
+    if engine.runtime == "tensorrt-rtx" and gpus and gpus[0].arch not in RTX_ARCHS:
+        built = ", ".join(f"sm_{arch}" for arch in archs)
+        progress(
+            f"this engine is for {built} and will not run on this machine: {RTX_ONLY}, and "
+            f"{gpus[0].name} is sm_{gpus[0].arch}; {OTHER_CARDS}"
+        )
 
 
 def plan_files_info(engine: EngineSection, *, block_size: int) -> PlansInfo | None:
@@ -101,8 +118,8 @@ def _gpu_archs(engine: EngineSection) -> tuple[int, ...]:
     for arch in archs:
         if arch not in RTX_ARCHS:
             raise EngineError(
-                f"TensorRT-RTX does not build for sm_{arch}; --gpu-arch can be {known}",
-                hint="for data-center cards use --runtime tensorrt, on a machine with such a card",
+                f"{RTX_ONLY}, and not on sm_{arch}; --gpu-arch can be {known}",
+                hint=OTHER_CARDS,
             )
         if engine.precision == "bf16" and arch < _MIN_BF16_ARCH:
             raise EngineError(f"sm_{arch} has no bf16", hint="export again with --precision fp16")

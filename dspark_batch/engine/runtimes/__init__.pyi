@@ -15,5 +15,7 @@ from .session import PrefillSizes as PrefillSizes
 from .session import Runtime as Runtime
 from .session import Span as Span
 from .session import Step as Step
+from .table import OTHER_CARDS as OTHER_CARDS
+from .table import RTX_ONLY as RTX_ONLY
 from .table import RUNTIMES as RUNTIMES
 from .table import runtime_module as runtime_module

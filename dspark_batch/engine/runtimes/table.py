@@ -25,18 +25,26 @@ class RuntimeEntry:
     """What compiles the graphs to plan files; None: the runtime runs the ONNX files themselves."""
     paged: bool = False
     """Graphs are written for captured steps over pages of keys and values."""
+    gpu_archs: tuple[int, ...] = ()
+    """The only GPUs that it runs on: compute capabilities, times ten. Empty: it names none."""
 
 
 _TENSORRT = "dspark_batch.engine.runtimes.trt"
 _FOR_GPUS = ("fp16", "bf16", "int8-weights", "int4-weights")
+# NVIDIA's support matrix of TensorRT-RTX. The builder of 1.7 also takes 80 and 121: never tried.
+_RTX_CARDS = (75, 86, 89, 120)
 RUNTIMES = {
     "onnxruntime": RuntimeEntry("dspark_batch.engine.runtimes.ort", ("fp32", "int8")),
     "onnxruntime-cuda": RuntimeEntry(
         "dspark_batch.engine.runtimes.ort_cuda", ("fp16", "bf16"), paged=True
     ),
-    "tensorrt-rtx": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt_rtx"),
+    "tensorrt-rtx": RuntimeEntry(
+        _TENSORRT, _FOR_GPUS, library="tensorrt_rtx", gpu_archs=_RTX_CARDS
+    ),
     "tensorrt": RuntimeEntry(_TENSORRT, _FOR_GPUS, library="tensorrt"),
 }
+RTX_ONLY = "TensorRT-RTX runs on RTX cards only"
+OTHER_CARDS = "a data-centre card takes --runtime tensorrt, or --runtime onnxruntime-cuda"
 
 
 class RuntimeModule(Protocol):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dspark_batch.engine import EngineManifest, PlansInfo
+from dspark_batch.engine import EngineManifest, PlansInfo, find_gpus
 from dspark_batch.engine.runtimes.device import CudaDevice, import_cudart, usable_gpus
 from dspark_batch.engine.runtimes.session import ANYWHERE, Placement
+from dspark_batch.engine.runtimes.table import OTHER_CARDS, RTX_ONLY, RUNTIMES
 from dspark_batch.engine.runtimes.trt_runtime import TrtRuntime
 from dspark_batch.errors import EngineError
 from dspark_batch.models.plugin import contract, trt_body
@@ -54,6 +55,9 @@ def refusal(
     again = f"build the engine again: {manifest.export_command}"
     if plans is None:
         return EngineError(f"{folder}: the manifest describes no plan files", hint=again)
+    wrong = _wrong_card(folder, manifest)
+    if wrong is not None:  # before a driver or a library is asked for that would not help
+        return wrong
     try:
         gpu = usable_gpus().gpus[0]
         import_cudart()
@@ -67,6 +71,17 @@ def refusal(
             hint=f"build it for this GPU: {manifest.export_command} --gpu-arch {gpu.arch}",
         )
     return _outdated(folder, manifest, plans, library, again)
+
+
+def _wrong_card(folder: Path, manifest: EngineManifest) -> EngineError | None:
+    """Whether the GPU is one that the library never runs on, whatever it was built for."""
+    gpus, archs = find_gpus().gpus, RUNTIMES[manifest.runtime].gpu_archs
+    if not gpus or not archs or gpus[0].arch in archs:
+        return None
+    return EngineError(
+        f"{folder}: {RTX_ONLY}, and {gpus[0].name} is sm_{gpus[0].arch}",
+        hint=f"build another engine, dspark-batch export {manifest.recipe}: {OTHER_CARDS}",
+    )
 
 
 def _outdated(
