@@ -311,11 +311,11 @@ class Supervisor:
         # 0 and 5 of pytest: all passed or skipped, and none was chosen.
         failing = [r for r in records if r["kind"] == "tests" and r.get("code") not in (None, 0, 5)]
         failing += [r for r in records if r["kind"] == "tests" and r.get("failing")]
-        if num_faults or failing or "failed" in kinds:
-            return wheels.FAILED
-        found = {(r["rows"], r["spec"]) for r in records if r["kind"] == "cell"}
         refused = {r["rows"] for r in records if r["kind"] == "refused"}
         rows = set(self._settings.rows) - refused
+        if num_faults or failing or "failed" in kinds or not rows:
+            return wheels.FAILED
+        found = {(r["rows"], r["spec"]) for r in records if r["kind"] == "cell"}
         missing = [(n, mode) for n in sorted(rows) for mode in MODES if (n, mode) not in found]
         return wheels.CUT if "cut" in kinds or missing else 0
 

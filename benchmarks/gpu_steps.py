@@ -198,8 +198,9 @@ def text(settings: Settings, *, progress: Callable[[str], None]) -> Iterator[Rec
     rows = found["rows"]
     params = SamplingParams(max_new_tokens=found["new_tokens"])
     prompts = [Prompt(i, tuple(row["prompt"]), params) for i, row in enumerate(rows)]
+    limit = read_manifest(settings.engine, verify=False).limits.max_rows
     for mode in MODES[:2]:
-        with closing(_open(settings, mode, min(_TEXT_ROWS, len(prompts)))) as engine:
+        with closing(_open(settings, mode, min(_TEXT_ROWS, limit, len(prompts)))) as engine:
             if engine.fingerprint["target"] != found["target"]:
                 raise UsageError(f"{settings.reference} is of other weights than the engine")
             progress(f"decoding {len(prompts)} rows, spec {mode}")

@@ -40,8 +40,7 @@ def enter(argv: Sequence[str]) -> None:
     if not wheels:
         _leave(f"there is no wheel in {options.wheels}", FAILED)
     folder = tempfile.mkdtemp(prefix="dspark-wheels-")
-    # Isolated: constraints of this machine are not those of the wheels.
-    pip = [sys.executable, "-m", "pip", "--isolated", "install", "--no-index", "--no-deps"]
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps"]
     pip += ["--no-compile", "--quiet", "--disable-pip-version-check", "--target", folder, *wheels]
     try:
         code = subprocess.run(pip, timeout=60 * options.minutes, check=False).returncode

@@ -43,6 +43,7 @@ class FakeEngine:
     vocab_size: int = VOCAB_SIZE
     fingerprint: dict[str, str] = field(default_factory=lambda: {"target": "a" * 64})
     max_rows: int = 1
+    intake: int = 1
     costs: CostTable = field(
         default_factory=lambda: CostTable.measured(
             [1], [1, 2], verify_seconds=[[1.0, 2.0]], draft_seconds=[1.0]

@@ -60,6 +60,8 @@ class Letters:
 class Fake:
     """`Engine` without a model; it checks that slots are admitted and released in turn."""
 
+    intake = 1
+
     def __init__(
         self,
         *,

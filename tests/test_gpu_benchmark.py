@@ -237,14 +237,14 @@ def test_a_failing_test_or_a_broken_step_fails(folder: Path, tmp_path: Path) -> 
 
 
 def test_wheels_are_installed_and_found(folder: Path, tmp_path: Path) -> None:
-    """`torch` is one that the test makes: it says that its card copies nothing."""
+    """A made-up version of a package shows up in the facts, so the steps found the wheel."""
     pytest.importorskip("pip")
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    info = "torch-99.0.dist-info"
-    with zipfile.ZipFile(wheels / "torch-99.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("torch/__init__.py", "class cuda:\n    is_available = lambda: False\n")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 99.0\n")
+    info = "cuda_bindings-99.0.dist-info"
+    meta = "Metadata-Version: 2.1\nName: cuda-bindings\nVersion: 99.0\n"
+    with zipfile.ZipFile(wheels / "cuda_bindings-99.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", meta)
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
     (tmp_path / "scratch").mkdir()
@@ -254,7 +254,7 @@ def test_wheels_are_installed_and_found(folder: Path, tmp_path: Path) -> None:
     code, said = finish(start(folder, *arguments, "--wheels", str(wheels), TMPDIR=scratch))
     assert code == 0, said
     (facts,) = of_kind(records_of(output), "facts")
-    assert facts["versions"]["torch"] == "99.0"
+    assert facts["versions"]["cuda-bindings"] == "99.0"
     assert not list((tmp_path / "scratch").glob("dspark-wheels-*"))
     empty = tmp_path / "empty"
     empty.mkdir()

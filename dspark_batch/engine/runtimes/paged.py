@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_batch.decode import DraftBlock, VerifyResult
-from dspark_batch.engine import EngineManifest
-from dspark_batch.engine.manifest import CacheInfo
+from dspark_batch.engine import CacheInfo, EngineManifest
 from dspark_batch.engine.runtimes.captured import (
     BFLOAT16,
     FLOAT,
