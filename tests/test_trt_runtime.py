@@ -417,7 +417,7 @@ def test_a_row_that_breaks_harms_neither_its_neighbours_nor_its_successor(
     well = rows[1::2]
     assert step(engine, well) == [expected[1][1], expected[1][3]]
     assert np.isfinite(engine.draft_raw(well).confidence).all()
-    again = start(engine, (7, 5), slots=[5, 6])
+    again = start(engine, (7, 5), slots=[2, 0])
     assert [row.tokens for row in again] == start_alone(open_on_gpu, exported, tmp_path)
     assert step(engine, well) == [expected[2][1], expected[2][3]]
     assert np.isfinite(engine.draft_raw([*well, *again]).confidence).all()
