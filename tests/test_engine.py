@@ -123,11 +123,11 @@ def texts(found: dict[int, Completion]) -> dict[int, tuple[int, ...]]:
     return {row: completion.token_ids for row, completion in found.items()}
 
 
-def start(engine: Engine, lengths: Sequence[int]) -> list[Row]:
+def start(engine: Engine, lengths: Sequence[int], **params: Any) -> list[Row]:
     """Admitted and prefilled rows."""
     rows = [
         Row(prompt=p, slot=p.row, tokens=list(p.token_ids), num_prompt_tokens=len(p.token_ids))
-        for p in make_prompts(lengths)
+        for p in make_prompts(lengths, **params)
     ]
     for row in rows:
         engine.admit(row)

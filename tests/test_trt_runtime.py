@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,13 @@ def texts(engine: Any, prompts: list[Prompt], spec: str) -> dict[int, tuple[int,
     return {completion.row: completion.token_ids for completion in found}
 
 
-def start(engine: Engine, lengths: Any, *, slots: Any = None, sampled: bool = False) -> list[Row]:
-    """Admitted and prefilled rows."""
+def start(
+    engine: Engine, lengths: Any, *, slots: Any = None, sampled: bool = False, unfiltered: Any = ()
+) -> list[Row]:
+    """Admitted and prefilled rows; the `unfiltered` ones sample with temperature 1 alone."""
     prompts = make_prompts(lengths, sampled=sampled)
+    for r in unfiltered:
+        prompts[r] = replace(prompts[r], params=SamplingParams(temperature=1.0, seed=r))
     rows = [
         Row(prompt=p, slot=slot, tokens=list(p.token_ids), num_prompt_tokens=len(p.token_ids))
         for p, slot in zip(prompts, slots or range(len(prompts)), strict=True)
@@ -259,10 +263,7 @@ def test_drafts_that_wait_for_verification_survive_a_full_ring(
     planned, outcomes = VerifyPlan(np.array([0, 4, 4, 0])), []
     with closing(open_engine(exported)) as cpu:
         for engine in (cpu, open_on_gpu(exported, tmp_path, ring=302)):
-            rows = start(engine, (3, 20, 5, 9), sampled=True)
-            for row in rows[1:3]:
-                params = SamplingParams(temperature=1.0, seed=row.slot)
-                row.prompt = Prompt(row.slot, row.prompt.token_ids, params)
+            rows = start(engine, (3, 20, 5, 9), sampled=True, unfiltered=(1, 2))
             found = []
             for _ in range(60):
                 drafted = engine.draft_raw(rows[1:3])
@@ -416,7 +417,7 @@ def test_a_row_that_breaks_harms_neither_its_neighbours_nor_its_successor(
     well = rows[1::2]
     assert step(engine, well) == [expected[1][1], expected[1][3]]
     assert np.isfinite(engine.draft_raw(well).confidence).all()
-    again = start(engine, (7, 5), slots=[5, 6])
+    again = start(engine, (7, 5), slots=[2, 0])
     assert [row.tokens for row in again] == start_alone(open_on_gpu, exported, tmp_path)
     assert step(engine, well) == [expected[2][1], expected[2][3]]
     assert np.isfinite(engine.draft_raw([*well, *again]).confidence).all()

@@ -56,7 +56,7 @@ class DecodeEngine(Protocol):
         """The same of rows above temperature 0."""
 
     def admit(self, row: RunningRow, /) -> None:
-        """The row begins in its slot."""
+        """The row begins in its slot; how it samples is settled from here on."""
 
     def release(self, row: RunningRow, /) -> None:
         """It has ended."""
