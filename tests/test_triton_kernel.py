@@ -11,7 +11,6 @@ import ctypes
 import inspect
 import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import replace
@@ -69,8 +68,8 @@ def body(pool: Executor) -> Body:
 
 
 def rows_of(name: str) -> dict[str, Any]:
-    """Settings whose rows fill tiles."""
-    return SETTINGS[name] | {"rows": 64 if "rows" in SETTINGS[name] else 256}
+    """Settings whose rows fill a tile; the interpreter takes as long for more of them."""
+    return SETTINGS[name] | {"rows": 128 if "rows" in SETTINGS[name] else 512}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -78,12 +77,9 @@ def test_kernel_decides_as_the_specification(name: str, pool: Executor) -> None:
     """Vocabularies of 37 and 700 tokens are no multiples of the slices. Lists of 16 tokens are too
     short for some cells, and for some of these also between the finer thresholds."""
     settings = rows_of(name)
-    calls = [make_call(seed=seed, **settings) for seed in (11, 12)]
+    call = make_call(seed=11, **settings)
     sizes = (256, None, 64) if "vocab" in settings else (16,)
-    found = [pool.submit(interpret, call, *sizes) for call in calls]
-    outcomes: Counter[str] = Counter()
-    for call, future in zip(calls, found, strict=True):
-        outcomes += assert_same(call, lambda _, future=future: future.result())  # type: ignore[misc]
+    outcomes = assert_same(call, Body(pool, *sizes))
     assert len(outcomes) == (1 if SETTINGS[name].get("drafts") == 0 else 2)
 
 
@@ -105,11 +101,17 @@ def test_one_row_a_program_in_slices_of_the_gpu_s_size(pool: Executor) -> None:
 
 @pytest.mark.parametrize("vocab", [15, 16, 17, 31, 32, 33])
 def test_a_vocabulary_may_end_anywhere_in_a_slice(vocab: int, body: Body) -> None:
-    for draft_vocab in (None, 16):
-        settings = {"top_k": [0, 3, vocab - 1], "top_p": [0.7, 1.0], "temperature": [0.0, 1.0]}
-        reduced = None if draft_vocab is None else min(draft_vocab, vocab)
-        call = make_call(seed=24, rows=128, vocab=vocab, draft_vocab=reduced, gamma=2, **settings)  # type: ignore[arg-type]
-        assert_same(call, body)
+    call = make_call(
+        seed=24,
+        rows=128,
+        vocab=vocab,
+        draft_vocab=min(vocab, 16),
+        gamma=1,
+        temperature=[0.0, 1.0],
+        top_k=[0, 3, vocab - 1],
+        top_p=[0.7, 1.0],
+    )
+    assert_same(call, body)
 
 
 def test_a_vocabulary_may_have_more_slices_than_are_read_at_a_time(pool: Executor) -> None:
@@ -299,7 +301,7 @@ def test_no_value_leads_out_of_the_arrays(body: Body) -> None:
 @pytest.mark.parametrize("draft_vocab", [6, 4])
 def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) -> None:
     """The first token after each of two anchors, filtered by top-p."""
-    rows, vocab = 2**15, 6
+    rows, vocab = 2**14, 6
     rng = np.random.default_rng(21)
     logits = (rng.standard_normal((2, vocab)) * 1.5).astype(np.float32)
     kept = np.sort(rng.permutation(vocab)[:draft_vocab])
@@ -323,7 +325,7 @@ def test_emitted_tokens_have_the_target_s_law(draft_vocab: int, pool: Executor) 
         np.full(rows, 0.9, np.float32),
         rng.random((rows, 2), dtype=np.float32),
     )
-    accepted, bonus = Body(pool, 8, 4096)(call)
+    accepted, bonus = Body(pool, 8, 2048)(call)
     first = np.where(accepted > 0, tokens, bonus)
     law = sampling.filtered_probs(logits, np.full(2, 0.8), np.zeros(2), np.full(2, 0.9))
     assert 0.2 < accepted.mean() < 0.95

@@ -181,6 +181,13 @@ def test_the_runtime_reads_the_kernels_that_the_engine_keeps(process: Executor) 
     assert tuple(process.submit(rtx.read_back, KERNELS).result()) == KERNELS
 
 
+def test_an_engine_with_a_kernel_of_another_version_is_refused() -> None:
+    """As before there were stages."""
+    arrays = {"launch_sm_89": np.zeros(2, np.int32), "cubin_sm_89": np.zeros(9, np.int8)}
+    with pytest.raises(EngineError, match=r"(?s)of another version.*export the engine again"):
+        trt_body.kernels_from_arrays(arrays)
+
+
 def test_an_engine_without_kernels_is_not_built(process: Executor) -> None:
     assert "without kernels" in process.submit(rtx.create_without_kernels).result()
 

@@ -312,11 +312,20 @@ def arrays_from_kernels(kernels: Iterable[Kernel]) -> dict[str, NDArray[Any]]:
 
 
 def kernels_from_arrays(arrays: Mapping[str, NDArray[Any]]) -> tuple[Kernel, ...]:
-    """Inverse of `arrays_from_kernels`, but for the order: stages are in that of their launch."""
+    """Inverse of `arrays_from_kernels`, but for the order: stages are in that of their launch.
+
+    Raises:
+        EngineError: the engine has the kernel of a version without these stages.
+    """
     names = (name.removeprefix(_CUBIN) for name in arrays if name.startswith(_CUBIN))
     kernels = []
     for name in names:
-        arch, stage = name.split("_")
+        arch, _, stage = name.partition("_")
+        if stage not in STAGES:
+            raise EngineError(
+                "the engine has the verification kernel of another version of this program",
+                hint="export the engine again",
+            )
         num_threads, shared_bytes = map(int, arrays[_LAUNCH + name])
         cubin = arrays[_CUBIN + name].tobytes()
         kernels.append(Kernel(int(arch), stage, num_threads, shared_bytes, cubin))
