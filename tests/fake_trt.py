@@ -149,6 +149,10 @@ class CudaGraphStrategy(Enum):
     DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
 
+class Specialization(Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
 class ILogger:
     class Severity(Enum):
         INTERNAL_ERROR, ERROR, WARNING = range(3)
@@ -228,13 +232,21 @@ class Engine:
         assert -2 not in most, (name, most)
         return [least, most, most]
 
-    def create_runtime_config(self) -> SimpleNamespace:
-        return SimpleNamespace(cuda_graph_strategy=CudaGraphStrategy.DISABLED)
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
     def create_execution_context(self, how: Any = Strategy.STATIC) -> Context:
         context = Context(self, how)
         self.contexts.append(context)
         return context
+
+
+class RuntimeConfig:
+    """How TensorRT-RTX makes a context; these are its defaults."""
+
+    def __init__(self) -> None:
+        self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+        self.dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
 
 
 class Context:
@@ -352,6 +364,7 @@ def fake_trt(device: HostDevice, folder: Path, *, native_graphs: bool) -> Any:
     )
     if native_graphs:
         module.CudaGraphStrategy = CudaGraphStrategy
+        module.DynamicShapesKernelSpecializationStrategy = Specialization
     return _Hashable(module)
 
 

@@ -40,13 +40,14 @@ PROPERTIES = {
         "weight_streaming_scratch_memory_size",
         "weight_streaming_budget_v2",
     },
-    "IRuntimeConfig": {"cuda_graph_strategy"},
+    "IRuntimeConfig": {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"},
 }
 ENUMS = {
     fake_trt.DataType: "DataType",
     fake_trt.TensorIOMode: "TensorIOMode",
     fake_trt.Strategy: "ExecutionContextAllocationStrategy",
     fake_trt.CudaGraphStrategy: "CudaGraphStrategy",
+    fake_trt.Specialization: "DynamicShapesKernelSpecializationStrategy",
 }
 
 

@@ -544,6 +544,16 @@ def test_tensorrt_rtx_captures_its_decode_steps_itself(
         assert strategies == ["WHOLE_GRAPH_CAPTURE", "DISABLED"]
 
 
+def test_no_step_of_tensorrt_rtx_runs_on_kernels_that_others_will_replace(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    """Or their time would be taken for that of the step."""
+    open_on_gpu(exported, tmp_path)
+    contexts = [context for opened in machine.module.engines for context in opened.contexts]
+    found = [c.how.dynamic_shapes_kernel_specialization_strategy.name for c in contexts]
+    assert found == ["EAGER"] * 4
+
+
 @pytest.mark.parametrize(
     ("room", "budget"), [(10**12, 5 * 10**9), (3 * 10**9, None)], ids=["all", "some"]
 )

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 Clock = Callable[[], float]
 
 _REPEATS = 3
-_LONG_SWEEPS = 1.5  # seconds of two sweeps, after which a third would not tell much more
+_LONG_SWEEP = 0.75  # seconds of the second sweep, after which a third would not tell much more
 _CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
 _LONG_CONTEXT = 1024
 _LEAST_LONGER = 4  # times as long as usual, or nothing can be told from it
@@ -45,7 +45,7 @@ def measure_costs(
 
     Each time is the least over sweeps in which all passes of a size take turns. Whatever else runs
     on the machine only adds, and disturbs one sweep of each pass rather than all sweeps of one. The
-    first sweep also has the allocations.
+    first sweep also has the allocations, and waits for kernels that are compiled for a new size.
     """
     widest = engine.block_size + 1
     rows = [n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < engine.max_rows] + [engine.max_rows]
@@ -148,7 +148,8 @@ def _target_times(
             return clock() - begin
 
         sweeps: list[list[float]] = []
-        while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(map(sum, sweeps)) < _LONG_SWEEPS):
+        # How long the first one takes says nothing of the next, where it compiles.
+        while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(sweeps[1]) < _LONG_SWEEP):
             sweeps.append([seconds(lengths) for lengths in plans])
     return [min(times) for times in zip(*sweeps, strict=True)]
 

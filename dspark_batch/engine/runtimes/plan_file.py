@@ -8,8 +8,12 @@ addresses: a step that is met for the second time gets a context of its own, run
 is replayed from then on. It runs before, because TensorRT settles new shapes and the plugin loads
 its kernel in a run that is not captured; and it has its own context, because a context that takes
 another shape changes what its graphs refer to. The contexts take turns, so they share their working
-memory. TensorRT-RTX captures by itself: it alone knows when the kernels that it compiles for a
-shape in the background have taken the place of its first ones.
+memory. TensorRT-RTX captures by itself: it alone knows which kernels serve a shape.
+
+TensorRT-RTX compiles kernels for a shape when it first meets it. By default it does so in the
+background, and general ones serve until then: costs would be measured on those, and the same step
+would round differently a second later. Here it waits for them (`EAGER`): a shape's first step is
+slow, all others are what they will always be.
 """
 
 from __future__ import annotations
@@ -156,6 +160,8 @@ class PlanFile:
         engine, trt = self._engine, self._trt
         if self._native_graphs:
             config = engine.create_runtime_config()
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
             if self._graphs_on and profile == 0:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = engine.create_execution_context(config)
