@@ -149,6 +149,10 @@ class CudaGraphStrategy(Enum):
     DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
 
+class Specialization(Enum):
+    LAZY, EAGER, NONE = range(3)
+
+
 class ILogger:
     class Severity(Enum):
         INTERNAL_ERROR, ERROR, WARNING = range(3)
@@ -199,6 +203,7 @@ class Engine:
         self.weight_streaming_scratch_memory_size = 10**6
         self.weight_streaming_budget_v2: int | None = None
         self.contexts: list[Context] = []
+        self.num_compiled = 0
 
     def get_tensor_name(self, index: int) -> str:
         return list(self.values)[index]
@@ -228,13 +233,47 @@ class Engine:
         assert -2 not in most, (name, most)
         return [least, most, most]
 
-    def create_runtime_config(self) -> SimpleNamespace:
-        return SimpleNamespace(cuda_graph_strategy=CudaGraphStrategy.DISABLED)
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
     def create_execution_context(self, how: Any = Strategy.STATIC) -> Context:
         context = Context(self, how)
         self.contexts.append(context)
         return context
+
+
+class RuntimeConfig:
+    """How TensorRT-RTX makes a context; these are its defaults."""
+
+    def __init__(self) -> None:
+        self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+        self.dynamic_shapes_kernel_specialization_strategy = Specialization.LAZY
+        self.cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class RuntimeCache:
+    """Kernels by what they were compiled for; it takes back only what it wrote, and once."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> memoryview | None:
+        return memoryview(json.dumps(sorted(self.kernels)).encode())
+
+    def deserialize(self, blob: Any) -> bool:
+        found = json.loads(bytes(blob))
+        assert not self.kernels
+        if "refused" in found:
+            return False
+        self.kernels = set(found)
+        return True
 
 
 class Context:
@@ -282,6 +321,7 @@ class Context:
             assert self._has_run, "a first launch cannot be captured"
             assert not engine.native_graphs
         self._has_run = True
+        self._compile()
         shapes, addresses = dict(self._shapes), dict(self._addresses)
         captured = self.version if device.is_capturing else None
 
@@ -291,6 +331,14 @@ class Context:
 
         device.enqueue(work)
         return True
+
+    def _compile(self) -> None:
+        """TensorRT-RTX compiles a kernel for shapes that it has none for."""
+        cache = getattr(self.how, "cache", None)
+        kernel = f"{self._profile} {sorted(self._shapes.items())}"
+        if cache is not None and kernel not in cache.kernels:
+            cache.kernels.add(kernel)
+            self.engine.num_compiled += 1
 
     def _array(self, name: str, address: int, shape: tuple[int, ...]) -> NDArray[Any]:
         dtype = np.dtype(TYPES[self.engine.get_tensor_dtype(name).name])
@@ -352,6 +400,7 @@ def fake_trt(device: HostDevice, folder: Path, *, native_graphs: bool) -> Any:
     )
     if native_graphs:
         module.CudaGraphStrategy = CudaGraphStrategy
+        module.DynamicShapesKernelSpecializationStrategy = Specialization
     return _Hashable(module)
 
 

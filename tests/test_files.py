@@ -48,6 +48,20 @@ def test_a_disk_that_refuses_is_an_error_that_names_the_file(tmp_path: Path) -> 
         write_json(tmp_path / "missing" / "a", {})
 
 
+def test_a_read_only_file_system_is_the_same_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses the temporary file, and then to delete it."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(StorageError, match=f"cannot write {tmp_path / 'a'}: Read-only"):
+        write_json(tmp_path / "a", {})
+
+
 def test_the_order_is_write_sync_rename_sync(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

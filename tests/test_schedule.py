@@ -104,6 +104,7 @@ class Clocked:
     """Of each round: what it cost, less what its tokens would have cost plainly."""
     plain_steps: list[float] = field(default_factory=list)
     """Of each round: what a plain step would have cost."""
+    intake: int = 1
     tokenizer: None = None
     stop_token_ids: frozenset[int] = frozenset()
 

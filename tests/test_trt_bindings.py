@@ -18,7 +18,7 @@ from interpreted import prepare
 from test_triton_kernel import has_driver
 from test_trt_plugin import model, profile
 
-from dspark_batch.engine.runtimes import plan_file
+from dspark_batch.engine.runtimes import kernels, plan_file
 from dspark_batch.engine.runtimes.device import CudaDevice
 from dspark_batch.engine.runtimes.plan_file import ITEM_SIZES
 from dspark_batch.errors import EngineError
@@ -30,6 +30,8 @@ CLASSES = {
     fake_trt.Engine: "ICudaEngine",
     fake_trt.Context: "IExecutionContext",
     fake_trt.ILogger: "ILogger",
+    fake_trt.RuntimeConfig: "IRuntimeConfig",
+    fake_trt.RuntimeCache: "IRuntimeCache",
 }
 PROPERTIES = {
     "ICudaEngine": {
@@ -40,13 +42,14 @@ PROPERTIES = {
         "weight_streaming_scratch_memory_size",
         "weight_streaming_budget_v2",
     },
-    "IRuntimeConfig": {"cuda_graph_strategy"},
+    "IRuntimeConfig": {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"},
 }
 ENUMS = {
     fake_trt.DataType: "DataType",
     fake_trt.TensorIOMode: "TensorIOMode",
     fake_trt.Strategy: "ExecutionContextAllocationStrategy",
     fake_trt.CudaGraphStrategy: "CudaGraphStrategy",
+    fake_trt.Specialization: "DynamicShapesKernelSpecializationStrategy",
 }
 
 
@@ -83,10 +86,11 @@ def test_the_fakes_have_the_names_and_parameters_of_tensorrt_rtx(process: Execut
 
 def test_every_call_of_the_runtime_is_one_of_the_fakes() -> None:
     """So the names that were compared are all that it uses."""
-    source = re.sub(r"(?m)^from .*", "", Path(plan_file.__file__).read_text())
-    used = set(re.findall(r"(?:engine|context|_runtime)\.([a-z]\w+)", source))
+    text = "".join(Path(module.__file__).read_text() for module in (plan_file, kernels))
+    source = re.sub(r"(?m)^from .*", "", text)
+    used = set(re.findall(r"(?:engine|context|_runtime|config|_native)\.([a-z]\w+)", source))
     used -= {"context", "bind"}
-    known = {name for fake in CLASSES for name in vars(fake)} | PROPERTIES["ICudaEngine"]
+    known = {name for fake in CLASSES for name in vars(fake)}.union(*PROPERTIES.values())
     assert used <= known, used - known
     assert len(used) > 12
 

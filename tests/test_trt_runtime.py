@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +20,15 @@ import onnx
 import pytest
 import tiny
 from agreeing import write_agreeing_pair
-from fake_trt import HostDevice, fake_gpus, fake_trt, write_plans
+from fake_trt import VERSION, HostDevice, fake_gpus, fake_trt, write_plans
 from tiny import draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.decode.loop import DecodeStats, decode
 from dspark_batch.decode.types import Completion, DraftBlock, Prompt, SamplingParams, VerifyPlan
 from dspark_batch.decode.types import RunningRow as Row
 from dspark_batch.engine.engine import Engine, open_engine
-from dspark_batch.engine.manifest import describe_file, read_manifest
+from dspark_batch.engine.files import replace_folder
+from dspark_batch.engine.manifest import ENGINE_FILES, FILE_NAME, describe_file, read_manifest
 from dspark_batch.engine.runtimes import trt, trt_runtime
 from dspark_batch.engine.runtimes.buffers import host_type
 from dspark_batch.engine.runtimes.steps import rounded
@@ -545,6 +548,16 @@ def test_tensorrt_rtx_captures_its_decode_steps_itself(
         assert strategies == ["WHOLE_GRAPH_CAPTURE", "DISABLED"]
 
 
+def test_no_step_of_tensorrt_rtx_runs_on_kernels_that_others_will_replace(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> None:
+    """Or their time would be taken for that of the step."""
+    open_on_gpu(exported, tmp_path)
+    contexts = [context for opened in machine.module.engines for context in opened.contexts]
+    found = [c.how.dynamic_shapes_kernel_specialization_strategy.name for c in contexts]
+    assert found == ["EAGER"] * 4
+
+
 @pytest.mark.parametrize(
     ("room", "budget"), [(10**12, 5 * 10**9), (3 * 10**9, None)], ids=["all", "some"]
 )
@@ -578,3 +591,165 @@ def test_sizes_are_few_and_not_much_larger() -> None:
     assert [rounded(n) for n in (0, 1, 7, 8, 9, 17, 33, 512)] == [0, 1, 7, 8, 10, 20, 40, 512]
     assert all(n <= rounded(n) <= 1.25 * n for n in range(1, 5000))
     assert len(sizes) <= 8 + 4 * 6
+
+
+# kernels of TensorRT-RTX, from run to run ---------------------------------------------------------
+
+CACHES = ("target.plan.cache", "draft.plan.cache")
+
+
+@pytest.fixture
+def decode_once(
+    exported: Path, tmp_path: Path, open_on_gpu: Any, machine: Machine
+) -> Callable[..., tuple[int, dict[int, tuple[int, ...]]]]:
+    """A run in a process of its own: how many kernels it compiled, and its text."""
+
+    def run(lengths: Any = (12, 7, 30), **plans: Any) -> tuple[int, dict[int, tuple[int, ...]]]:
+        with closing(open_on_gpu(exported, tmp_path, **plans)) as engine:
+            found = texts(engine, make_prompts(lengths), "on")
+        return sum(opened.num_compiled for opened in machine.module.engines), found
+
+    return run
+
+
+def test_kernels_are_compiled_once(decode_once: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "gpu"
+    num_compiled, text = decode_once()
+    assert num_compiled > 4
+    assert {path.name for path in folder.glob("*.cache*")} == set(CACHES)
+    head, _, kernels = (folder / CACHES[0]).read_bytes().partition(b"\n")
+    assert json.loads(head)["for"] == (
+        f"Fake, sm_89, CUDA 13.0, driver 580, tensorrt_rtx {VERSION}"
+    )
+    before = [(folder / name).stat().st_mtime_ns for name in CACHES]
+    assert decode_once() == (0, text)
+    assert [(folder / name).stat().st_mtime_ns for name in CACHES] == before  # nothing new
+    assert decode_once((90, 64, 3))[0] > 0
+    assert len((folder / CACHES[0]).read_bytes().partition(b"\n")[2]) > len(kernels)
+    assert decode_once() == (0, text)  # the first ones are still there
+    read_manifest(folder)
+
+
+def test_full_tensorrt_compiles_at_export_and_keeps_nothing(
+    decode_once: Any, tmp_path: Path
+) -> None:
+    decode_once(library="tensorrt")
+    assert not list((tmp_path / "gpu").glob("*.cache*"))
+
+
+@pytest.mark.parametrize("change", ["gpu", "arch", "driver", "cuda", "library"])
+def test_kernels_for_something_else_are_not_used(
+    change: str, decode_once: Any, tmp_path: Path
+) -> None:
+    num_compiled, _ = decode_once()
+    path = tmp_path / "gpu" / CACHES[0]
+    line, _, kernels = path.read_bytes().partition(b"\n")
+    old, new = {
+        "gpu": ("Fake", "Fake Ti"),
+        "arch": ("sm_89", "sm_86"),
+        "driver": ("driver 580", "driver 590"),
+        "cuda": ("CUDA 13.0", "CUDA 13.1"),
+        "library": (f"rtx {VERSION}", "rtx 1.0"),
+    }[change]
+    for name in CACHES:
+        there = tmp_path / "gpu" / name
+        assert old.encode() in there.read_bytes()
+        there.write_bytes(there.read_bytes().replace(old.encode(), new.encode(), 1))
+    assert decode_once()[0] == num_compiled
+    assert path.read_bytes() == line + b"\n" + kernels  # and makes way for those of this GPU
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda _: b"\xff\xfe\n",
+        lambda _: b"[1]\n[]",
+        lambda _: b'{"for": "x"}',
+        lambda content: content[:-3],
+        lambda content: content.replace(b'"sha256": "', b'"sha256": "0', 1),
+    ],
+)
+def test_a_damaged_file_of_kernels_is_replaced(
+    damage: Callable[[bytes], bytes],
+    decode_once: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    num_compiled, text = decode_once()
+    paths = [tmp_path / "gpu" / name for name in CACHES]
+    whole = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(damage(content))
+    assert decode_once() == (num_compiled, text)
+    assert [path.read_bytes() for path in paths] == whole
+    wrong_key = damage(whole[0]) == b'{"for": "x"}'
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (0 if wrong_key else 2), warnings
+    assert all("kernels are compiled again" in warning for warning in warnings)
+
+
+def test_kernels_that_the_library_refuses_are_replaced(
+    decode_once: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may check more than we do. Even a longer file goes then."""
+    _, text = decode_once()
+    path = tmp_path / "gpu" / CACHES[0]
+    head = json.loads(path.read_bytes().partition(b"\n")[0])
+    kernels = json.dumps(["refused", "x" * 10**5]).encode()
+    head["sha256"] = hashlib.sha256(kernels).hexdigest()
+    path.write_bytes(json.dumps(head).encode() + b"\n" + kernels)
+    assert decode_once()[1] == text
+    assert path.stat().st_size < 10**5
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("when", ["read", "write"])
+def test_a_folder_that_keeps_no_kernels_does_not_stop_a_run(
+    when: str,
+    decode_once: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    num_compiled, text = decode_once()
+    for name in CACHES:
+        (tmp_path / "gpu" / name).unlink()
+
+    def refuse(path: Path, *arguments: Any) -> Any:
+        if path.name.startswith(CACHES):
+            raise OSError(30, "Read-only file system")
+        return real(path, *arguments)
+
+    name = f"{when}_bytes"
+    real = getattr(Path, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, name, refuse)
+        assert decode_once() == (num_compiled, text)
+    assert "Read-only file system" in caplog.text
+    if when == "write":
+        assert not list((tmp_path / "gpu").glob("*.cache*"))
+        assert decode_once()[0] == num_compiled
+
+
+def test_of_two_processes_the_one_with_more_kernels_is_kept(
+    exported: Path, tmp_path: Path, open_on_gpu: Any
+) -> None:
+    """As `bench` has them: one engine with its draft, one that decodes plainly."""
+    path = tmp_path / "gpu" / CACHES[0]
+    many, few = open_on_gpu(exported, tmp_path), open_on_gpu(exported, tmp_path)
+    texts(few, make_prompts((5,)), "off")
+    texts(many, make_prompts((12, 7, 30)), "on")
+    many.close()
+    kept = path.read_bytes()
+    few.close()
+    assert path.read_bytes() == kept
+
+
+def test_a_folder_with_kernels_is_still_ours_to_replace(decode_once: Any, tmp_path: Path) -> None:
+    decode_once()
+    folder, scratch = tmp_path / "gpu", tmp_path / "new"
+    (folder / f"{CACHES[0]}.tmp").write_bytes(b"of a crash")
+    scratch.mkdir()
+    replace_folder(folder, scratch, ENGINE_FILES, mark=FILE_NAME)
+    assert not list(folder.iterdir())

@@ -18,6 +18,7 @@ from .hardware import find_gpus as find_gpus
 from .hardware import find_memory as find_memory
 from .hardware import is_running as is_running
 from .hardware import num_cores as num_cores
+from .manifest import CACHE_SUFFIX as CACHE_SUFFIX
 from .manifest import COSTS_FILE as COSTS_FILE
 from .manifest import ENGINE_FILES as ENGINE_FILES
 from .manifest import FILE_NAME as FILE_NAME

@@ -32,7 +32,7 @@ Clock = Callable[[], float]
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)  # and the most
 _TOKENS_PER_ROW = (1, 2, 4, 8)  # and a whole block's
 _REPEATS = 3
-_LONG_SWEEPS = 1.5  # seconds of two sweeps, after which a third would not tell much more
+_LONG_SWEEP = 0.75  # seconds of the second sweep, after which a third would not tell much more
 _CONTEXT_TOKENS = 128  # cached tokens of a row while costs are measured: a usual length
 _LONG_CONTEXT = 1024
 _LEAST_LONGER = 4  # times as long as usual, or nothing can be told from it
@@ -47,7 +47,7 @@ def measure_costs(
 
     Each time is the least over sweeps in which all passes of a size take turns. Whatever else runs
     on the machine only adds, and disturbs one sweep of each pass rather than all sweeps of one. The
-    first sweep also has the allocations.
+    first sweep also has the allocations, and waits for kernels that are compiled for a new size.
 
     Where passes are padded, the grids are the runtime's shapes, as far as a run can use them. The
     first pass of each captures its graph and is not timed.
@@ -168,7 +168,8 @@ def _target_times(
             for lengths in plans:
                 seconds(lengths)
         sweeps: list[list[float]] = []
-        while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(map(sum, sweeps)) < _LONG_SWEEPS):
+        # How long the first one takes says nothing of the next, where it compiles.
+        while len(sweeps) < 2 or (len(sweeps) < _REPEATS and sum(sweeps[1]) < _LONG_SWEEP):
             sweeps.append([seconds(lengths) for lengths in plans])
     return [min(times) for times in zip(*sweeps, strict=True)]
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def replacing(path: Path, *, temporary: Path | None = None) -> Iterator[Path]:
         scratch.replace(path)
         _sync(path.parent)
     except Exception as problem:  # not an interrupt: leftovers of one are cleared at the next start
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses even to delete what is not there
+            scratch.unlink(missing_ok=True)
         if isinstance(problem, OSError):
             raise StorageError(f"cannot write {path}: {problem.strerror or problem}") from problem
         raise

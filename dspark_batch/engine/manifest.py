@@ -1,7 +1,7 @@
 """`engines/<name>/manifest.json`: everything that `run` needs to know about an engine.
 
-What was built decides what runs, so no option of `run` repeats a field of this file. Costs are kept
-beside it, in `costs.json`, because they belong to a machine.
+What was built decides what runs, so no option of `run` repeats a field of this file. What belongs
+to a machine is kept beside it: costs in `costs.json`, compiled kernels in `target.plan.cache`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ FORMAT = "dspark-batch-engine/1"
 FILE_NAME = "manifest.json"
 COSTS_FILE = "costs.json"
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CACHE_SUFFIX = ".cache"
 _GRAPHS = [f"{g}.{kind}" for g in ("target", "draft") for kind in ("onnx", "onnx.data", "plan")]
-ENGINE_FILES = frozenset([FILE_NAME, *_TEXT_FILES, *_GRAPHS, COSTS_FILE, f"{COSTS_FILE}.tmp"])
-"""All that an export, and a run that measures, ever writes into an engine folder."""
+_OF_RUNS = [COSTS_FILE, *(f"{g}.plan{CACHE_SUFFIX}" for g in ("target", "draft"))]
+ENGINE_FILES = frozenset(
+    [FILE_NAME, *_TEXT_FILES, *_GRAPHS, *_OF_RUNS, *(f"{name}.tmp" for name in _OF_RUNS)]
+)
+"""All that an export, and a run that measures or compiles, ever writes into an engine folder."""
 
 
 class _Part(BaseModel):

@@ -1,9 +1,9 @@
 """Steps at fixed addresses: what ONNX Runtime can capture as a CUDA graph and replay.
 
 A captured graph reads and writes the addresses that it was captured with. So all that a step is
-told goes through one small buffer, its `inbox`, and all that the host wants to know through another;
-weights, caches and whatever stays between steps are `Tensor`s that were placed before. On the CPU
-the same code runs on NumPy's memory, without capture.
+told goes through one small buffer, its inbox, and all that the host wants to know through its
+outbox; weights, caches and whatever stays between steps are `Tensor`s that were placed before. On
+the CPU the same code runs on NumPy's memory, without capture.
 """
 
 from __future__ import annotations

@@ -8,8 +8,12 @@ addresses: a step that is met for the second time gets a context of its own, run
 is replayed from then on. It runs before, because TensorRT settles new shapes and the plugin loads
 its kernel in a run that is not captured; and it has its own context, because a context that takes
 another shape changes what its graphs refer to. The contexts take turns, so they share their working
-memory. TensorRT-RTX captures by itself: it alone knows when the kernels that it compiles for a
-shape in the background have taken the place of its first ones.
+memory. TensorRT-RTX captures by itself: it alone knows which kernels serve a shape.
+
+TensorRT-RTX compiles kernels for a shape when it first meets it. By default it does so in the
+background, and general ones serve until then: costs would be measured on those, and the same step
+would round differently a second later. Here it waits for them (`EAGER`): a shape's first step is
+slow, all others are what they will always be. `kernels` keeps them for the next run.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_batch.engine.runtimes.device import Device
+from dspark_batch.engine.runtimes.kernels import KernelCache
 from dspark_batch.errors import EngineError
 
 Shape = tuple[int, ...]
@@ -73,9 +78,18 @@ class PlanFile:
     """Invariant: after `open_contexts`, one context per profile, used by one stream."""
 
     def __init__(
-        self, trt: Any, device: Device, path: Path, *, again: str = "", graphs: bool = True
+        self,
+        trt: Any,
+        device: Device,
+        path: Path,
+        *,
+        again: str = "",
+        graphs: bool = True,
+        kernels_for: str = "",
     ) -> None:
         """Read the plan file; the plugin is registered already. `again` is what builds it.
+
+        Kernels that are compiled here are kept, under the name `kernels_for`; without one not.
 
         Raises:
             EngineError: TensorRT does not take it.
@@ -97,6 +111,7 @@ class PlanFile:
         self.profiles = tuple(map(self._bounds, range(self._engine.num_optimization_profiles)))
         """Least and largest shape of every input, by profile."""
         self._native_graphs = hasattr(trt, "CudaGraphStrategy")
+        self._kernels = KernelCache(path, kernels_for) if kernels_for else None
         self._workspace = 0
         self._contexts: list[_Context] = []
         self._seen: set[Any] = set()
@@ -131,6 +146,7 @@ class PlanFile:
             size = max(self._engine.device_memory_size_v2, ALIGNMENT)
             self._workspace = self._device.allocate(size)
         self._contexts = [self._open_context(i) for i in range(len(self.profiles))]
+        self._log.errors.clear()  # kernels of another GPU, which were refused, are none
         self._device.synchronize()
 
     def _stream_weights(self) -> None:
@@ -156,6 +172,10 @@ class PlanFile:
         engine, trt = self._engine, self._trt
         if self._native_graphs:
             config = engine.create_runtime_config()
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
+            if self._kernels is not None:
+                self._kernels.attach(config)
             if self._graphs_on and profile == 0:
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
             context = engine.create_execution_context(config)
@@ -217,10 +237,13 @@ class PlanFile:
         )
 
     def close(self) -> None:
-        """Free contexts and weights; graphs and memory are the device's."""
+        """Free contexts and weights, keep kernels; graphs and memory are the device's."""
+        if self._kernels is not None:
+            self._kernels.save()
         self._graphs.clear()
         self._contexts.clear()
         self._captured.clear()
+        self._kernels = None  # it outlives the contexts
         self._engine = self._runtime = None
 
 

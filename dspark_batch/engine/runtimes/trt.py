@@ -24,9 +24,11 @@ def open_pair(
     assert manifest.plans is not None
     trt = trt_body.import_library(manifest.plans.library)
     trt_body.register(trt)
+    key = f"{hardware_key(manifest)}, driver {usable_gpus().driver}"
+    key += f", {trt.__name__} {trt.__version__}"
     device = CudaDevice()
     try:
-        return TrtRuntime(folder, manifest, max_rows, trt=trt, device=device)
+        return TrtRuntime(folder, manifest, max_rows, trt=trt, device=device, kernels_for=key)
     except BaseException:
         device.close()
         raise

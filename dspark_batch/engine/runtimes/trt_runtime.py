@@ -80,8 +80,11 @@ class TrtRuntime(Runtime):
         trt: Any,
         device: Device,
         graphs: bool = True,
+        kernels_for: str = "",
     ) -> None:
         """Open the plans; `trt` has the plugin registered, `device` is closed with the runtime.
+
+        `kernels_for` is as in `PlanFile`.
 
         Raises:
             EngineError: a plan is of another version, or there is no room for it.
@@ -93,7 +96,14 @@ class TrtRuntime(Runtime):
 
         def open_model(graph: Graph) -> Model:
             path = folder / f"{graph.name}.plan"
-            plan = PlanFile(trt, device, path, again=manifest.export_command, graphs=graphs)
+            plan = PlanFile(
+                trt,
+                device,
+                path,
+                again=manifest.export_command,
+                graphs=graphs,
+                kernels_for=kernels_for,
+            )
             return Model(graph, plan, device, max_rows)
 
         self._target = open_model(TARGET)

@@ -4,8 +4,8 @@ shapes.
 A step can be captured as a CUDA graph only if every node has a CUDA kernel and none asks for a
 shape. So rows are told by lengths: `PagedAttention` rotates queries and keys, writes keys and
 values into pages of `PAGE` tokens at each row's position, and attends to what the lengths cover. It
-has no CPU kernel: `with_twins` writes the same formulas as standard ops, to check a graph and to run it
-where there is no GPU.
+has no CPU kernel: `with_twins` writes the same formulas as standard ops, to check a graph and to
+run it where there is no GPU.
 """
 
 from __future__ import annotations
