@@ -91,8 +91,7 @@ def test_the_width_is_the_best_of_the_grid() -> None:
         for likely in (0.05, 0.3, 0.6, 0.8, 0.97):
             costs = gpu(draft=rng.uniform(0.5, 2), eight=rng.uniform(0.5, 3), intake_seconds=1e-7)
             running = rows_of(number)
-            for row in running[::3]:
-                row.prompt = Prompt(row.prompt.row, (1,) * 100, SamplingParams(4))
+            running[::3] = rows_of(number, new=4)[::3]
             confidence = np.clip(likely + rng.uniform(-0.2, 0.2, (number, GAMMA)), 0.01, 0.99)
             schedule = opened(number, costs)
             for _ in range(30):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from dspark_batch.models.graph import BOOL, FLOAT, INT64, GraphBuilder, largest
-from dspark_batch.models.plugin.contract import MIN_RESIDUAL_MASS
+from dspark_batch.models.plugin import contract
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ class DeviceBody:
         spread = b.op("ScatterElements", spread, refused, surely, axis=1)
         residual = b.op("Max", b.op("Sub", at_target, spread), zero)
         mass = b.op("ReduceSum", residual, b.constant([1]), keepdims=1)
-        has_mass = b.op("Greater", mass, b.constant(MIN_RESIDUAL_MASS, np.float32))
+        has_mass = b.op("Greater", mass, b.constant(contract.MIN_RESIDUAL_MASS, np.float32))
         drawn = self._drawn(b.op("Where", has_mass, residual, at_target), bonus_uniform)
         return accepted, b.op("Where", hot, drawn, self._at(best, accepted))
 

@@ -29,7 +29,6 @@ from .linears import PRECISIONS as PRECISIONS
 from .linears import STREAM_MIX as STREAM_MIX
 from .linears import Activation as Activation
 from .linears import Linears as Linears
-from .opened import WeightPlace as WeightPlace
 from .opened import hoisted as hoisted
 from .paged import MOST_HEAD_SIZE as MOST_HEAD_SIZE
 from .paged import PAGE as PAGE
@@ -41,6 +40,5 @@ from .paged import half_norm as half_norm
 from .paged import half_weight as half_weight
 from .paged import largest as largest
 from .paged import paged_attention as paged_attention
-from .paged import with_twins as with_twins
 from .unsigned import product as product
 from .unsigned import reopened as reopened
