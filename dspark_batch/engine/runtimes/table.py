@@ -31,7 +31,8 @@ class RuntimeEntry:
 
 _TENSORRT = "dspark_batch.engine.runtimes.trt"
 _FOR_GPUS = ("fp16", "bf16", "int8-weights", "int4-weights")
-# NVIDIA's support matrix of TensorRT-RTX. The builder of 1.7 also takes 80 and 121: never tried.
+# The RTX cards of NVIDIA's support matrix. The builder of TensorRT-RTX 1.7 also takes 80, which is
+# not in it, and 121 (GB10), which was never tried.
 _RTX_CARDS = (75, 86, 89, 120)
 RUNTIMES = {
     "onnxruntime": RuntimeEntry("dspark_batch.engine.runtimes.ort", ("fp32", "int8")),
