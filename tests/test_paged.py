@@ -210,11 +210,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     draft = write_draft(folder / "draft", draft_config(markov_head_type="vanilla"))
     engine = 'runtime = "onnxruntime-cuda"\n'
     paged = export_pair(folder, target, draft, precision="fp16", engine=engine, max_rows=5)
-    return SimpleNamespace(
-        folder=paged,
-        manifest=read_manifest(paged),
-        reference=export_pair(folder / "fp32", target, draft, max_rows=5),
-    )
+    return SimpleNamespace(folder=paged, manifest=read_manifest(paged), models=(target, draft))
+
+
+@pytest.fixture(scope="module")
+def reference(pair: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The same pair in fp32, on the CPU."""
+    folder = export_pair(tmp_path_factory.mktemp("fp32"), *pair.models, max_rows=5)
+    engine = open_engine(folder, placement=Placement(device="cpu"))
+    yield engine
+    engine.close()
 
 
 def opened(pair: SimpleNamespace, *, pads_prompts: bool) -> Engine:
@@ -249,10 +254,10 @@ def engines(pair: SimpleNamespace) -> Iterator[list[Engine]]:
 
 
 def test_greedy_text_is_plain_decoding_s_and_nearly_always_that_of_fp32(
-    pair: SimpleNamespace, engines: list[Engine]
+    reference: Engine, engines: list[Engine]
 ) -> None:
     """In fp16 a row parts where its two best tokens are nearly equal."""
-    wanted = texts(open_engine(pair.reference), prompts(), "off")
+    wanted = texts(reference, prompts(), "off")
     padded, exact = ({spec: texts(e, prompts(), spec) for spec in ("off", "on")} for e in engines)
     assert padded == exact
     assert padded["on"] == padded["off"]
@@ -270,12 +275,10 @@ def test_padding_changes_nothing_where_rows_sample(
         assert any(len(set(text)) > 1 for text in padded.values())
 
 
-def test_context_is_what_the_fp32_engine_gives(
-    pair: SimpleNamespace, engines: list[Engine]
-) -> None:
+def test_context_is_what_the_fp32_engine_gives(reference: Engine, engines: list[Engine]) -> None:
     rows = [prompt.token_ids for prompt in prompts(4)]
     for engine in engines:
-        pairs = zip(engine.context(rows), open_engine(pair.reference).context(rows), strict=True)
+        pairs = zip(engine.context(rows), reference.context(rows), strict=True)
         for found, wanted in pairs:
             assert found.shape == wanted.shape
             assert np.linalg.norm(found - wanted) < 0.005 * np.linalg.norm(wanted)
