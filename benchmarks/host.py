@@ -29,7 +29,7 @@ from dspark_batch.decode import (
 )
 from dspark_batch.drafters import LookupInfo
 from dspark_batch.engine import CacheInfo, DraftInfo, Engine, EngineManifest, Limits, TargetInfo
-from dspark_batch.engine.runtimes import Draws, Ints, Runtime, Span, Step
+from dspark_batch.engine.runtimes import PREFILL, Draws, Ints, Runtime, Span, Step
 
 KINDS = ("plain", "drafted", "with lookup")
 BLOCK = 7
@@ -43,6 +43,9 @@ class Enough(Exception):
 
 class InstantRuntime:
     """A `Runtime` that answers at once, until the rounds that were wanted are over."""
+
+    padded_shapes = None
+    prefill_sizes = PREFILL
 
     def __init__(self, num_rows: int, num_rounds: int) -> None:
         rng = np.random.default_rng(0)

@@ -36,6 +36,7 @@ _KEPT = 0.8  # of a row's survival so far, when it drafts again
 _STALE = 8  # drafted rounds after which a row's own blocks say less than those of the others
 _PRIOR_BLOCKS = 8.0  # that the export's acceptance counts for
 _MOST_BLOCKS = 64.0  # that count for what is usual
+_RESTED = 8  # rounds without a draft after which it is asked again whether one pays
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -99,9 +100,19 @@ class OneWidth:
         self._expected = self._own  # [R, γ] survival
         self._round: Round | None = None
         self._block: DraftBlock | None = None
+        self._num_rests = 0
 
     def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
-        """See `Schedule`. Decides the round; `plan` only adds how long the blocks are."""
+        """See `Schedule`. Decides the round; `plan` only adds how long the blocks are.
+
+        Asking costs the host a tenth of a plain step of many rows, so after a round that did not
+        pay it is not asked at once again.
+        """
+        if self._num_rests and self._auto:
+            self._num_rests -= 1
+            self._account = min(self._account + SHARE, MOST_SAVED)
+            self._round = None
+            return []
         self._take(running)
         if not self._num_blocks:
             self._usual, self._num_blocks = self._promised(running), _PRIOR_BLOCKS
@@ -116,6 +127,7 @@ class OneWidth:
             width = int(np.argmax(self._rates(survival, None)))
             self._round = Round(None, int(self._num_drafts[width]))
         if self._round is None:
+            self._num_rests = _RESTED - 1
             return []
         places = self._round.places
         return running if places is None else [running[r] for r in places.tolist()]

@@ -178,8 +178,13 @@ class Engine:
         return replace(block, confidence=confidence)
 
     def draft_pass(self, rows: Sequence[RunningRow]) -> DraftBlock:
-        """A pass of the last drafter for every row: what the cost table prices."""
+        """A pass of the last drafter for every row: what the cost table prices.
+
+        Where passes are as short as a GPU's, what the lookups ahead of it take counts too.
+        """
         assert self._drafter is not None
+        if self.padded_shapes is not None:
+            return self.draft(rows)
         return self._drafter.last.draft(rows)
 
     def verify(
