@@ -12,11 +12,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import tiny
 from numpy.typing import NDArray
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
 from dspark_batch.decode import DecodeStats, Prompt, SamplingParams, decode
-from dspark_batch.engine import Engine, Gpus, find_gpus, open_engine
+from dspark_batch.engine import CacheInfo, Engine, Gpus, find_gpus, open_engine
+from dspark_batch.engine.hardware import Gpu
 from dspark_batch.engine.manifest import EngineManifest, read_manifest
 from dspark_batch.engine.runtimes import Placement, ort_cuda
 from dspark_batch.engine.runtimes.paged import PagedRuntime
@@ -206,8 +208,10 @@ def test_a_verification_without_branches_decides_as_the_specification(
 def pair(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A tiny pair as an engine for captured steps, and as one in fp32."""
     folder = tmp_path_factory.mktemp("paged")
-    target = write_target(folder / "target", target_config("llama"))
-    draft = write_draft(folder / "draft", draft_config(markov_head_type="vanilla"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "HEAD_DIM", 16)  # the least that the kernels on a GPU take
+        target = write_target(folder / "target", target_config("llama"))
+        draft = write_draft(folder / "draft", draft_config(markov_head_type="vanilla"))
     engine = 'runtime = "onnxruntime-cuda"\n'
     paged = export_pair(folder, target, draft, precision="fp16", engine=engine, max_rows=5)
     return SimpleNamespace(folder=paged, manifest=read_manifest(paged), models=(target, draft))
@@ -365,6 +369,25 @@ def test_without_a_gpu_the_error_says_what_is_missing(
         open_engine(pair.folder)
     assert "--device cpu" in str(error.value.hint)
     open_engine(pair.folder, placement=Placement(device="cpu")).close()
+
+
+def test_what_the_kernels_do_not_take_is_named(
+    pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(arch: int, manifest: EngineManifest) -> str:
+        found = Gpus((Gpu("Card", "GPU-1", arch, 8, 8),))
+        monkeypatch.setattr(ort_cuda, "find_gpus", lambda: found)
+        problem = ort_cuda.refusal(pair.folder, manifest)
+        assert problem is not None
+        return problem.message
+
+    assert "cannot use the GPU" in refused(90, pair.manifest)
+    monkeypatch.setattr(ort_cuda.ort_devices, "providers", lambda: ["CUDAExecutionProvider"])
+    assert "Card is sm_75" in refused(75, pair.manifest)
+    odd = CacheInfo.from_shapes(((2, 8),))
+    narrow = pair.manifest.target.model_copy(update={"cache": odd})
+    manifest = pair.manifest.model_copy(update={"target": narrow})
+    assert "heads of 8 channels have no kernel" in refused(90, manifest)
 
 
 def test_too_many_rows_for_the_memory_are_refused(pair: SimpleNamespace) -> None:

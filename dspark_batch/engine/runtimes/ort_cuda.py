@@ -18,6 +18,7 @@ from dspark_batch.errors import EngineError
 
 _OLDEST = (1, 31)  # whose PagedAttention has norms, both directions and bounds
 _LEAST_ARCH = 80  # its kernels are FlashAttention's
+_HEAD_GRAIN = 16  # of which they take multiples; a twin takes any size
 
 
 def open_pair(
@@ -85,5 +86,13 @@ def refusal(
             f"{folder}: {found.gpus[0].name} is sm_{found.gpus[0].arch}, and paged attention needs "
             f"sm_{_LEAST_ARCH} or newer",
             hint="export with --runtime tensorrt-rtx, which runs on sm_75",
+        )
+    draft = manifest.draft.cache if manifest.draft else None
+    caches = [manifest.target.cache, *([draft] if draft else [])]
+    odd = {size for cache in caches for _, size in cache.cache_shapes if size % _HEAD_GRAIN}
+    if odd:
+        return EngineError(
+            f"{folder}: heads of {min(odd)} channels have no kernel; multiples of {_HEAD_GRAIN} do",
+            hint="run with --device cpu, or export with --runtime tensorrt",
         )
     return None

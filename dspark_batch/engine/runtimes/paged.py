@@ -497,21 +497,22 @@ class PagedRuntime(Runtime):
         self._head = 0
 
     def _take_in(self, slots: list[int]) -> None:
-        """Let the draft take in the context that waits for these rows."""
-        if slots:
-            counts = self._num_waiting[slots]
-            waiting = zip(slots, counts.tolist(), strict=True)
+        """Let the draft take in the context that waits for these rows, as much as a pass has."""
+        while slots:
+            ends = np.cumsum(self._num_waiting[slots])
+            num = max(int(np.searchsorted(ends, self.prefill_sizes.tokens, side="right")), 1)
+            some, slots = slots[:num], slots[num:]
+            counts = self._num_waiting[some]
+            waiting = zip(some, counts.tolist(), strict=True)
             places = np.concatenate([self._waiting[slot, :n] for slot, n in waiting])
-            self._take_in_rows(slots, places, counts)
+            self._take_in_rows(some, places, counts)
 
     def _take_in_rows(self, slots: list[int], places: Ints, counts: Ints) -> None:
         """One pass for context at `places` of the ring; its block is not used.
 
-        It writes nothing that the rows' next draft does not write again. More than a pass over
-        prompts has is rare, and goes in at once without being captured.
+        It writes nothing that the rows' next draft does not write again.
         """
         num, starts = len(slots), self._taken[slots]
-        captured = self._pads_prompts and len(places) <= self.prefill_sizes.tokens
         rows, total, longest = self._padded_prompts(counts, exactly=False)
         reach = self._cover(slots, starts + counts + self._num_slots)
         reach = max(reach, bucket(self._reaches, longest + self._num_slots))
@@ -529,9 +530,9 @@ class PagedRuntime(Runtime):
                 fixed,
                 (longest, reach),
                 samples=False,
-                graph_id=self._next_id() if captured else -1,
+                graph_id=self._next_id() if self._pads_prompts else -1,
             )
-            if captured:
+            if self._pads_prompts:
                 self._steps[key] = bound
         sent = bound.sent
         sent["context_rows"][: len(places)], sent["context_rows"][len(places) :] = places, 0
