@@ -445,7 +445,9 @@ def test_on_a_gpu_text_is_that_of_the_twins(
         for _ in range(2):  # the second time all steps are replayed
             found = texts(captured, prompts(), spec)
             assert sum(found[row] == twins[row] for row in twins) >= len(twins) - 3
-    assert {len(text) for text in texts(captured, prompts(temperature=0.5), "on").values()} == {24}
+    sampled = texts(captured, prompts(temperature=0.5), "on")
+    assert sorted(sampled) == sorted(twins)
+    assert all(0 < len(text) <= 24 for text in sampled.values())
 
 
 @pytest.mark.gpu
