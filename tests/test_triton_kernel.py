@@ -126,7 +126,7 @@ def test_a_vocabulary_may_have_more_slices_than_are_read_at_a_time(pool: Executo
         top_k=[0, 10, 100],
         top_p=[0.9, 1.0],
     )
-    assert_same(call, Body(pool, 8))
+    assert_same(call, Body(pool, 8, None, 512))
 
 
 @pytest.mark.parametrize("capacity", [1, 4, 64])
