@@ -243,14 +243,18 @@ def test_a_draft_that_becomes_good_is_noticed() -> None:
     assert sizes.index(64) < 1500
 
 
-@pytest.mark.parametrize(("rows", "intake"), [(64, 4e-7), (256, 1e-7)])
+@pytest.mark.parametrize(
+    ("rows", "intake", "likely"), [(64, 4e-7, 0.9), (256, 1e-7, 0.75)], ids=["64", "256"]
+)
 def test_context_that_cannot_be_paid_at_once_is_taken_in_by_some_rows_first(
-    rows: int, intake: float
+    rows: int, intake: float, likely: float
 ) -> None:
     """64 rows gain when some of them draft. Of 256 all must; before, some only take it in."""
     schedule, running = opened(rows, gpu(intake_seconds=intake), spec="auto"), rows_of(rows)
     schedule._outlook.count(rows, num_passing=rows)  # enough was seen
-    schedule._usual, schedule._num_blocks = 0.9 ** np.arange(1.0, 1 + GAMMA), 64.0
+    survival = likely ** np.arange(1.0, 1 + GAMMA)
+    schedule._usual, schedule._num_blocks = survival, 64.0
+    kept = np.round([0.0, *np.cumsum(survival)]).astype(int)  # of so many drafts
     for row in running:
         row.num_taken = 0
         row.tokens = [1] * 300
@@ -261,10 +265,10 @@ def test_context_that_cannot_be_paid_at_once_is_taken_in_by_some_rows_first(
         for row in chosen:
             row.num_taken = row.anchor_position
         places = [row.slot for row in chosen]
-        part = block_of(np.full((len(chosen), GAMMA), 0.9))
+        part = block_of(np.full((len(chosen), GAMMA), likely))
         block = DraftBlock.empty(rows, GAMMA).updated(places, part) if chosen else None
         plan = schedule.plan(running, block)
-        schedule.observe(plan, VerifyResult((plan.lengths * 0.7).astype(int), np.ones(rows, int)))
+        schedule.observe(plan, VerifyResult(kept[plan.lengths], np.ones(rows, int)))
         assert schedule._account >= -3.0
     assert 0 < sizes[0] < rows
     assert sizes[-1] == rows

@@ -30,7 +30,7 @@ CHEAP = CostTable.measured(
 DEAR = CostTable.measured(
     [1, 4], [1, 2, 5], verify_seconds=[[1, 1.1, 1.5], [2, 2.6, 4]], draft_seconds=[0.3, 0.8]
 )
-
+PADDED = CostTable.from_json(CHEAP.to_json() | {"padded": True})
 
 KINDS = ["stops", "endless", "lookup", "both"]
 LOOKUP = 'drafter = "ngram"\nblock_size = 4'
@@ -137,7 +137,7 @@ class Seen:
         return result
 
 
-@pytest.mark.parametrize("costs", [CHEAP, DEAR], ids=["cheap", "dear"])
+@pytest.mark.parametrize("costs", [CHEAP, DEAR, PADDED], ids=["cheap", "dear", "padded"])
 @pytest.mark.parametrize(
     ("spec", "scheduler"),
     [

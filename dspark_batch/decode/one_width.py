@@ -226,15 +226,21 @@ class OneWidth:
         reserve = self._losses(None, waiting=False)[int(np.argmax(rates))]
         if reserve > credit:
             return None
-        # Context that waits is more than can be paid at once: some rows begin. If they are too few
-        # to pay, they only take it in, as far as enough is left to draft for all some day.
+        # Context that waits is more than can be paid at once: some rows begin.
         by_waiting = np.argsort(self._pending, kind="stable")
         some = [by_waiting[:n] for n in reversed(self._costs.rows) if n < len(survival)]
         for places in some:
             covered = np.where(self._losses(places) <= credit, self._rates(survival, places), 0.0)
             if covered.max() > plainly:
                 return Round(places, int(self._num_drafts[int(np.argmax(covered))]))
-        for places in some:
+        # If too few could begin to pay, some only take their context in, as far as enough is left
+        # to draft for all some day, and where that is most of what their pass costs.
+        by_waiting = by_waiting[self._pending[by_waiting] > len(self._positions) + 1]
+        for size in (len(by_waiting), *reversed(self._costs.rows)):
+            places = by_waiting[:size]
+            intake = int(self._pending[places].sum()) * self._costs.intake_seconds
+            if len(places) < size or intake <= self._draft(size):
+                continue
             if self._losses(places)[0] + reserve <= credit:
                 return Round(places, 0)
         return None
