@@ -251,6 +251,26 @@ def test_a_broken_row_is_an_error_and_the_others_go_on() -> None:
             assert completion.token_ids == plain(prompts[row], stops=False)
 
 
+def test_prompts_wait_for_the_slots_that_an_engine_wants_free() -> None:
+    """While rows run; the first intake and the last prompts wait for nothing."""
+    sizes = []
+
+    class Patient(Fake):
+        intake = 2
+
+        def prefill(self, sequences: list[RunningRow]) -> NDArray[np.int64]:
+            sizes.append((len(self.occupied) - len(sequences), len(sequences)))
+            return super().prefill(sequences)
+
+    engine = Patient(max_rows=4, stops=False)
+    prompts = [Prompt(i, (1, i % 5), SamplingParams(2 + i % 4)) for i in range(15)]
+    done = list(decode(prompts, engine, spec="off", stats=DecodeStats()))
+    assert sorted(c.row for c in done) == list(range(15))
+    assert sizes[0] == (0, 4)
+    assert all(number >= 2 for running, number in sizes[:-1] if running)
+    assert any(running for running, _ in sizes)
+
+
 def test_a_row_that_breaks_in_prefill_is_an_error() -> None:
     prompts = [Prompt(0, (BROKEN,) * 12, SamplingParams(4)), *make_prompts(3)[1:]]
     found = run(prompts, Fake(), "on")
@@ -373,6 +393,8 @@ class Sampled:
         draft_seconds=[0.1, 0.1, 0.1],
     )
     acceptance = sampled_acceptance = np.full(3, 0.6)
+
+    intake = 1
 
     def __init__(self, max_rows: int) -> None:
         self.max_rows = max_rows

@@ -279,3 +279,20 @@ def test_a_look_takes_the_rows_with_the_least_context_waiting() -> None:
     for row in running:
         row.num_taken = 80 + row.slot
     assert sorted(row.slot for row in schedule.drafts(running)) == [12, 13, 14, 15]
+
+
+def test_auto_rests_after_a_round_that_did_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking costs the host time that a plain step of many rows does not have."""
+    asked = []
+
+    def no(self: OneWidth, survival: Array) -> None:
+        asked.append(len(survival))
+
+    monkeypatch.setattr(OneWidth, "_worth_drafting", no)
+    schedule, running = opened(4, spec="auto"), rows_of(4)
+    for _ in range(24):
+        assert not schedule.drafts(running)
+        plan = schedule.plan(running, None)
+        assert plan.lengths.tolist() == [0] * 4
+        schedule.observe(plan, VerifyResult(np.zeros(4, np.int64), np.ones(4, np.int64)))
+    assert asked == [4] * 3

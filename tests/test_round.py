@@ -20,7 +20,7 @@ from dspark_batch.decode.types import (
 )
 from dspark_batch.engine.engine import Engine
 from dspark_batch.engine.network import SlotDraws, standing
-from dspark_batch.engine.runtimes import Draws, Ints, Runtime, Span, Step
+from dspark_batch.engine.runtimes import Draws, Ints, PaddedShapes, Runtime, Span, Step
 
 ROWS = 4
 
@@ -160,3 +160,20 @@ def test_draws_are_those_of_each_row_s_seed_and_position_whatever_is_kept() -> N
         draws.admit(rows[r])
         check(rows, drafted=3)
     check(rows[:2], drafted=1)
+
+
+def test_where_passes_are_padded_a_draft_s_price_has_the_lookup_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime = InstantRuntime(ROWS, 9)
+    engine = instant_engine("with lookup", runtime, max_rows=ROWS, max_tokens=99)
+    rows = rows_of([1, 2, 1], [3, 4, 5])
+    for row in rows:
+        engine.admit(row)
+    asked = []
+    monkeypatch.setattr(engine, "draft", lambda rows: asked.append(len(rows)))
+    engine.draft_pass(rows)
+    assert not asked
+    runtime.padded_shapes = PaddedShapes((1, ROWS), (1, 2, 4, BLOCK + 1))
+    engine.draft_pass(rows)
+    assert asked == [2]

@@ -86,7 +86,9 @@ def main() -> None:
 @click.argument("recipe", default="model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine folder to write.")
 @click.option("--force", is_flag=True, help="Build again, and replace an engine that is there.")
-@click.option("--runtime", help="Build for onnxruntime, tensorrt-rtx or tensorrt instead.")
+@click.option(
+    "--runtime", help="Build for onnxruntime, onnxruntime-cuda, tensorrt-rtx or tensorrt instead."
+)
 @click.option("--precision", help="Build in another precision: fp32, int8, fp16, bf16, ...")
 @click.option(
     "--gpu-arch",

@@ -9,6 +9,7 @@ from .layouts import draft_vocab as draft_vocab
 from .lookup import Lookup as Lookup
 from .lookup import LookupInfo as LookupInfo
 from .lookup import LookupSettings as LookupSettings
+from .paged_dspark import check_paged_draft as check_paged_draft
 from .reference import ReferenceDraft as ReferenceDraft
 from .shared import check_fits as check_fits
 from .shared import embedding as embedding

@@ -92,7 +92,6 @@ class PagedDSparkGraph(DSparkGraph):
         max_tokens: int,
     ) -> None:
         """See `DSparkGraph.build`; there are two graphs, the greedy one in this builder."""
-        check_paged_draft(self.spec)
         self._check_sizes(embed, head, draft_vocab)
         b, spec = self.b, self.spec
         width = len(spec.taps) * self._target_hidden

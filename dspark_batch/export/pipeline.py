@@ -12,7 +12,8 @@
 
 With TensorRT-RTX no step needs a GPU: graphs for TensorRT are checked and calibrated with ONNX
 Runtime. It has no bf16 kernels, so bf16 graphs are checked as twins that compute in fp32. Costs of
-TensorRT engines are measured on their first run.
+engines for GPUs are measured on their first run; those for captured steps are checked and
+calibrated on twins of their graphs.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from dspark_batch.drafters import (
     LookupInfo,
     ReferenceDraft,
     check_fits,
+    check_paged_draft,
     draft_graph,
     draft_spec,
     draft_vocab,
@@ -166,6 +168,8 @@ class _Export:
                 )
             self._draft_spec = draft_spec(draft)
             check_fits(self._draft_spec, draft, self._spec)
+            if self._paged:
+                check_paged_draft(self._draft_spec)
             self._draft_vocab = draft_vocab(draft, self._draft_spec)
         self._plans = plan_files_info(recipe.engine, block_size=self._block_size)
 

@@ -54,14 +54,16 @@ def check_paged(spec: DecoderSpec) -> None:
     """Refuse a decoder that the kernels here do not take.
 
     Raises:
-        EngineError: a layer's heads are too wide, or it shares keys, or norms values.
+        EngineError: a layer's heads are too wide, it shares keys, norms values or is scaled.
     """
     problem = None
     widest = max(layer.head_dim for layer in spec.layers)
     if widest > MOST_HEAD_SIZE:
         problem = f"heads of {widest} channels; at most {MOST_HEAD_SIZE} have a kernel"
-    elif spec.v_norm or spec.layer_input_size or any(x.projections != "qkv" for x in spec.layers):
+    elif spec.v_norm or any(layer.projections != "qkv" for layer in spec.layers):
         problem = "layers that share keys and values or norm values, which no kernel here does"
+    elif spec.layer_scalar or spec.layer_input_size:
+        problem = "scaled layers or inputs by layer, which its graph does not have"
     if problem is not None:
         raise EngineError(
             f"onnxruntime-cuda cannot run {spec.family}: it has {problem}",
@@ -76,7 +78,6 @@ class PagedDecoderGraph(DecoderGraph):
         self, *, taps: Sequence[int], draft_vocab: NDArray[np.int64] | None, max_tokens: int
     ) -> None:
         """See `DecoderGraph.build`; `draft_vocab` becomes a weight for the verification."""
-        check_paged(self.spec)
         b, spec = self.b, self.spec
         self._max_tokens = max_tokens
         self._tokens = b.input("tokens", INT64, ["T"])
@@ -149,8 +150,6 @@ class PagedDecoderGraph(DecoderGraph):
         y = self._gated(f"{name}.mlp", y)
         if spec.sandwich_norms:
             y = self._half_norm(y, f"{name}.post_feedforward_layernorm")
-        if spec.layer_scalar:
-            raise EngineError(f"onnxruntime-cuda cannot run {spec.family}: its layers are scaled")
         return self._added(x, y, following)
 
     def _paged(self, i: int, layer: LayerSpec, y: str) -> str:

@@ -14,21 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dspark_batch.errors import EngineError
+from dspark_batch.models.graph import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT,
+    INT32,
+    INT64,
+    WeightPlace,
+    clear_graph,
+)
 
-FLOAT, INT32, INT64, FLOAT16, BFLOAT16 = 1, 6, 7, 10, 16  # as ONNX numbers them
-_DTYPES: dict[int, Any] = {
-    FLOAT: np.float32,
-    INT32: np.int32,
-    INT64: np.int64,
-    FLOAT16: np.float16,
-    BFLOAT16: ml_dtypes.bfloat16,
-}
+_DTYPES: dict[int, Any] = {**DTYPES, INT32: np.int32, INT64: np.int64}
 _ALIGNMENT = 64  # bytes
 Shape = tuple[int, ...]
 
@@ -101,8 +102,6 @@ class Heap:
         if not num_words:
             return
         if self._clear is None:
-            from dspark_batch.models.graph import clear_graph
-
             self._clear = open_graph(clear_graph(), self.device, capture=False)
         binding = self._clear.io_binding()
         binding.bind_cpu_input("n", np.array([num_words], np.int64))
@@ -144,7 +143,7 @@ def open_graph(model: bytes, device: str, *, capture: bool, threads: int = 0) ->
     return session
 
 
-def read_weight(folder: Path, place: Any, *, wide: bool) -> tuple[NDArray[Any], int]:
+def read_weight(folder: Path, place: WeightPlace, *, wide: bool) -> tuple[NDArray[Any], int]:
     """A weight from its data file, and its type; bfloat16 as fp32 if `wide`."""
     octets = np.memmap(folder / place.file, np.uint8, "r", place.offset, (place.length,))
     array: NDArray[Any] = octets.view(_DTYPES[place.data_type]).reshape(place.shape)
@@ -232,7 +231,7 @@ def _offsets(fields: Mapping[str, tuple[int, Shape]]) -> tuple[dict[str, tuple[i
     return places, max(end, _ALIGNMENT)
 
 
-def bucket(sizes: Sequence[int], wanted: int) -> int:
+def rounded_up(sizes: Sequence[int], wanted: int) -> int:
     """The least of ascending `sizes` that has room."""
     return next(size for size in sizes if size >= wanted)
 

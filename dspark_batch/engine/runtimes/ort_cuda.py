@@ -74,7 +74,7 @@ def refusal(
     if not found.gpus:
         return EngineError(
             f"{folder}: built for NVIDIA GPUs, and there is none: {found.problem}",
-            hint=f"build an engine for this machine: dspark-batch export {manifest.name}{slowly}",
+            hint=f"build an engine for this machine: dspark-batch export {manifest.recipe}{slowly}",
         )
     if "CUDAExecutionProvider" not in ort_devices.providers():
         return EngineError(

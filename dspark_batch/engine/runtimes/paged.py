@@ -2,7 +2,7 @@
 
 A slot owns pages of tokens, and target and draft keep its keys at the same positions of the same
 page numbers. Page 0 is for whatever a padding row writes. A step is a graph at one shape (rows, and
-tokens per row, rounded up to a bucket): what it needs is written to its inbox, it is replayed, and
+tokens per row, rounded up): what it needs is written to its inbox, it is replayed, and
 its results are read. So a round is two replays and nothing is allocated in it. Prompts are read by
 passes of up to 2,048 tokens of any rows, which are captured too.
 
@@ -23,19 +23,14 @@ from numpy.typing import NDArray
 from dspark_batch.decode import DraftBlock, VerifyResult
 from dspark_batch.engine import CacheInfo, EngineManifest
 from dspark_batch.engine.runtimes.captured import (
-    BFLOAT16,
-    FLOAT,
-    FLOAT16,
-    INT32,
-    INT64,
     BoundStep,
     Heap,
     Shape,
     Tensor,
-    bucket,
     open_graph,
     powers_up_to,
     read_weight,
+    rounded_up,
 )
 from dspark_batch.engine.runtimes.layout import idle_draws
 from dspark_batch.engine.runtimes.session import (
@@ -50,12 +45,21 @@ from dspark_batch.engine.runtimes.session import (
 )
 from dspark_batch.errors import EngineError
 from dspark_batch.models import Verification, verifying
-from dspark_batch.models.graph import PAGE, GraphBuilder, hoisted
+from dspark_batch.models.graph import (
+    BFLOAT16,
+    FLOAT,
+    FLOAT16,
+    INT32,
+    INT64,
+    PAGE,
+    GraphBuilder,
+    hoisted,
+)
 
 logger = logging.getLogger(__name__)
 
 _MOST_WAITING = 64  # tokens of context of a row that wait in the ring; then the draft takes them in
-_LEAST_REACH = 512  # the least bucket of how far rows reach
+_LEAST_REACH = 512  # how far rows reach is rounded up to this, and to doubles of it
 _CANDIDATES = 256  # that filters sort, where top-k is below
 _PROMPT_SIZES = (256, 512, 1024, 2048)  # tokens of a pass over prompts
 _MOST_CAPTURED = 512  # graphs
@@ -171,7 +175,7 @@ class PagedRuntime(Runtime):
                 f"{self._folder}: {rows} rows of up to {self._manifest.limits.max_tokens} tokens "
                 f"need {needed / giga:.1f} GB for keys and values, {weights / giga:.1f} for "
                 f"weights and {logits / giga:.1f} for logits; the GPU has {free_bytes / giga:.1f}",
-                hint="run with fewer rows (--rows), or export with a lower max_tokens",
+                hint="run with fewer rows (--max-rows), or export with a lower max_tokens",
             )
 
     # rows ---------------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ class PagedRuntime(Runtime):
         self._fixed.clear()
 
     def _cover(self, slots: Sequence[int] | Ints, ends: Ints) -> int:
-        """Own pages for so many tokens of each slot; the bucket of how far all of them reach."""
+        """Own pages for so many tokens of each slot; how far all of them reach, rounded up."""
         wanted = -(-ends // PAGE)
         for i in np.flatnonzero(self._num_owned[slots] < wanted).tolist():
             slot = slots[i]
@@ -212,16 +216,16 @@ class PagedRuntime(Runtime):
             for column in range(owned, int(wanted[i])):
                 self._pages[slot, column] = self._free.pop()
             self._num_owned[slot] = wanted[i]
-        return bucket(self._reaches, int(ends.max()))
+        return rounded_up(self._reaches, int(ends.max()))
 
     # target -------------------------------------------------------------------------------------
 
     def step(self, step: Step) -> VerifyResult:
-        """One replay: rows padded to a bucket, and all to the tokens of the longest."""
+        """One replay: rows are rounded up, and all to the tokens of the longest."""
         num = len(step.slots)
         most = 1 if step.drafts is None else int(step.lengths.max()) + 1
-        width = bucket(self._shapes.tokens_per_row, most)
-        rows = bucket(self._shapes.rows, num)
+        width = rounded_up(self._shapes.tokens_per_row, most)
+        rows = rounded_up(self._shapes.rows, num)
         self._make_room(rows * width)
         reach = self._cover(step.slots, step.starts + width)
         which = _verification(width, step.draws, self._manifest.target.vocab_size)
@@ -274,7 +278,7 @@ class PagedRuntime(Runtime):
         ends, num = np.cumsum(counts), len(spans)
         rows, total, longest = self._padded_prompts(counts, exactly=context is not None)
         self._make_room(total)
-        reach = max(self._cover(slots, starts + counts), bucket(self._reaches, longest))
+        reach = max(self._cover(slots, starts + counts), rounded_up(self._reaches, longest))
         which = _verification(1, draws, self._manifest.target.vocab_size)
         key = ("prompts", which, rows, total, reach)
         bound = self._steps.get(key) if context is None else None
@@ -309,8 +313,8 @@ class PagedRuntime(Runtime):
         total = int(counts.sum())
         if exactly or not self._pads_prompts or total > self.prefill_sizes.tokens:
             return len(counts), total, int(counts.max())
-        tokens = bucket(_PROMPT_SIZES, total)
-        return bucket(self._shapes.rows, len(counts)) + 1, tokens, tokens
+        tokens = rounded_up(_PROMPT_SIZES, total)
+        return rounded_up(self._shapes.rows, len(counts)) + 1, tokens, tokens
 
     def _prompt_step(
         self,
@@ -411,7 +415,7 @@ class PagedRuntime(Runtime):
             waiting = self._num_waiting[index]
         # Fewer places for context would hardly cost less: this pass is bound by its launches.
         width = self._shapes.tokens_per_row[-1]
-        rows = bucket(self._shapes.rows, num)
+        rows = rounded_up(self._shapes.rows, num)
         starts = self._taken[index]
         anchored = starts + waiting
         reach = self._cover(slots, np.maximum(anchored + self._num_slots, starts + width))
@@ -515,7 +519,7 @@ class PagedRuntime(Runtime):
         num, starts = len(slots), self._taken[slots]
         rows, total, longest = self._padded_prompts(counts, exactly=False)
         reach = self._cover(slots, starts + counts + self._num_slots)
-        reach = max(reach, bucket(self._reaches, longest + self._num_slots))
+        reach = max(reach, rounded_up(self._reaches, longest + self._num_slots))
         key = ("intake", rows, total, reach)
         bound = self._steps.get(key)
         if bound is None:

@@ -13,9 +13,11 @@ from .blocks import rows_from_tokens as rows_from_tokens
 from .blocks import soft_cap as soft_cap
 from .blocks import tokens_from_rows as tokens_from_rows
 from .blocks import unfold_queries as unfold_queries
+from .builder import BFLOAT16 as BFLOAT16
 from .builder import BOOL as BOOL
 from .builder import DTYPES as DTYPES
 from .builder import FLOAT as FLOAT
+from .builder import FLOAT16 as FLOAT16
 from .builder import INT32 as INT32
 from .builder import INT64 as INT64
 from .builder import Dim as Dim
@@ -29,6 +31,7 @@ from .linears import PRECISIONS as PRECISIONS
 from .linears import STREAM_MIX as STREAM_MIX
 from .linears import Activation as Activation
 from .linears import Linears as Linears
+from .opened import WeightPlace as WeightPlace
 from .opened import hoisted as hoisted
 from .paged import MOST_HEAD_SIZE as MOST_HEAD_SIZE
 from .paged import PAGE as PAGE

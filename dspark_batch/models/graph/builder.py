@@ -7,6 +7,7 @@ first one wrote (`share`).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -210,10 +211,9 @@ class GraphBuilder:
     def fork(self, name: str) -> GraphBuilder:
         """Another graph that begins with all that this one has, and shares its weights."""
         other = GraphBuilder(name, self._folder, self.data_type)
-        for list_name in ("_inputs", "_outputs", "_initializers"):
-            setattr(other, list_name, list(getattr(self, list_name)))
-        for node in self._nodes:  # copied: `rename` changes nodes
-            other._nodes.append(onnx.NodeProto.FromString(node.SerializeToString()))
+        other._inputs, other._outputs = list(self._inputs), list(self._outputs)
+        other._initializers = list(self._initializers)
+        other._nodes = [copy.deepcopy(node) for node in self._nodes]  # which `rename` changes
         other._functions = list(self._functions)
         other._constants, other._domains = dict(self._constants), dict(self._domains)
         other._stored, other._count, other._data = dict(self._stored), self._count, self._data

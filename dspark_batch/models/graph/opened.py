@@ -1,7 +1,7 @@
 """A graph as it is opened for captured steps: its weights are inputs.
 
-Several sessions then read one copy of a weight on the device, target and draft alike: ONNX Runtime
-has no other way to share initializers that lie on a GPU.
+Several sessions then read one copy of a weight on the device, target and draft alike. ONNX Runtime
+shares initializers only if their memory is not its own, which from Python it is on a GPU.
 """
 
 from __future__ import annotations
