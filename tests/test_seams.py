@@ -33,8 +33,8 @@ from dspark_batch.drafters import (
 )
 from dspark_batch.drafters.lookup import LookupSettings, Proposal, Source
 from dspark_batch.drafters.table import DraftGraph
-from dspark_batch.engine import Engine, open_engine
-from dspark_batch.engine.runtimes import runtime_module
+from dspark_batch.engine import Engine, open_engine, read_manifest
+from dspark_batch.engine.runtimes import Placement, runtime_module
 from dspark_batch.engine.runtimes.table import RUNTIMES, RuntimeModule
 
 ASKED = sorted(name for name in vars(DecodeEngine) if not name.startswith("_"))
@@ -82,7 +82,7 @@ def test_every_lookup_is_a_source_with_settings_that_have_defaults(name: str) ->
 
 
 def texts(folder: Path, prompts: list[Prompt], spec: str) -> dict[int, tuple[int, ...]]:
-    engine = open_engine(folder)
+    engine = open_engine(folder, placement=Placement(device="cpu"))
     found = {c.row: c.token_ids for c in decode(prompts, engine, spec=spec, stats=DecodeStats())}
     engine.close()
     return found
@@ -123,8 +123,9 @@ def test_text_on_any_runtime_is_that_of_onnx_runtime(name: str, tmp_path: Path) 
     found = []
     for runtime in ("onnxruntime", name):
         place = tmp_path / runtime
-        folder = export_pair(place, target, draft, engine=f'runtime = "{runtime}"\n')
-        assert open_engine(folder).manifest.runtime == runtime
+        precision, line = RUNTIMES[runtime].precisions[0], f'runtime = "{runtime}"\n'
+        folder = export_pair(place, target, draft, precision=precision, engine=line)
+        assert read_manifest(folder).runtime == runtime
         found += [texts(folder, repeating_prompts(), spec) for spec in ("off", "on")]
     assert all(other == found[0] for other in found)
 
