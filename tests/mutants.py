@@ -93,16 +93,10 @@ MUTANTS = (
         "        return pending[1:] if parts else pending\n",
     ),
     Mutant(
-        "a saturating product is not noticed",
-        "dspark_batch/engine/runtimes/int8.py",
-        "            return False\n",
-        "            return True\n",
-    ),
-    Mutant(
-        "an unsigned weight is off by one",
-        "dspark_batch/models/graph/unsigned.py",
-        "np.array(128, np.int16)",
-        "np.array(127, np.int16)",
+        "pairs of weights may saturate",
+        "dspark_batch/models/graph/linears.py",
+        "np.abs(first + second) - PAIR_LIMIT, 0)",
+        "np.abs(first + second) - 2 * PAIR_LIMIT, 0)",
     ),
     Mutant(
         "weights are mixed, activations are not",

@@ -38,21 +38,14 @@ class Int8:
     """What a product of int8 does on this processor."""
 
     exact: bool
-    """Whether signed weights, as they are stored, give exact sums; else they are rewritten."""
+    """Whether products with the weights that engines have come out as integers do."""
     time_to_fp32: float
-    """Of the product as an engine gets it, relative to one of fp32."""
-    time_to_stored: float
-    """The same relative to weights as they are stored; 1 where those are exact."""
+    """Of a product, relative to one of fp32."""
 
     def text(self) -> str:
         """In one line."""
-        cost = f"a product takes {self.time_to_fp32:.2f} of the time of fp32"
-        if self.exact:
-            return f"sums are exact with weights as they are stored; {cost}"
-        return (
-            "sums would saturate with weights as they are stored, so engines are opened with "
-            f"unsigned ones, which is exact and takes {self.time_to_stored:.2f} of the time; {cost}"
-        )
+        sums = "sums are exact" if self.exact else "sums are wrong here: use precision fp32"
+        return f"{sums}; a product takes {self.time_to_fp32:.2f} of the time of fp32"
 
 
 @dataclass(frozen=True, slots=True)

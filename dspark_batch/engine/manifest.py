@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dspark_batch.drafters import LookupInfo
 from dspark_batch.errors import EngineError
 
-FORMAT = "dspark-batch-engine/1"
+FORMAT = "dspark-batch-engine/2"
 FILE_NAME = "manifest.json"
 COSTS_FILE = "costs.json"
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -18,7 +18,6 @@ import onnxruntime as ort
 
 from dspark_batch.decode import DraftBlock, VerifyResult
 from dspark_batch.engine import EngineManifest
-from dspark_batch.engine.runtimes import int8
 from dspark_batch.engine.runtimes.cache import Bucket, Cache, buckets_for
 from dspark_batch.engine.runtimes.int8 import measure_int8
 from dspark_batch.engine.runtimes.layout import (
@@ -108,11 +107,10 @@ def open_session(
     try:
         options.add_session_config_entry(_DATA_FOLDER, str(path.parent))
         graph: str | bytes = str(path)
-        unsigned = device == "cpu" and not int8.sums_exactly()
-        if outputs or unsigned or twins:
+        if outputs or twins:
             from dspark_batch.models.graph import reopened  # imports onnx, which few runs need
 
-            graph = reopened(path, outputs=outputs, unsigned=unsigned, twins=twins)
+            graph = reopened(path, outputs=outputs, twins=twins)
         session = open_on(graph, device, options)
     except EngineError:
         raise

@@ -9,7 +9,6 @@ from pathlib import Path
 import onnxruntime as ort
 
 from dspark_batch.engine import EngineManifest, cpu_fields, find_gpus
-from dspark_batch.engine.runtimes import int8
 from dspark_batch.engine.runtimes.memory import DeviceMemory, HostMemory, Memory
 from dspark_batch.engine.runtimes.session import ANYWHERE, Placement
 from dspark_batch.errors import EngineError
@@ -69,18 +68,13 @@ def providers() -> list[str]:
 
 
 def hardware_key(manifest: EngineManifest, placement: Placement = ANYWHERE) -> str:
-    """What a measured cost holds for: processor and cores, or GPU, and ONNX Runtime's version.
-
-    And the remedy, where the processor needs one for int8.
-    """
+    """What a measured cost holds for: processor and cores, or GPU, and ONNX Runtime's version."""
     version = f"onnxruntime {ort.__version__}"
     if uses_gpu(manifest, placement):
         gpu = find_gpus().gpus[0]
         return f"{gpu.name}, sm_{gpu.arch}, {version}"
     threads = f", {placement.threads} threads" if placement.threads else ""
-    remedy = int8.remedy_name() if manifest.precision == "int8" else None
-    remedied = f", {remedy}" if remedy else ""
-    return f"{_processor()}, {os.cpu_count()} cores{threads}, {version}{remedied}"
+    return f"{_processor()}, {os.cpu_count()} cores{threads}, {version}"
 
 
 def _processor() -> str:

@@ -27,10 +27,12 @@ from .builder import clear_graph as clear_graph
 from .builder import copy_graph as copy_graph
 from .builder import in_fp32 as in_fp32
 from .linears import DOWN_MIX as DOWN_MIX
+from .linears import MOST_LEVEL as MOST_LEVEL
 from .linears import PRECISIONS as PRECISIONS
 from .linears import STREAM_MIX as STREAM_MIX
 from .linears import Activation as Activation
 from .linears import Linears as Linears
+from .linears import quantize_columns as quantize_columns
 from .opened import WeightPlace as WeightPlace
 from .opened import hoisted as hoisted
 from .paged import MOST_HEAD_SIZE as MOST_HEAD_SIZE
@@ -43,5 +45,5 @@ from .paged import half_norm as half_norm
 from .paged import half_weight as half_weight
 from .paged import largest as largest
 from .paged import paged_attention as paged_attention
-from .unsigned import product as product
-from .unsigned import reopened as reopened
+from .rewriting import product as product
+from .rewriting import reopened as reopened

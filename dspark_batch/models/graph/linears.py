@@ -22,7 +22,13 @@ STREAM_MIX, DOWN_MIX = 64, 16
 residual stream, and in the wider input of `down_proj`."""
 INT4_BLOCK = 32  # rows of a matrix that share one scale per column
 _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)  # scales to try; 1 is the one without clipping
+MOST_LEVEL = 104
+"""Largest quantized activation, and the zero point of those that are stored unsigned."""
+PAIR_LIMIT = (2**15 - 1) // (2 * MOST_LEVEL)
+"""Most that two int8 weights of one pair may add up to, see `quantize_columns`."""
+_PAIR_SHARES = (1.0, 1.05, 1.1, 1.2, 1.35, 1.65)  # the same for them; at the last none exceeds it
 _BLOCK = 2**24  # weights that are quantized at once
+_PAIR_BLOCK = 2**18  # fewer, where they are looked at several times
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +74,26 @@ def hadamard(size: int) -> NDArray[np.float32]:
 
 
 def quantize_columns(
-    matrix: Matrix, rows: NDArray[np.float32] | None = None, mix: int = 1
+    matrix: Matrix,
+    rows: NDArray[np.float32] | None = None,
+    mix: int = 1,
+    *,
+    paired: bool = False,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric int8 per output channel: `[in, out]` -> int8 `[in, out]`, scales `[out]`.
 
     First the rows of the matrix are multiplied by `rows` [in], then groups of `mix` rows are mixed,
     as `Linears.activation` mixes the channels that they will be multiplied with.
+
+    `paired` weights are for products with unsigned activations. Processors without VNNI add the
+    products of rows 2i and 2i + 1 in 16 bits, where the sum of two saturates. If the weights of
+    such a pair add up to `PAIR_LIMIT` at most, it cannot. Several scales are tried, and each column
+    gets the one with the smallest squared error.
     """
     height, width = matrix.shape
     quantized = np.empty((height, width), np.int8)
     scales = np.empty(width, np.float32)
-    step = max(1, _BLOCK // height)
+    step = max(1, (_PAIR_BLOCK if paired else _BLOCK) // height)
     for begin in range(0, width, step):
         columns = slice(begin, begin + step)
         block = matrix[:, columns].astype(np.float32)
@@ -87,9 +102,36 @@ def quantize_columns(
         if mix > 1:
             block = (hadamard(mix) @ block.reshape(-1, mix, block.shape[1])).reshape(block.shape)
         largest = np.maximum(block.max(axis=0), -block.min(axis=0))
-        scales[columns] = np.maximum(largest, 1e-12) / np.float32(127)
-        block /= scales[columns]
-        quantized[:, columns] = np.rint(block, out=block)
+        scale = np.maximum(largest, 1e-12) / np.float32(127)
+        if paired:
+            quantized[:, columns], scales[columns] = _in_pairs(block, scale)
+        else:
+            scales[columns] = scale
+            quantized[:, columns] = np.rint(np.divide(block, scale, out=block), out=block)
+    return quantized, scales
+
+
+def _in_pairs(
+    block: NDArray[np.float32], scale: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """`block` `[in, n]` as int8 within `PAIR_LIMIT`, scales `[n]`: `scale` [n] or larger ones."""
+    quantized, scales = np.empty(block.shape, np.int8), scale
+    least = np.full(len(scale), np.inf, np.float32)
+    for share in _PAIR_SHARES:
+        tried = scale * np.float32(share)
+        values = block / tried
+        np.rint(values, out=values)
+        pairs = values[: len(values) // 2 * 2].reshape(-1, 2, len(scale))
+        first, second = pairs[:, 0], pairs[:, 1]
+        # What a pair has too much is taken off both. Of two signs they never have.
+        excess = np.maximum(np.abs(first + second) - PAIR_LIMIT, 0)
+        half = np.floor(excess / 2)
+        second -= np.copysign(half, second)
+        first -= np.copysign(excess - half, first)
+        error = np.square(values * tried - block).sum(axis=0)
+        better = error < least
+        least, scales = np.where(better, error, least), np.where(better, tried, scales)
+        quantized[:, better] = values[:, better]
     return quantized, scales
 
 
@@ -133,10 +175,10 @@ class Activation:
 class Linears:
     """Adds linear layers to a graph, in one precision.
 
-    In `int8`, each token is quantized with its own scale (absolute maximum / 127) and the weights
-    per output channel; the integer product is exact. So a result depends neither on other rows nor
-    on the number of tokens in the call. Activations are symmetric, but stored unsigned with zero
-    point 128, because every x86 CPU with VNNI or AMX has a fast kernel for u8 x s8.
+    In `int8`, each token is quantized with its own scale (absolute maximum / 104) and the weights
+    per output channel; the integer product is exact, on every processor (`quantize_columns`). So a
+    result depends neither on other rows nor on the number of tokens in the call. Activations are
+    symmetric, but stored unsigned with a zero point, because x86 has fast kernels for u8 x s8.
 
     One large channel would leave the other channels of its token too few steps. So small groups of
     channels are mixed by a Hadamard matrix first, and the rows of the weight likewise (QuaRot,
@@ -168,9 +210,11 @@ class Linears:
             mixed = b.op("MatMul", groups, b.constant(hadamard(mix), np.float32))
             value = b.op("Reshape", mixed, b.constant([0, size]))
         if like not in self._zero_points:
-            self._zero_points[like] = b.op("Expand", b.constant(128, np.uint8), b.op("Shape", like))
+            self._zero_points[like] = b.op(
+                "Expand", b.constant(MOST_LEVEL, np.uint8), b.op("Shape", like)
+            )
         largest = b.op("ReduceMax", b.op("Abs", value), b.constant([1]), keepdims=0)
-        scale = b.op("Mul", largest, b.constant(1 / 127, np.float32))
+        scale = b.op("Mul", largest, b.constant(1 / MOST_LEVEL, np.float32))
         quantized = b.op("QuantizeLinear", value, scale, self._zero_points[like], axis=0)
         return Activation(value, quantized, b.op("Unsqueeze", scale, b.constant([1])), mix)
 
@@ -183,7 +227,7 @@ class Linears:
             return self.b.op("MatMul", x.value, self._matrix(name, scaled))
         b = self.b
         if not b.has(name):
-            self._write(name, *quantize_columns(matrix, rows, x.mix))
+            self._write(name, *quantize_columns(matrix, rows, x.mix, paired=True))
         assert x.quantized is not None
         assert x.scale is not None
         product = b.op(
@@ -192,7 +236,7 @@ class Linears:
             name,
             b.constant(1.0, np.float32),
             f"{name}.scale",
-            b.constant(128, np.uint8),
+            b.constant(MOST_LEVEL, np.uint8),
             domain="com.microsoft",
         )
         return b.op("Mul", product, x.scale)
