@@ -96,7 +96,7 @@ class Fake:
     def prefill(self, sequences: list[RunningRow]) -> NDArray[np.int64]:
         return np.array([next_token(s.tokens) for s in sequences])
 
-    def draft(self, sequences: list[RunningRow]) -> DraftBlock:
+    def draft(self, sequences: list[RunningRow], width: int | None = None) -> DraftBlock:
         tokens = np.zeros((len(sequences), self.block_size), np.int64)
         for r, sequence in enumerate(sequences):
             text = list(sequence.tokens)
@@ -414,7 +414,7 @@ class Sampled:
         seeds = [s.prompt.params.seed for s in sequences]
         return uniforms(seeds, [s.anchor_position for s in sequences], num=7)
 
-    def draft(self, sequences: list[RunningRow]) -> DraftBlock:
+    def draft(self, sequences: list[RunningRow], width: int | None = None) -> DraftBlock:
         draws, last = self._uniforms(sequences), np.array([s.tokens[-1] for s in sequences])
         tokens, confidence = [], []
         for k in range(3):

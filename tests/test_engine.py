@@ -29,6 +29,7 @@ from dspark_batch.decode.types import (
 from dspark_batch.decode.types import (
     RunningRow as Row,
 )
+from dspark_batch.drafters.dspark import NARROW_BLOCK
 from dspark_batch.engine.engine import Engine, open_engine
 from dspark_batch.engine.runtimes import ort
 from dspark_batch.models.families.table import decoder_spec
@@ -81,6 +82,21 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     exported.engine.close()
 
 
+class Narrow:
+    """An engine that drafts narrow blocks only."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def draft(self, sequences: list[Row], width: int | None = None) -> DraftBlock:
+        block = self._engine.draft(sequences, NARROW_BLOCK)
+        assert block.lengths.tolist() == [NARROW_BLOCK] * len(sequences)
+        return block
+
+
 class Guided:
     """An engine whose drafts are right with probability 0.7: replaced by the known text's."""
 
@@ -92,7 +108,7 @@ class Guided:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def draft(self, sequences: list[Row]) -> DraftBlock:
+    def draft(self, sequences: list[Row], width: int | None = None) -> DraftBlock:
         block = self._engine.draft(sequences)
         for r, sequence in enumerate(sequences):
             known = self._texts[sequence.prompt.row][sequence.num_new_tokens :]
@@ -221,7 +237,7 @@ def eight_tokens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     engine.close()
 
 
-@pytest.mark.parametrize("spec", ["off", "on", "auto"])
+@pytest.mark.parametrize("spec", ["off", "on", "auto", "narrow"])
 def test_sampled_tokens_have_the_target_s_law(spec: str, eight_tokens: Pair) -> None:
     exported, vocab, num_rows, temperature = eight_tokens, 8, 3000, 1.0
     prompt = (3, 1, 4, 1, 5)
@@ -229,8 +245,11 @@ def test_sampled_tokens_have_the_target_s_law(spec: str, eight_tokens: Pair) -> 
         Prompt(row, prompt, SamplingParams(3, temperature=temperature, seed=row))
         for row in range(num_rows)
     ]
-    found = run(exported.engine, prompts, spec)
-    if spec == "on":
+    if spec == "narrow":
+        found = run(Narrow(exported.engine), prompts, "on")
+    else:
+        found = run(exported.engine, prompts, spec)
+    if spec in ("on", "narrow"):
         accepted = sum(c.spec.num_accepted_tokens for c in found.values())
         verified = sum(c.spec.num_verified_tokens for c in found.values())
         assert 0.05 < accepted / verified < 0.95
@@ -261,6 +280,7 @@ def test_int8_text_is_the_same_with_and_without_drafts(tmp_path: Path) -> None:
     prompts = make_prompts((70, 1, 17, 64, 5, 33))
     plain = texts(run(exported.engine, prompts, "off"))
     assert texts(run(exported.engine, prompts[::-1], "on")) == plain
+    assert texts(run(Narrow(exported.engine), prompts, "on")) == plain
     guided = run(Guided(exported.engine, plain), prompts, "on")
     assert texts(guided) == plain
     assert sum(c.spec.num_accepted_tokens for c in guided.values()) > 50
@@ -278,6 +298,20 @@ def test_context_that_the_draft_takes_in_early_changes_no_draft(
             step(engine, rows)
         taken = [engine._runtime._rows[row.slot].num_taken for row in rows]
         assert all(taken) == (limit == 6)
+        blocks.append(engine.draft_raw(rows))
+        stop(engine, rows)
+    np.testing.assert_array_equal(blocks[0].tokens, blocks[1].tokens)
+    np.testing.assert_allclose(blocks[0].confidence, blocks[1].confidence, atol=1e-4)
+
+
+def test_narrow_and_whole_blocks_take_turns(llama: Pair) -> None:
+    """They share caches and context: a whole block is the same after narrow ones."""
+    engine, blocks = llama.engine, []
+    for width in (None, NARROW_BLOCK):
+        rows = start(engine, (20, 3, 9))
+        for _ in range(3):
+            engine.draft_raw(rows, width)
+            step(engine, rows)
         blocks.append(engine.draft_raw(rows))
         stop(engine, rows)
     np.testing.assert_array_equal(blocks[0].tokens, blocks[1].tokens)

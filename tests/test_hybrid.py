@@ -214,7 +214,7 @@ def test_a_draft_pass_is_made_for_the_network_s_rows_only(engines: dict[str, Eng
         def __getattr__(self, name: str) -> Any:
             return getattr(engine, name)
 
-        def draft(self, sequences: list[Row]) -> DraftBlock:
+        def draft(self, sequences: list[Row], width: int | None = None) -> DraftBlock:
             for s in sequences:
                 taken = runtime._rows[s.slot].num_taken  # type: ignore[attr-defined]
                 assert taken == s.num_taken

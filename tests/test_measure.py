@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny import VOCAB, draft_config, export_pair, target_config, write_draft, write_target
 
-from dspark_batch.decode.algorithm import calibration
+from dspark_batch.decode.algorithm import CostTable, calibration
 from dspark_batch.decode.types import (
     DraftBlock,
     Prompt,
@@ -38,6 +38,7 @@ class Timed:
     block_size: int = 5
     vocab_size: int = 50
     padded_shapes: PaddedShapes | None = None
+    narrow_block: int | None = None
     disturbed: int = 0
     """One pass in so many; 0 is none."""
     compiles: bool = False
@@ -80,11 +81,14 @@ class Timed:
             self.cached[sequence.slot] = len(sequence.tokens)
         return np.zeros(len(sequences), np.int64)
 
-    def draft_pass(self, sequences: list[RunningRow]) -> DraftBlock:
+    def draft_pass(self, sequences: list[RunningRow], width: int | None = None) -> DraftBlock:
         slots = [s.slot for s in sequences]
         pending = sum(self.cached[slot] - self.taken[slot] for slot in slots)
         taken = np.mean([self.taken[slot] for slot in slots])
         seconds = self.draft_seconds(len(slots), float(taken), pending)
+        if width is not None:
+            assert width == self.narrow_block
+            seconds -= 0.04 * len(slots)  # for the slots that it has less
         self._pass(seconds, "draft", len(slots), max(pending, len(slots)))
         for slot in slots:
             self.taken[slot] = self.cached[slot]
@@ -133,6 +137,19 @@ def test_the_table_holds_what_passes_cost(disturbed: int) -> None:
         expected = engine.draft_seconds(rows, context, rows)
         assert table.draft(rows, context=context) == pytest.approx(expected, rel=0.01)
     assert table.intake_seconds == pytest.approx(0.003, rel=0.05)
+
+
+def test_a_narrow_block_has_a_price_of_its_own() -> None:
+    engine = Timed(narrow_block=2)
+    table = measured(engine)
+    assert table.narrow_block == 2
+    for rows, context in ((1, 128), (6, 128), (12, 900)):
+        whole = engine.draft_seconds(rows, context, rows)
+        assert table.draft(rows, context=context) == pytest.approx(whole, rel=0.01)
+        narrow = table.draft(rows, context=context, width=2)
+        assert narrow == pytest.approx(whole - 0.04 * rows, rel=0.01)
+    assert CostTable.from_json(table.to_json()) == table
+    assert measured(Timed()).narrow_block is None
 
 
 def test_kernels_that_are_compiled_for_a_size_are_not_in_its_price() -> None:

@@ -6,7 +6,7 @@ every position of every row, so decoding them any way meets the same drafts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,7 @@ class Clocked:
     block_size: int = GAMMA
     seconds: float = 0.0
     draft_sizes: list[int] = field(default_factory=list)
+    widths: list[int | None] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     """Of each round: what it cost, less what its tokens would have cost plainly."""
     plain_steps: list[float] = field(default_factory=list)
@@ -125,13 +126,17 @@ class Clocked:
     def prefill(self, sequences: list[RunningRow]) -> Array:
         return np.ones(len(sequences), np.int64)
 
-    def draft(self, sequences: list[RunningRow]) -> DraftBlock:
+    def draft(self, sequences: list[RunningRow], width: int | None = None) -> DraftBlock:
         pending, context = sum(s.num_pending for s in sequences), self._context(sequences)
-        self._drafting = self._table.draft(len(sequences), context=context, num_pending=pending)
+        self._drafting = self._table.draft(
+            len(sequences), context=context, num_pending=pending, width=width
+        )
         self.draft_sizes.append(len(sequences))
+        self.widths.append(width)
         confidence = [self._known[s.prompt.row][0][s.num_new_tokens - 1] for s in sequences]
         tokens = np.ones((len(sequences), GAMMA), np.int64)
-        return DraftBlock(tokens, np.array(confidence), np.full(len(sequences), GAMMA))
+        lengths = np.full(len(sequences), width or GAMMA)
+        return DraftBlock(tokens, np.array(confidence), lengths)
 
     def verify(
         self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
@@ -284,6 +289,38 @@ def test_a_look_takes_the_rows_with_the_least_context_waiting() -> None:
         for slot, p in enumerate(prompts(16))
     ]
     assert [s.slot for s in schedule.drafts(running)] == [15, 14, 13, 12]
+
+
+NARROW = replace(
+    COSTS,
+    narrow_block=2,
+    narrow_seconds=tuple(0.4 * seconds for seconds in COSTS.draft_seconds),
+)
+
+
+@pytest.mark.parametrize("spec", ["on", "auto"])
+def test_few_tokens_are_drafted_where_few_are_worth_verifying(spec: str) -> None:
+    """A draft of which one token in two fails, against one that is nearly always right."""
+    bad, good = (Clocked(Draft(*ab), 2, costs=NARROW) for ab in ((2, 2), (30, 1)))
+    for engine in (bad, good):
+        run(engine, spec, number=16, scheduler="early-stop")
+    assert bad.widths.count(2) > 0.9 * len(bad.widths)
+    assert good.widths.count(None) > 0.9 * len(good.widths)
+
+
+def test_a_narrow_block_is_faster_where_it_is_chosen() -> None:
+    for draft in (Draft(2, 3), Draft(3, 2), Draft(8, 2)):
+        narrow, whole = (
+            seconds(draft, "on", rows=4, costs=costs, scheduler="early-stop")
+            for costs in (NARROW, COSTS)
+        )
+        assert narrow < 1.01 * whole
+
+
+def test_blocks_that_are_verified_whole_are_drafted_whole() -> None:
+    engine = Clocked(FAIR, 2, costs=NARROW)
+    run(engine, "on", number=4)
+    assert set(engine.widths) == {None}
 
 
 def test_a_run_decides_the_same_again() -> None:

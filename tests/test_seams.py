@@ -141,7 +141,7 @@ class Constant:
         self.asked: list[list[int]] = []
         self.released: list[int] = []
 
-    def draft(self, rows: list[RunningRow]) -> DraftBlock:
+    def draft(self, rows: list[RunningRow], width: int | None = None) -> DraftBlock:
         self.asked.append([row.slot for row in rows])
         known = np.array([row.tokens[-1] in self.knows for row in rows], int)
         block = DraftBlock.empty(len(rows), 2)

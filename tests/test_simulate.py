@@ -124,7 +124,7 @@ class Seen:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def draft(self, sequences: Any) -> Any:
+    def draft(self, sequences: Any, width: int | None = None) -> Any:
         block = self._engine.draft(sequences)
         if self.first_confidence is None:
             self.first_confidence = block.confidence[0]
@@ -201,7 +201,7 @@ class Shortened:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def draft(self, sequences: Any) -> DraftBlock:
+    def draft(self, sequences: Any, width: int | None = None) -> DraftBlock:
         block, size = self._engine.draft(sequences), self.block_size
         return replace(
             block,

@@ -64,8 +64,8 @@ class DecodeEngine(Protocol):
     def prefill(self, rows: Sequence[RunningRow], /) -> NDArray[np.int64]:
         """Run the prompts: the first token of each [R]; -1 where its logits were not finite."""
 
-    def draft(self, rows: Sequence[RunningRow], /) -> DraftBlock:
-        """Propose a block for every row."""
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None, /) -> DraftBlock:
+        """Propose a block for every row: γ tokens, or those of a width that `costs` name."""
 
     def verify(
         self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan, /
@@ -131,9 +131,9 @@ class EngineWrapper:
         """See `DecodeEngine`."""
         return self._inner.prefill(rows)
 
-    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """See `DecodeEngine`."""
-        return self._inner.draft(rows)
+        return self._inner.draft(rows, width)
 
     def verify(
         self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan

@@ -72,7 +72,7 @@ def decode(
     )
     source = iter(prompts)
     while slots.fill(source):
-        block = slots.draft(schedule.drafts(slots.running))
+        block = slots.draft(schedule.drafts(slots.running), schedule.width)
         plan = schedule.plan(slots.running, block)
         result = slots.verify(block, plan)
         schedule.observe(plan, result)
@@ -124,8 +124,11 @@ class Slots:
         self._engine.admit(row)
         return row
 
-    def draft(self, rows: list[RunningRow]) -> DraftBlock | None:
-        """A block for every running row, empty for all but `rows`; None if `rows` is empty."""
+    def draft(self, rows: list[RunningRow], width: int | None = None) -> DraftBlock | None:
+        """A block for every running row, empty for all but `rows`; None if `rows` is empty.
+
+        A network drafts `width` tokens, or γ.
+        """
         if not rows:
             return None
         self._stats.num_drafted_rounds += 1
@@ -133,7 +136,7 @@ class Slots:
         if not whole:
             chosen = {row.slot for row in rows}
             drafting = [row for row in self.running if row.slot in chosen]
-        block = self._timed("draft_seconds", self._engine.draft, drafting)
+        block = self._timed("draft_seconds", self._engine.draft, drafting, width)
         passing = drafting
         if block.evidence is not None:
             passing = [

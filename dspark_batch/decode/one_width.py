@@ -73,6 +73,9 @@ class OneWidth:
     is the most that a round can lose, and a round is made only if the account covers that.
     """
 
+    width: int | None = None
+    """See `Schedule`."""
+
     def __init__(self, engine: DecodeEngine, costs: CostTable, *, auto: bool) -> None:
         gamma = engine.block_size
         self._engine, self._costs, self._auto = engine, costs, auto

@@ -53,6 +53,9 @@ class Schedule(Protocol):
     def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
         """The rows to draft for, maybe none: decided before any token of the round exists."""
 
+    width: int | None = None
+    """Tokens that a network drafts in the round; None is γ."""
+
     def plan(self, running: list[RunningRow], block: DraftBlock | None) -> VerifyPlan:
         """Verify lengths [R] of the round."""
 
@@ -106,7 +109,7 @@ def settled(engine: Drafting, spec: str, scheduler: str | None) -> tuple[str, st
     return spec, scheduler
 
 
-class Plain:
+class Plain(Schedule):
     """Never drafts."""
 
     def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
@@ -121,7 +124,7 @@ class Plain:
         """See `Schedule`."""
 
 
-class Unweighed:
+class Unweighed(Schedule):
     """Drafts every round, and verifies all of it or up to the first low confidence."""
 
     def __init__(self, threshold: float | None) -> None:
@@ -161,17 +164,34 @@ class Prices:
         curve = costs.verify_curve(num_rows, context)
         return cls(costs, num_rows, context, curve, curve(num_rows, 1))
 
-    def draft(self, num_rows: float, *, num_pending: int = 0) -> float:
+    def draft(self, num_rows: float, width: int | None, *, num_pending: int = 0) -> float:
         """A draft pass for `num_rows` of them, which takes in `num_pending` tokens of context."""
-        return self.costs.draft(num_rows, context=self.context, num_pending=num_pending)
+        return self.costs.draft(
+            num_rows, context=self.context, num_pending=num_pending, width=width
+        )
 
-    def step(self, num_drafting: float) -> rules.StepSeconds:
+    def width(self, acceptance: Confidence) -> int | None:
+        """The width of block, None for γ, that pays most with this acceptance [γ], if any does.
+
+        All rows draft, and verify as many tokens.
+        """
+        gains = 1.0 + np.cumsum(np.cumprod(acceptance))
+        seconds = [self.verify((1 + n) * self.num_rows, 1 + n) for n in range(1, len(gains) + 1)]
+
+        def most(width: int | None) -> float:
+            drafting = self.draft(self.num_rows, width)
+            return float(np.max(gains[:width] / (drafting + np.array(seconds[:width]))))
+
+        narrow = self.costs.narrow_block
+        return narrow if narrow is not None and most(narrow) > most(None) else None
+
+    def step(self, num_drafting: float, width: int | None) -> rules.StepSeconds:
         """Seconds of rounds that draft for so many rows, context that piled up before left out."""
-        drafting = self.draft(num_drafting)
+        drafting = self.draft(num_drafting, width)
         return lambda num_tokens, longest: drafting + self.verify(num_tokens, longest)
 
 
-class Weighed:
+class Weighed(Schedule):
     """Weighs what verifying brings against what it costs, and under `auto` drafting too.
 
     `auto` keeps an account in plain steps by the cost table. A round that drafted adds what its
@@ -189,12 +209,14 @@ class Weighed:
         auto: bool,
     ) -> None:
         self._engine, self._costs, self._auto = engine, costs, auto
+        self._is_priced = scheduler in _PRICED
         self._rule = _rules(threshold)[scheduler]
         self._outlook = Outlook()
         self._earlier: deque[dict[int, Confidence]] = deque(maxlen=2)
         self._price_lists: dict[tuple[int, int], Prices] = {}
         self._account = 0.0
         self._answers: dict[int, bool] = {}  # by number of rows: whether drafting pays
+        self._widths: dict[int, int | None] = {}  # and which width of block
         self._num_since_answer = 0
         self._last_paid = False
         # Of the round:
@@ -210,6 +232,10 @@ class Weighed:
         self._prices = self._price_list(running)
         if not self._outlook.has_blocks:
             self._outlook.expect(self._prior(running))
+        if self._is_priced:
+            if len(running) not in self._widths:
+                self._widths[len(running)] = self._prices.width(self._outlook.mean)
+            self.width = self._widths[len(running)]
         self._drafting = self._worth_drafting(running) if self._auto else running
         self._waiting = {s.slot: s.num_pending for s in self._drafting}
         return self._drafting
@@ -222,8 +248,8 @@ class Weighed:
         confidence = np.where(proposed, block.confidence, 0.0)
         passing = self._passing(running, block)
         waited = sum(self._waiting[s.slot] for s in passing)
-        self._draft_seconds = self._prices.draft(len(passing), num_pending=waited)
-        step = self._prices.step(len(passing))
+        self._draft_seconds = self._prices.draft(len(passing), self.width, num_pending=waited)
+        step = self._prices.step(len(passing), self.width)
         rule = _early_stop if self._looking else self._rule
         plan = VerifyPlan(
             rule(
@@ -258,6 +284,7 @@ class Weighed:
         self._num_since_answer += 1
         if self._looking or self._num_since_answer >= _REFRESH:
             self._answers.clear()
+            self._widths.clear()
             self._num_since_answer = 0
 
     def _passing(self, running: list[RunningRow], block: DraftBlock) -> list[RunningRow]:
@@ -293,8 +320,8 @@ class Weighed:
         """Whether the last blocks, replayed with so many rows, beat plain decoding."""
         num_rows = len(running)
         if num_rows not in self._answers:
-            step = self._prices.step(num_rows * self._outlook.share_passing)
-            limits = np.full(num_rows, self._engine.block_size)
+            step = self._prices.step(num_rows * self._outlook.share_passing, self.width)
+            limits = np.full(num_rows, self.width or self._engine.block_size)
             rounds = self._outlook.rounds(num_rows)
             tokens = seconds = 0.0
             seen = [self._believed(confidence, self._rule) for confidence in rounds]
@@ -315,7 +342,8 @@ class Weighed:
 
     def _price(self, rows: list[RunningRow]) -> float:
         """Seconds of a draft pass for these rows, with the context that waits."""
-        return self._prices.draft(len(rows), num_pending=sum(s.num_pending for s in rows))
+        waiting = sum(s.num_pending for s in rows)
+        return self._prices.draft(len(rows), self.width, num_pending=waiting)
 
     def _price_list(self, running: list[RunningRow]) -> Prices:
         grain = sum(s.anchor_position for s in running) // (GRAIN * len(running))

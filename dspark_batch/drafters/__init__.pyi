@@ -4,6 +4,7 @@ from .config import MarkovHeadType as MarkovHeadType
 from .config import config_from_json as config_from_json
 from .drafter import Drafter as Drafter
 from .drafter import FirstOf as FirstOf
+from .dspark import narrow_spec as narrow_spec
 from .layouts import draft_spec as draft_spec
 from .layouts import draft_vocab as draft_vocab
 from .lookup import Lookup as Lookup

@@ -1,5 +1,8 @@
 """The DSpark draft graph: parallel backbone, Markov walk unrolled γ times, confidence head.
 
+For CPUs there is a second graph of a narrower block, over the same weights: with many rows a pass
+costs by its slots, and few of them are verified.
+
 `layouts` says which checkpoints it is built from; rank 0 is DFlash. Inputs for R rows, with M
 tokens in the target's last passes, N of them committed and new to the draft, P the most new tokens
 of one row, C the draft cache's capacity:
@@ -29,6 +32,7 @@ positions count, so the cache never needs to roll back. Outputs:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +47,7 @@ from dspark_batch.models.graph import (
     DOWN_MIX,
     FLOAT,
     INT64,
+    PRECISIONS,
     STREAM_MIX,
     Activation,
     Dim,
@@ -64,9 +69,18 @@ from dspark_batch.models.graph import (
 )
 from dspark_batch.models.weights import ReadTensor
 
+NARROW_BLOCK = 3  # tokens
+
+
+def narrow_spec(spec: DraftSpec, precision: str) -> DraftSpec | None:
+    """The same draft with the block of the second graph; None where there is no such graph."""
+    if PRECISIONS[precision].native_attention or spec.block_size <= NARROW_BLOCK:
+        return None
+    return replace(spec, block_size=NARROW_BLOCK)
+
 
 class DSparkGraph:
-    """Builds one draft graph; `tensor(name)` gives a checkpoint weight."""
+    """Builds the graphs of a draft; `tensor(name)` gives a checkpoint weight."""
 
     def __init__(
         self, builder: GraphBuilder, spec: DraftSpec, tensor: ReadTensor, *, precision: str
@@ -76,6 +90,11 @@ class DSparkGraph:
         self._tensor = tensor
         self._precision = precision
         self._linears = Linears(builder, precision)
+        narrow = narrow_spec(spec, precision)
+        self._narrow: DSparkGraph | None = None
+        if narrow is not None:
+            sibling = builder.sibling(f"{builder.name}-narrow")
+            self._narrow = DSparkGraph(sibling, narrow, tensor, precision=precision)
 
     def build(
         self,
@@ -134,11 +153,15 @@ class DSparkGraph:
         for i in range(spec.num_layers):
             x = self._layer(i, x)
         self._head(self._drafting_slots(x), head, anchors)
+        if self._narrow is not None:
+            self._narrow.build(
+                embed=embed, head=head, draft_vocab=draft_vocab, max_tokens=max_tokens
+            )
 
     @property
     def builders(self) -> Sequence[GraphBuilder]:
         """Of the graphs, to be saved."""
-        return (self.b,)
+        return (self.b, *(self._narrow.builders if self._narrow is not None else ()))
 
     def _check_sizes(
         self, embed: StoredWeight, head: DraftHead, draft_vocab: NDArray[np.int64]

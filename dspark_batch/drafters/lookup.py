@@ -130,7 +130,7 @@ class Lookup:
         self._source = info.source(info.settings, block_size=info.block_size)
         self._logits = np.stack([info.logits(sampled=sampled) for sampled in (False, True)])
 
-    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """See `Drafter`; `evidence` are levels, 0 for a row without a proposal."""
         found = [self._source.propose(row) for row in rows]
         nothing = Proposal([0] * self._block_size, 0)

@@ -71,12 +71,18 @@ def measure_costs(
         lone.append(np.interp(per_row, (1, 2, widest), [found[0], *found[len(per_row) :]]))
     slopes = _context_slopes(engine, rows, context, np.array(uniform), clock)
     draft_seconds, intake, taken = _draft_times(engine, rows, context, clock)
+    narrow = engine.narrow_block
+    narrow_seconds: Sequence[float] = ()
+    if narrow is not None:
+        narrow_seconds, *_ = _draft_times(engine, rows, context, clock, width=narrow)
     return CostTable.measured(
         rows,
         per_row,
         verify_seconds=uniform,
         lone_seconds=uniform if shapes else lone,
         draft_seconds=draft_seconds,
+        narrow_block=narrow,
+        narrow_seconds=narrow_seconds,
         intake_seconds=intake,
         context_tokens=context,
         context_seconds=slopes,
@@ -198,7 +204,7 @@ def _standing(engine: Engine, num_rows: int, context: int) -> Iterator[list[Row]
 
 
 def _draft_times(
-    engine: Engine, rows: Sequence[int], context: int, clock: Clock
+    engine: Engine, rows: Sequence[int], context: int, clock: Clock, *, width: int | None = None
 ) -> tuple[list[float], float, float]:
     """Median seconds of draft passes [rows] at `context`, and what a token of context adds: one
     that the pass takes in, and one that was taken in before.
@@ -212,7 +218,7 @@ def _draft_times(
                 engine.prefill(running)
             for _ in range(number):
                 begin = clock()
-                engine.draft_pass(running)
+                engine.draft_pass(running, width)
                 found.append(clock() - begin)
                 engine.verify(running, None, VerifyPlan(np.zeros(num_rows, np.int64)))
         return found

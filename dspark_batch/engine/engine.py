@@ -84,6 +84,11 @@ class Engine:
         return self.manifest.draft.block_size if self.manifest.draft else 0
 
     @property
+    def narrow_block(self) -> int | None:
+        """See `Runtime`."""
+        return self._runtime.narrow_block
+
+    @property
     def padded_shapes(self) -> PaddedShapes | None:
         """See `Runtime`."""
         return self._runtime.padded_shapes
@@ -160,16 +165,16 @@ class Engine:
                 self._runtime.release(slot)
                 yield np.concatenate(row)
 
-    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """Propose a block for every row; the confidence is calibrated for its temperature."""
-        block = self.draft_raw(rows)
+        block = self.draft_raw(rows, width)
         confidence = calibration.apply(block.confidence, self._temperatures(rows))
         return replace(block, confidence=confidence)
 
-    def draft_raw(self, rows: Sequence[RunningRow]) -> DraftBlock:
+    def draft_raw(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """As `draft`, with the confidence as logits: what calibration is fitted on."""
         assert self._drafter is not None
-        block = self._drafter.draft(rows)
+        block = self._drafter.draft(rows, width)
         if block.evidence is None:
             return block
         # A lookup's table is calibrated as it is: what will divide its logits is put in first.
@@ -177,7 +182,7 @@ class Engine:
         confidence = np.where(block.looked_up[:, None], rated, block.confidence)
         return replace(block, confidence=confidence)
 
-    def draft_pass(self, rows: Sequence[RunningRow]) -> DraftBlock:
+    def draft_pass(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """A pass of the last drafter for every row: what the cost table prices.
 
         Where passes are as short as a GPU's, what the lookups ahead of it take counts too.
@@ -185,7 +190,7 @@ class Engine:
         assert self._drafter is not None
         if self.padded_shapes is not None:
             return self.draft(rows)
-        return self._drafter.last.draft(rows)
+        return self._drafter.last.draft(rows, width)
 
     def verify(
         self, rows: Sequence[RunningRow], block: DraftBlock | None, plan: VerifyPlan

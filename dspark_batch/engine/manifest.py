@@ -22,6 +22,7 @@ COSTS_FILE = "costs.json"
 _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CACHE_SUFFIX = ".cache"
 _GRAPHS = [f"{g}.{kind}" for g in ("target", "draft") for kind in ("onnx", "onnx.data", "plan")]
+_GRAPHS.append("draft-narrow.onnx")
 _OF_RUNS = [COSTS_FILE, *(f"{g}.plan{CACHE_SUFFIX}" for g in ("target", "draft"))]
 ENGINE_FILES = frozenset(
     [FILE_NAME, *_TEXT_FILES, *_GRAPHS, *_OF_RUNS, *(f"{name}.tmp" for name in _OF_RUNS)]

@@ -20,10 +20,13 @@ class NetworkDrafter:
         self._runtime = runtime
         self._draws = draws
 
-    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """See `drafters.Drafter`."""
         slots, positions, anchors = standing(rows)
-        return self._runtime.draft(slots, anchors, self._draws.draft(slots, positions))
+        draws = self._draws.draft(slots, positions)
+        if width is not None:
+            draws = replace(draws, uniforms=draws.uniforms[:, :width])
+        return self._runtime.draft(slots, anchors, draws)
 
     def release(self, slot: int) -> None:
         """Nothing: the engine releases the runtime's slots."""

@@ -36,8 +36,8 @@ class _Recorder(EngineWrapper):
         self._block = DraftBlock.empty(0, engine.block_size)
         self.found: list[calibration.Rounds] = []
 
-    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
-        self._block = self._engine.draft_raw(rows)
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
+        self._block = self._engine.draft_raw(rows, width)
         return self._block
 
     def verify(

@@ -44,6 +44,7 @@ from dspark_batch.drafters import (
     draft_vocab,
     embedding,
     head,
+    narrow_spec,
     tables,
 )
 from dspark_batch.engine import (
@@ -395,14 +396,21 @@ class _Export:
             assert self._draft_info is not None
             assert self._draft_info.cache is not None
             self._progress("checking draft.onnx")
-            parity |= check_draft(
-                folder / "draft.onnx",
-                self._draft_info.cache,
-                self._reference_draft(self._draft_spec),
-                self._texts,
-                precision=precision,
-                paged=self._paged,
-            )
+            specs = [self._draft_spec]
+            narrow = narrow_spec(self._draft_spec, precision)
+            if narrow is not None:
+                specs.insert(0, narrow)
+            for spec in specs:
+                name = "draft.onnx" if spec is self._draft_spec else "draft-narrow.onnx"
+                found = check_draft(
+                    folder / name,
+                    self._draft_info.cache,
+                    self._reference_draft(spec),
+                    self._texts,
+                    precision=precision,
+                    paged=self._paged,
+                )
+            parity |= found  # of whole blocks
         return parity
 
     def _reference_draft(self, spec: DraftSpec) -> ReferenceDraft:

@@ -219,7 +219,7 @@ class ReplayEngine:
         self._num_prefills += 1
         return np.full(len(sequences), _ORDINARY)
 
-    def draft(self, sequences: Sequence[RunningRow]) -> DraftBlock:
+    def draft(self, sequences: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
         """The recorded blocks, in tokens that say no more than whether they end the row."""
         anchors = self._anchors(sequences)
         self._num_drafting = len(sequences)
@@ -229,11 +229,13 @@ class ReplayEngine:
             len(passing),
             context=_context(passing) if passing else 0.0,
             num_pending=sum(s.num_pending for s in passing),
+            width=width,
         )
+        most = np.where(matches, self.block_size, width or self.block_size)
         return DraftBlock(
             self._ahead[anchors, :-1],
             self._confidence[anchors],
-            self._num_drafted[anchors],
+            np.minimum(self._num_drafted[anchors], most),
             matches,
         )
 

@@ -162,8 +162,8 @@ class _Recorder(EngineWrapper):
         self._engine = engine
         self.blocks: dict[int, list[Block]] = defaultdict(list)
 
-    def draft(self, rows: Sequence[RunningRow]) -> DraftBlock:
-        block = self._engine.draft_raw(rows)
+    def draft(self, rows: Sequence[RunningRow], width: int | None = None) -> DraftBlock:
+        block = self._engine.draft_raw(rows, width)
         matches = np.zeros_like(block.lengths) if block.evidence is None else block.evidence
         numbers = (block.lengths.tolist(), matches.tolist())
         for row, *drafted in zip(rows, block.tokens, block.confidence, *numbers, strict=True):

@@ -39,6 +39,10 @@ class CostTable:
     """[rows][tokens_per_row] the same with that many tokens in one row, and one in the others."""
     draft_seconds: tuple[float, ...]
     """[rows] a draft pass with that many rows."""
+    narrow_block: int | None = None
+    """Tokens of a narrower block that can be drafted too; None: there is none."""
+    narrow_seconds: tuple[float, ...] = ()
+    """[rows] a draft pass of that block."""
     intake_seconds: float = 0.0
     """What a draft pass adds for each token of context that it takes in."""
     context_tokens: int = 0
@@ -68,12 +72,16 @@ class CostTable:
                 raise ValueError(f"{name}_seconds must have one time per rows x tokens_per_row")
         if len(self.draft_seconds) != len(self.rows):
             raise ValueError("draft_seconds must have one time per entry of rows")
+        if len(self.narrow_seconds) != (len(self.rows) if self.narrow_block else 0):
+            raise ValueError("narrow_seconds must have one time per entry of rows")
         if self.context_seconds and [len(times) for times in self.context_seconds] != [2] * len(
             self.rows
         ):
             raise ValueError("context_seconds must have two times per entry of rows")
         times = [t for row in (*self.verify_seconds, *self.lone_seconds) for t in row]
-        if not all(0.0 < t < float("inf") for t in (*self.draft_seconds, *times)):
+        if not all(
+            0.0 < t < float("inf") for t in (*self.draft_seconds, *self.narrow_seconds, *times)
+        ):
             raise ValueError("every time must be positive and finite")
         added = [self.intake_seconds, self.draft_context_seconds, *sum(self.context_seconds, ())]
         if not all(0.0 <= t < float("inf") for t in added):
@@ -88,6 +96,7 @@ class CostTable:
         verify_seconds: ArrayLike,
         draft_seconds: ArrayLike,
         lone_seconds: ArrayLike | None = None,
+        narrow_seconds: ArrayLike = (),
         context_seconds: ArrayLike = (),
         **scalars: Any,
     ) -> Self:
@@ -112,6 +121,7 @@ class CostTable:
             verify_seconds=tuple(tuple(times) for times in uniform),
             lone_seconds=tuple(tuple(times) for times in lone),
             draft_seconds=tuple(np.asarray(draft_seconds, dtype=np.float64).tolist()),
+            narrow_seconds=tuple(np.asarray(narrow_seconds, dtype=np.float64).tolist()),
             context_seconds=tuple(tuple(times) for times in slopes),
             **scalars,
         )
@@ -171,15 +181,24 @@ class CostTable:
         """Seconds of a plain step: a target pass without draft columns."""
         return self.verify_curve(num_rows, context)(num_rows, 1)
 
-    def draft(self, num_rows: float, *, context: float = 0.0, num_pending: int = 0) -> float:
-        """Seconds of a draft pass for `num_rows` rows; it always drafts the whole block.
+    def draft(
+        self,
+        num_rows: float,
+        *,
+        context: float = 0.0,
+        num_pending: int = 0,
+        width: int | None = None,
+    ) -> float:
+        """Seconds of a draft pass for `num_rows` rows; `width` is `narrow_block`, or None for γ.
 
         It takes in `num_pending` tokens of context, of all rows together. Less than one row stands
         for a pass that is made only now and then.
         """
         if num_rows < 1:
-            return num_rows * self.draft(1, context=context) + num_pending * self.intake_seconds
-        seconds = self._between(self.rows, list(accumulate(self.draft_seconds, max)), num_rows)
+            once = self.draft(1, context=context, width=width)
+            return num_rows * once + num_pending * self.intake_seconds
+        times = self.draft_seconds if width is None else self.narrow_seconds
+        seconds = self._between(self.rows, list(accumulate(times, max)), num_rows)
         further = max(context - self.context_tokens, 0.0)
         added = num_rows * further * self.draft_context_seconds
         return seconds + added + num_pending * self.intake_seconds
@@ -192,6 +211,8 @@ class CostTable:
             "verify_seconds": [list(times) for times in self.verify_seconds],
             "lone_seconds": [list(times) for times in self.lone_seconds],
             "draft_seconds": list(self.draft_seconds),
+            "narrow_block": self.narrow_block,
+            "narrow_seconds": list(self.narrow_seconds),
             "intake_seconds": self.intake_seconds,
             "context_tokens": self.context_tokens,
             "context_seconds": [list(times) for times in self.context_seconds],
@@ -203,9 +224,10 @@ class CostTable:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`. Raises KeyError or ValueError on anything else.
 
-        A table that does not say whether it is padded is not: older ones did not.
+        Older tables do not say whether they are padded, which they are not, and have no narrow
+        block.
         """
-        values = {"padded": False, **values}
+        values = {"padded": False, "narrow_block": None, "narrow_seconds": (), **values}
         return cls.measured(**{field.name: values[field.name] for field in fields(cls)})
 
 

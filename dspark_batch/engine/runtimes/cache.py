@@ -34,8 +34,8 @@ class Cache:
         self._memory = memory
         self.capacity = 0
         self.buffers: list[Array] = []
-        self.bindings: dict[tuple[int, int, tuple[str, ...]], ort.IOBinding] = {}
-        """By first row, rows and outputs; good until the buffers change."""
+        self.bindings: dict[tuple[int, int, int, tuple[str, ...]], ort.IOBinding] = {}
+        """By session, first row, rows and outputs; good until the buffers change."""
 
     def reserve(self, needed: int, num_live: int) -> None:
         """Hold at least `needed` tokens a row; shrink when half would do. Copies live rows."""

@@ -170,14 +170,26 @@ class OrtRuntime(Runtime):
         draft_info = manifest.draft
         draft_shape = draft_info.cache if draft_info else None
         self._target = open_session(folder / "target.onnx", inputs=TARGET_INPUTS, **opening)
+        self._block_size = draft_info.block_size if draft_info else 1
         self._draft = None
         if draft_shape:
             self._draft = open_session(folder / "draft.onnx", inputs=DRAFT_INPUTS, **opening)
         drafts = self._draft.get_inputs() if self._draft is not None else ()
         widths = [value.shape[1] for value in drafts if value.name == "context"]
         dtype = float_type(self._target, "past_key_0")
+        self._drafts: dict[int, ort.InferenceSession] = {}
+        """By the width of their block."""
+        if self._draft is not None:
+            self._drafts[self._block_size] = self._draft
+        narrow = folder / "draft-narrow.onnx"
+        # A device has room for a whole block.
+        if self._draft is not None and self._memory.device == "cpu" and narrow.exists():
+            session = open_session(narrow, inputs=DRAFT_INPUTS, **opening)
+            (self.narrow_block,) = (
+                value.shape[1] for value in session.get_inputs() if value.name == "uniforms"
+            )
+            self._drafts[self.narrow_block] = session
         self._no_context = self._memory.zeros((0, *widths), dtype)
-        self._block_size = draft_info.block_size if draft_info else 1
         # The draft's graph of an engine with plans writes the block behind the context.
         self._num_behind = self._block_size + 1 if manifest.plans else 0
         self._buckets = buckets_for(
@@ -209,6 +221,7 @@ class OrtRuntime(Runtime):
     def close(self) -> None:
         """Free sessions and caches."""
         self._buckets.clear()
+        self._drafts.clear()
         del self._target, self._draft
 
     def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:
@@ -229,11 +242,12 @@ class OrtRuntime(Runtime):
         """One draft pass per run of neighbouring rows."""
         tokens = np.zeros((len(slots), self._block_size), np.int64)
         confidence = np.zeros((len(slots), self._block_size), np.float32)
+        width = draws.uniforms.shape[1]
         for run in self._runs(slots):
-            tokens[run], confidence[run] = self._draft_run(
+            tokens[run, :width], confidence[run, :width] = self._draft_run(
                 [slots[i] for i in run], anchors[run], draws.select(run)
             )
-        return DraftBlock(tokens, confidence, np.full(len(slots), self._block_size))
+        return DraftBlock(tokens, confidence, np.full(len(slots), width))
 
     def context(self, spans: list[Span]) -> list[Floats]:
         """One target pass per run of neighbouring rows; the context goes to the caller."""
@@ -346,11 +360,16 @@ class OrtRuntime(Runtime):
             "anchor_positions": starts + counts,
             **row_feeds(draws),
         }
-        feeds["uniforms"] = draws.uniforms[:, : self._block_size]
+        feeds["uniforms"] = draws.uniforms
         sampling = bool((draws.temperature > 0).any())
         names = ("draft_tokens", "confidence") + (("draft_logits",) if sampling else ())
         first = bucket.slots.index(slots[0])
-        results = self._run(self._draft, bucket.draft, first, len(slots), feeds, names)
+        width = draws.uniforms.shape[1]
+        session = self._drafts[width]
+        results = self._run(session, bucket.draft, first, len(slots), feeds, names)
+        if sampling and width < self._block_size:  # as wide as the target wants them
+            missing = self._block_size - width
+            results[2] = np.pad(results[2], ((0, 0), (0, missing), (0, 0)))
         for r, row in enumerate(rows):
             row.num_taken += int(counts[r])
             row.pending = []
@@ -360,7 +379,7 @@ class OrtRuntime(Runtime):
     def _take_in_context(self) -> None:
         """Let the draft take in what piled up while rows did not draft; its block is not used."""
         slots = [slot for slot, row in self._rows.items() if row.pending]
-        draws = idle_draws(len(slots), self._block_size)
+        draws = idle_draws(len(slots), self.narrow_block or self._block_size)
         self.draft(slots, np.zeros(len(slots), np.int64), draws)
 
     def _run(
@@ -376,7 +395,7 @@ class OrtRuntime(Runtime):
 
         Those of `_KEPT` are arrays of the runtime's memory, the others of the host.
         """
-        key = (first, num_rows, names)
+        key = (id(session), first, num_rows, names)
         if key not in cache.bindings:
             cache.bindings[key] = self._bind(session, cache, first, num_rows, names)
         binding = cache.bindings[key]

@@ -131,6 +131,8 @@ class Runtime(Protocol):
     """What passes are padded to, so that their cost goes in steps; None where they are not."""
     prefill_sizes: PrefillSizes = PREFILL
     """How prompts are cut into passes."""
+    narrow_block: int | None = None
+    """Tokens of a narrower block than γ that it can draft too; None: there is none."""
 
     def admit(self, slot: int) -> None:
         """Begin a row: its caches are empty."""
@@ -141,7 +143,8 @@ class Runtime(Protocol):
     def draft(self, slots: list[int], anchors: Ints, draws: Draws) -> DraftBlock:
         """Propose a block per row, from the context of every token verified so far.
 
-        `anchors` [R] are the rows' last committed tokens. The confidence is raw: logits [R, γ].
+        `anchors` [R] are the rows' last committed tokens. The block is as wide as the uniforms of
+        `draws` are: γ, or `narrow_block`. The confidence is raw: logits [R, γ].
         """
 
     def verify(self, spans: list[Span], lengths: Ints, draws: Draws) -> VerifyResult:

@@ -219,6 +219,12 @@ class GraphBuilder:
         other._stored, other._count, other._data = dict(self._stored), self._count, self._data
         return other
 
+    def sibling(self, name: str) -> GraphBuilder:
+        """Another, empty graph, whose weights are in the data file of this one."""
+        other = GraphBuilder(name, self._folder, self.data_type)
+        other._data = self._data
+        return other
+
     def function(self, function: onnx.FunctionProto) -> None:
         """Add a model-local function; call it with `ops(..., domain=function.domain)`."""
         self._functions.append(function)
