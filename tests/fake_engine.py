@@ -61,6 +61,7 @@ class FakeStats:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     host_seconds: float = 0.0
+    saved_seconds: float = 0.0
 
 
 @dataclass

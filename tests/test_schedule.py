@@ -373,7 +373,7 @@ def test_the_asynchronous_budget_is_that_of_two_drafts_ago() -> None:
         found.append(int(plan.lengths.sum()))
         schedule.observe(plan, VerifyResult(plan.lengths, np.ones(3, np.int64)))
     assert found[2] == found[3] == 3 * GAMMA
-    assert found[4] == found[5] < 6
+    assert max(found[4:]) < GAMMA
 
 
 def test_a_threshold_looks_at_each_confidence_alone() -> None:
@@ -400,9 +400,6 @@ def test_trust_follows_what_confidence_was_worth() -> None:
     for _ in range(300):
         outlook.learn(predicted=4.0, accepted=1.0)
     assert outlook.trust == pytest.approx(0.25, abs=0.12)
-    confidence = np.full((2, 3), 0.8)
-    survival = np.cumprod(outlook.trusted(confidence), axis=1)
-    np.testing.assert_allclose(survival, outlook.trust * np.cumprod(confidence, axis=1))
     for _ in range(300):
         outlook.learn(predicted=1.0, accepted=1.0)
     assert outlook.trust == pytest.approx(1.0, abs=0.1)

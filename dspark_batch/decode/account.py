@@ -6,5 +6,5 @@ MOST_SAVED = 8.0  # of what drafting gained
 
 EVIDENCE = 24  # blocks of this run, without which a promise is the export's
 LOOKING = 4  # rows that are drafted to look
-HURDLE = 1.05  # times plain decoding, that drafting must promise to begin with
+HURDLE = 1.02  # times plain decoding, that drafting must promise to begin with
 GRAIN = 16  # cached tokens by which prices are told apart

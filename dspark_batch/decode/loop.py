@@ -12,6 +12,7 @@ import numpy as np
 from dspark_batch.decode.algorithm import metrics
 from dspark_batch.decode.counts import RunningCounts
 from dspark_batch.decode.engine import DecodeEngine
+from dspark_batch.decode.saving import Saving
 from dspark_batch.decode.schedule import open_schedule
 from dspark_batch.decode.types import (
     CONFIDENCE_THRESHOLD,
@@ -46,8 +47,14 @@ class DecodeStats:
     num_rounds: int = 0
     """Rounds of the batch; a row's rounds are in `spec`."""
     num_drafted_rounds: int = 0
+    saving: Saving = field(default_factory=Saving)
     spec: SpecCounts = field(default_factory=lambda: metrics.add([]))
     """Totals over the finished rows."""
+
+    @property
+    def saved_seconds(self) -> float:
+        """See `Saving`."""
+        return self.saving.seconds
 
 
 def decode(
@@ -93,6 +100,7 @@ class Slots:
         self._finished: list[Completion] = []
         self._ending = engine.stop_token_ids | {BROKEN}
         self._clock = time.perf_counter()
+        self._round_seconds = 0.0
 
     def fill(self, prompts: Iterator[Prompt]) -> bool:
         """Admit and prefill prompts while enough slots are free; False when no row is left.
@@ -159,9 +167,13 @@ class Slots:
 
     def commit(self, block: DraftBlock | None, plan: VerifyPlan, result: VerifyResult) -> None:
         """Append each row's accepted drafts and bonus, up to its first stop."""
+        num_rows, before = len(self.running), self._stats.num_new_tokens
         slots = np.array([row.slot for row in self.running])
         self.counts.add(slots, block, plan, result)
         self._append(self.running, committed(block, result))
+        num_tokens, drafted = self._stats.num_new_tokens - before, block is not None
+        self._stats.saving.add(num_rows, num_tokens, self._round_seconds, drafted=drafted)
+        self._round_seconds = 0.0
 
     def take_finished(self) -> list[Completion]:
         """Completions since the last call."""
@@ -174,7 +186,10 @@ class Slots:
         self._stats.host_seconds += begin - self._clock
         result = call(*arguments)
         self._clock = time.perf_counter()
-        setattr(self._stats, phase, getattr(self._stats, phase) + self._clock - begin)
+        seconds = self._clock - begin
+        setattr(self._stats, phase, getattr(self._stats, phase) + seconds)
+        if phase != "prefill_seconds":
+            self._round_seconds += seconds
         return result
 
     def _append(self, rows: list[RunningRow], tokens: list[list[int]]) -> None:

@@ -25,7 +25,7 @@ from dspark_batch.decode.account import (
     MOST_SAVED,
     SHARE,
 )
-from dspark_batch.decode.algorithm import CostTable, Outlook, VerifyCurve
+from dspark_batch.decode.algorithm import CostTable, Estimator, Outlook, VerifyCurve
 from dspark_batch.decode.algorithm import scheduler as rules
 from dspark_batch.decode.engine import DecodeEngine
 from dspark_batch.decode.one_width import OneWidth
@@ -37,6 +37,7 @@ from dspark_batch.decode.types import (
     VerifyResult,
 )
 
+_MEASURED = 256  # rounds of which `auto` makes one plainly, for the summary to compare with
 _REFRESH = 8  # drafted rounds after which an answer is worked out again
 _PRICED = ("early-stop", "async")  # schedulers that need costs, and confidence to be trusted
 
@@ -212,6 +213,7 @@ class Weighed(Schedule):
         self._is_priced = scheduler in _PRICED
         self._rule = _rules(threshold)[scheduler]
         self._outlook = Outlook()
+        self._estimator = Estimator(engine.block_size)
         self._earlier: deque[dict[int, Confidence]] = deque(maxlen=2)
         self._price_lists: dict[tuple[int, int], Prices] = {}
         self._account = 0.0
@@ -219,19 +221,24 @@ class Weighed(Schedule):
         self._widths: dict[int, int | None] = {}  # and which width of block
         self._num_since_answer = 0
         self._last_paid = False
+        self._num_rounds = 0
         # Of the round:
         self._prices = Prices.at(costs, 1, 0.0)
+        self._block = DraftBlock.empty(0, engine.block_size)
         self._drafting: list[RunningRow] = []
         self._waiting: dict[int, int] = {}  # by slot: context that the draft pass takes in
         self._looking = False
         self._draft_seconds = 0.0
-        self._predicted = 0.0
 
     def drafts(self, running: list[RunningRow]) -> list[RunningRow]:
         """See `Schedule`."""
         self._prices = self._price_list(running)
         if not self._outlook.has_blocks:
             self._outlook.expect(self._prior(running))
+        self._num_rounds += 1
+        if self._auto and self._num_rounds % _MEASURED == _MEASURED // 2:
+            self._drafting = []
+            return []
         if self._is_priced:
             if len(running) not in self._widths:
                 self._widths[len(running)] = self._prices.width(self._outlook.mean)
@@ -245,24 +252,18 @@ class Weighed(Schedule):
         if block is None:
             return VerifyPlan(np.zeros(len(running), np.int64))
         proposed = np.arange(block.confidence.shape[1]) < block.lengths[:, None]
-        confidence = np.where(proposed, block.confidence, 0.0)
+        confidence = self._estimator.corrected(block.confidence, block.evidence)
+        confidence = np.where(proposed, confidence, 0.0)
+        self._block = block
         passing = self._passing(running, block)
         waited = sum(self._waiting[s.slot] for s in passing)
         self._draft_seconds = self._prices.draft(len(passing), self.width, num_pending=waited)
         step = self._prices.step(len(passing), self.width)
         rule = _early_stop if self._looking else self._rule
-        plan = VerifyPlan(
-            rule(
-                self._believed(confidence, rule),
-                _limits(running, block),
-                step,
-                lambda: self._believed(self._confidence_before(running), rule),
-            )
-        )
-
+        before = partial(self._confidence_before, running)
+        plan = VerifyPlan(rule(confidence, _limits(running, block), step, before))
         self._earlier.append(dict(zip((s.prompt.row for s in running), confidence, strict=True)))
-        self._predicted = rules.expected_gain(confidence, plan.lengths)
-        tokens = len(running) + self._outlook.trust * self._predicted
+        tokens = len(running) + rules.expected_gain(confidence, plan.lengths)
         paid = tokens / step(plan.num_tokens, plan.longest) > len(running) / self._prices.plain
         self._last_paid = paid and len(self._drafting) == len(running)
         drafted = {s.slot for s in self._drafting}
@@ -275,8 +276,9 @@ class Weighed(Schedule):
         """See `Schedule`."""
         if not self._drafting:
             return
+        block = self._block
+        self._estimator.learn(block.confidence, block.evidence, plan.lengths, result.num_accepted)
         num_accepted = int(result.num_accepted.sum())
-        self._outlook.learn(predicted=self._predicted, accepted=num_accepted)
         prices = self._prices
         plainly = prices.plain * (prices.num_rows + num_accepted) / prices.num_rows
         spent = self._draft_seconds + prices.verify(plan.num_tokens, plan.longest)
@@ -294,10 +296,6 @@ class Weighed(Schedule):
         """
         looked_up = {s.slot for s, own in zip(running, block.looked_up, strict=True) if own}
         return [s for s in self._drafting if s.slot not in looked_up]
-
-    def _believed(self, confidence: Confidence, rule: Rule) -> Confidence:
-        """What a rule gets to see: if it weighs, confidence scaled by what this run can trust."""
-        return self._outlook.trusted(confidence) if rule in (_early_stop, _async) else confidence
 
     def _worth_drafting(self, running: list[RunningRow]) -> list[RunningRow]:
         """All rows if drafting pays, some to look whether it does, or none, as affordable."""
@@ -324,12 +322,10 @@ class Weighed(Schedule):
             limits = np.full(num_rows, self.width or self._engine.block_size)
             rounds = self._outlook.rounds(num_rows)
             tokens = seconds = 0.0
-            seen = [self._believed(confidence, self._rule) for confidence in rounds]
             for j, confidence in enumerate(rounds):
-                before = partial(seen.__getitem__, j - 2)
-                plan = VerifyPlan(self._rule(seen[j], limits, step, before))
-                gain = self._outlook.trust * rules.expected_gain(confidence, plan.lengths)
-                tokens += num_rows + gain
+                before = partial(rounds.__getitem__, j - 2)
+                plan = VerifyPlan(self._rule(confidence, limits, step, before))
+                tokens += num_rows + rules.expected_gain(confidence, plan.lengths)
                 seconds += step(plan.num_tokens, plan.longest)
             # Every token is context for the draft some day; what waits now is spread over the
             # tokens that its rows may still get.

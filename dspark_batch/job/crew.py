@@ -110,7 +110,7 @@ class CrewRun:
     def __init__(
         self, crew: Crew, plan: ShardPlan, *, stop: Stopping, watcher: CrewWatcher
     ) -> None:
-        self.phase_seconds: dict[int, dict[str, float]] = {}
+        self.seconds: dict[int, dict[str, float]] = {}
         """By worker."""
         self.problem: str | None = None
         """Why it ended before its time, in words."""
@@ -181,7 +181,7 @@ class CrewRun:
             del member.open[message.shard.index]
             for is_error in (False, True):
                 member.rows.pop((message.shard.index, is_error), None)
-            self.phase_seconds[member.number] = dict(message.phase_seconds)
+            self.seconds[member.number] = dict(message.seconds)
             self._watcher.part(message.shard, message.part)
         elif isinstance(message, Request):
             member.is_waiting = True

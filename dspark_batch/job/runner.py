@@ -26,7 +26,7 @@ from dspark_batch.job.shard_plan import ShardPlan
 from dspark_batch.job.shards import Shard
 from dspark_batch.job.stop import Stop
 from dspark_batch.job.summary import Counts, Summary, rows_line
-from dspark_batch.job.worker import PHASES
+from dspark_batch.job.worker import PHASES, SAVED, measured
 
 if TYPE_CHECKING:
     from dspark_batch.decode import DecodeStats
@@ -55,7 +55,7 @@ class _Run:
         self.problem: str | None = None
         """Why no more came of it, if not for a stop."""
         self.num_workers = 1
-        self.phase_seconds: Mapping[str, float] = {}
+        self.seconds: Mapping[str, float] = {}
         self._load_seconds = self._wall_seconds = 0.0
         self._counts = self._counts_before = Counts()
         self._num_parts = self._num_parts_before = 0
@@ -137,7 +137,8 @@ class _Run:
             num_workers=self.num_workers,
             load_seconds=self._load_seconds,
             wall_seconds=self._wall_seconds,
-            phase_seconds={name: self.phase_seconds.get(name, 0.0) for name in PHASES},
+            phase_seconds={name: self.seconds.get(name, 0.0) for name in PHASES},
+            saved_seconds=self.seconds.get(SAVED, 0.0),
             failure=self._failure(argv),
         )
 
@@ -196,9 +197,7 @@ class _Attempt:
         def decode_here(pending: list[Shard]) -> None:
             flow = Flow(self.plan, self.output, engine, stop=self.work, watcher=self.work)
             flow.decode(pending, decode, stats)
-            self.work.phase_seconds = {
-                phase: getattr(stats, f"{phase}_seconds") for phase in PHASES
-            }
+            self.work.seconds = measured(stats)
 
         return self.run(engine, decode_here)
 
@@ -210,9 +209,9 @@ class _Attempt:
             self.work.num_workers = min(crew.num_workers, len(pending))
             workers.decode(pending)
             self.work.problem = workers.problem
-            self.work.phase_seconds = {
-                phase: sum(seconds[phase] for seconds in workers.phase_seconds.values())
-                for phase in PHASES
+            self.work.seconds = {
+                name: sum(seconds[name] for seconds in workers.seconds.values())
+                for name in (*PHASES, SAVED)
             }
 
         return self.run(crew, decode_there)

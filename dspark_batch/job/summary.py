@@ -121,6 +121,8 @@ class Summary:
     """Of decoding; loading the engine is not in it."""
     phase_seconds: Mapping[str, float]
     """`draft`, `verify`, `prefill`, `host` -> seconds, added up over the workers."""
+    saved_seconds: float
+    """What drafting saved against plain rounds of this run; 0 where it had none."""
     failure: DSparkError | None
     """Why the exit code is not 0."""
 
@@ -147,6 +149,7 @@ class Summary:
                 "load_seconds": self.load_seconds,
                 "wall_seconds": self.wall_seconds,
                 "phase_seconds": dict(self.phase_seconds),
+                "saved_seconds": self.saved_seconds,
             },
         }
 
@@ -161,13 +164,13 @@ class Summary:
             lines.insert(0, "nothing to do: the output is complete")
         elif self.num_run_parts < self.num_parts:
             lines.insert(0, f"this run  {self.num_run_rows:,} rows; the others are of earlier runs")
+        whole = self.wall_seconds * self.num_workers
         if self.wall_seconds:
             lines.append(
                 f"speed     {self.new_tokens_per_second:,.1f} new tokens/s "
                 f"in {duration(self.wall_seconds)}"
                 + (f", {self.num_workers} workers" if self.num_workers > 1 else "")
             )
-            whole = self.wall_seconds * self.num_workers
             shares = (
                 f"{name} {duration(seconds)} ({seconds / whole:.0%})"
                 for name, seconds in self.phase_seconds.items()
@@ -190,6 +193,13 @@ class Summary:
             )
             shares = (f"{k}: {share:.0%}" for k, share in enumerate(_by_position(spec), start=1))
             lines.append(f"          accepted up to position {', '.join(shares)}")
+            if self.saved_seconds:
+                what = "saved" if self.saved_seconds > 0 else "lost"
+                seconds = abs(self.saved_seconds)
+                share = seconds / (whole + self.saved_seconds)
+                lines.append(
+                    f"{what:9} {duration(seconds)} ({share:.0%}) against plain rounds of this run"
+                )
         elif spec.num_rounds:
             lines.append("drafted   nothing: plain decoding")
         return [*lines, f"output    {self.output / 'data'}"]

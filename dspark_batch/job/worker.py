@@ -27,9 +27,11 @@ from dspark_batch.job.shards import Shard
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from dspark_batch.decode import DecodeStats
     from dspark_batch.engine import Engine
 
 PHASES = ("draft", "verify", "prefill", "host")
+SAVED = "saved"
 
 
 class OpenWorkerEngine(Protocol):
@@ -81,7 +83,7 @@ class Committed:
 
     shard: Shard
     part: Part
-    phase_seconds: Mapping[str, float]
+    seconds: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,11 @@ class Failed:
 
 
 Message = Ready | Phase | Request | RowDone | Committed | Failed
+
+
+def measured(stats: DecodeStats) -> dict[str, float]:
+    """Seconds of the phases, and what drafting saved."""
+    return {name: getattr(stats, f"{name}_seconds") for name in (*PHASES, SAVED)}
 
 
 class _Line:
@@ -123,8 +130,7 @@ class _Line:
 
     def part(self, shard: Shard, part: Part) -> None:
         """See `flow.Watcher`."""
-        seconds = {phase: getattr(self.stats, f"{phase}_seconds") for phase in PHASES}
-        self.send(Committed(shard, part, seconds))
+        self.send(Committed(shard, part, measured(self.stats)))
 
     def streams(self) -> Iterator[Iterator[Shard]]:
         """Shards to decode, in streams that each keep the order of the plan.

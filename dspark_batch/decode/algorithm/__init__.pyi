@@ -4,6 +4,7 @@ from . import sampling as sampling
 from . import scheduler as scheduler
 from .costs import CostTable as CostTable
 from .costs import VerifyCurve as VerifyCurve
+from .estimate import Estimator as Estimator
 from .outlook import Outlook as Outlook
 from .sampling import Floats as Floats
 from .sampling import Reals as Reals

@@ -75,12 +75,6 @@ class Outlook:
         """
         return (self._accepted + _PRIOR_TOKENS) / (self._predicted + _PRIOR_TOKENS)
 
-    def trusted(self, confidence: Confidence) -> NDArray[np.float64]:
-        """`confidence` [R, γ] with `trust` on every survival."""
-        scaled = np.array(confidence, dtype=np.float64)
-        scaled[:, :1] *= self.trust
-        return scaled
-
     @property
     def mean(self) -> NDArray[np.float64]:
         """[γ] confidence of the kept blocks: what to expect of a row that was never drafted."""
