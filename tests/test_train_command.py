@@ -26,6 +26,7 @@ from dspark_batch.engine.engine import open_engine  # noqa: E402
 from dspark_batch.export.pipeline import build  # noqa: E402
 from dspark_batch.export.recipe import Recipe  # noqa: E402
 from dspark_batch.models.weights import open_weights  # noqa: E402
+from dspark_batch.training import generation, responders  # noqa: E402
 from dspark_batch.training.features import capped  # noqa: E402
 from dspark_batch.training.recipe import (  # noqa: E402
     DraftSection,
@@ -53,6 +54,7 @@ weights = "{target}"
 precision = "fp32"
 max_rows = 8
 max_tokens = 96
+runtime = "{runtime}"
 {data}
 [draft]
 layers = 1
@@ -137,6 +139,7 @@ class Workspace:
         training: str = SHORT,
         held_out: str = "count = 8",
         mask: int = MASK,
+        runtime: str = "auto",
     ) -> Path:
         path = self.folder / "export" / "drafts" / f"{name}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +151,7 @@ class Workspace:
                 training=training,
                 held_out=held_out,
                 mask=mask,
+                runtime=runtime,
             )
         )
         return path
@@ -334,6 +338,93 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     ]
     first, second = (workspace.draft(name) / "model.safetensors" for name in ("one", "two"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_target_in_torch_does_what_the_engine_does(
+    workspace: Workspace, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same greedy responses, the same draft to rounding; and no engine is built for it."""
+    data = PROMPTS[: PROMPTS.rindex("[[responses]]")]
+    training = "steps = 40\nlearning_rate = 5e-3\ncross_entropy = 1.0\n"
+    found, responses = {}, {}
+    for runtime in ("engine", "torch"):
+        recipe = workspace.recipe(runtime, data=data, training=training, runtime=runtime)
+        found[runtime] = train(recipe)
+        work = workspace.draft(f"{runtime}.training")
+        parts = [pq.read_table(part) for part in work.glob("responses*/prompts-*/data/*.parquet")]
+        responses[runtime] = {
+            tuple(prompt): tuple(response)
+            for part in parts
+            for prompt, response in zip(
+                part["prompt_token_ids"].to_pylist(),
+                part["output_token_ids"].to_pylist(),
+                strict=True,
+            )
+        }
+    assert not (work / "engine").exists()
+    assert responses["torch"] == responses["engine"]
+    for key in ("num_responses", "num_response_tokens"):
+        assert found["torch"][key] == found["engine"][key]
+    assert found["torch"]["tau_greedy"] == pytest.approx(found["engine"]["tau_greedy"], abs=0.1)
+    assert found["torch"]["tau_greedy"] > found["torch"]["tau_at_start"] + 0.1
+    card = (workspace.draft("torch") / "README.md").read_text()
+    assert "Features: the target in torch, fp32." in card
+    at_work = accepted_length_at_work(
+        workspace, "torch", found["torch"]["next_command"], monkeypatch
+    )
+    assert at_work == pytest.approx(found["torch"]["tau_greedy"], abs=0.1)
+
+
+def longest(parts: list[Any]) -> list[int]:
+    """Tokens of the longest response of each part."""
+    return [max(map(len, part["output_token_ids"].to_pylist())) for part in parts]
+
+
+def test_responses_in_torch_go_on_where_they_were_stopped(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_MOST_ROWS", 20)
+    recipe = workspace.recipe("waves", data=PROMPTS, runtime="torch")
+    take, taken = responders.generate, []
+
+    def dying(decoder: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
+        if len(taken) == 2:
+            raise Killed
+        taken.append(take(decoder, prompts, *rest, **options))
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responders, "generate", dying)
+        with pytest.raises(Killed):
+            CliRunner().invoke(
+                main, ["train", str(recipe), "--progress", "none"], catch_exceptions=False
+            )
+    folder = workspace.draft("waves.training") / "responses-torch"
+    parts = sorted(folder.glob("*/data/*.parquet"))
+    assert [part.name for part in parts] == ["part-00000000.parquet", "part-00000020.parquet"]
+    times = [part.stat().st_mtime_ns for part in parts]
+    shorter = workspace.recipe("waves", data=PROMPTS.replace("24", "23"), runtime="torch")
+    status, message = fails(shorter)
+    assert status == 3
+    assert "start again with --overwrite" in message
+    recipe = workspace.recipe("waves", data=PROMPTS, runtime="torch")
+    monkeypatch.setattr(generation, "_MOST_ROWS", 7)  # parts of another size fit beside them
+    status, message = fails(recipe, "--deadline", "0.001")
+    assert status == 75
+    assert f"continue with: dspark-batch train {recipe}" in message
+    train(recipe)
+    assert [part.stat().st_mtime_ns for part in parts] == times
+    tables = [pq.read_table(part) for part in sorted(parts[0].parent.glob("*.parquet"))]
+    assert [table.num_rows for table in tables] == [20, 20, 7, 5]
+    prompts = pq.read_table(workspace.draft("waves.training") / "prompts.parquet")
+    ids = [ids for table in tables for ids in table["prompt_token_ids"].to_pylist()]
+    assert sorted(ids) == sorted(prompts["prompt_token_ids"].to_pylist())
+    assert max(longest(tables)) == 24
+    train(
+        workspace.recipe("waves", data=PROMPTS.replace("24", "23"), runtime="torch"), "--overwrite"
+    )
+    tables = [pq.read_table(part) for part in sorted(parts[0].parent.glob("*.parquet"))]
+    assert max(longest(tables)) == 23
 
 
 def test_features_stay_below_their_cap(workspace: Workspace, trained: dict[str, Any]) -> None:

@@ -43,10 +43,12 @@ def valid_anchors(loss_mask: Tensor) -> Tensor:
 def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generator) -> Tensor:
     """Up to `num_anchors` valid positions per row of `[b, S]`, drawn without replacement.
 
-    Returns `[b, A]`, sorted, with -1 in place of missing ones.
+    Returns `[b, A]`, sorted, with -1 in place of missing ones. `generator` is the CPU's, so that
+    every device draws the same.
     """
     valid = valid_anchors(loss_mask)
-    keys = torch.rand(valid.shape, generator=generator).masked_fill(~valid, -1.0)
+    keys = torch.rand(valid.shape, generator=generator).to(valid.device)
+    keys = keys.masked_fill(~valid, -1.0)
     values, positions = keys.topk(min(num_anchors, valid.shape[1]), dim=-1)
     return positions.masked_fill(values < 0, -1).sort(dim=-1).values
 

@@ -45,6 +45,8 @@ class Facts:
     num_steps: int
     seconds: float
     device: str
+    features: str
+    """Where they came from, in words."""
     history: tuple[tuple[int, float, float], ...]
     """Step, loss and greedy τ of every evaluation."""
     evaluation: Evaluation
@@ -63,6 +65,7 @@ class Facts:
         num_steps: int,
         seconds: float,
         device: str,
+        features: str,
         evaluation: Evaluation,
         by_source: dict[str, Evaluation],
         temperatures: NDArray[np.float64] | None,
@@ -83,6 +86,7 @@ class Facts:
             num_steps=num_steps,
             seconds=seconds,
             device=device,
+            features=features,
             history=tuple(
                 (event["step"], event["loss"], event["tau_greedy"])
                 for event in events
@@ -219,7 +223,7 @@ def _card(recipe: TrainingRecipe, facts: Facts, draft: DSparkDraft, num_bytes: i
         "",
         f"- Data: {facts.num_responses:,} responses, {facts.num_response_tokens:,} tokens; "
         f"{facts.num_held_out:,} held out. {_data(recipe)}",
-        f"- Start: {_portable(training.start)}. Features: the {recipe.target.precision} engine.",
+        f"- Start: {_portable(training.start)}. Features: {facts.features}.",
         f"- {facts.num_steps:,} steps of {training.batch_size} sequences with up to "
         f"{training.anchors} blocks each, {duration(facts.seconds)} on {facts.device}; AdamW, peak "
         f"learning rate {training.learning_rate:g}, cosine, gradient clip "

@@ -18,7 +18,8 @@ from torch.nn import functional
 from dspark_batch.training.features import capped
 from dspark_batch.training.losses import LossTerms, LossWeights, slot_weights, weighted_mean
 
-_CHUNK_VALUES = 1 << 22  # logits alive at a time
+_CHUNK_VALUES = 1 << 22  # logits alive at a time: what a CPU's cache takes
+_CUDA_CHUNK_VALUES = 1 << 27  # on a GPU few large launches are what is fast
 _EPSILON = 1e-6
 
 
@@ -95,7 +96,8 @@ class _Fused(torch.autograd.Function):
             d_w2, w2 = torch.zeros_like(markov_w2), markov_w2.to(dtype)
         label_log_probs, distance = shares.new_empty(n), shares.new_empty(n)
         labels = target.labels.clamp(min=0)
-        step = max(1, _CHUNK_VALUES // len(head))
+        values = _CUDA_CHUNK_VALUES if head.is_cuda else _CHUNK_VALUES
+        step = max(1, values // len(head))
         for part in (slice(begin, begin + step) for begin in range(0, n, step)):
             logits = functional.linear(hidden[part].to(dtype), head)
             if markov is not None and w2 is not None:

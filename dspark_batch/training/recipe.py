@@ -44,8 +44,11 @@ class TargetSection(_Section):
     license: str | None = None
     precision: Literal["fp32", "int8"] = "int8"
     """Of the engine that the draft will serve in: its features are what the draft sees."""
+    runtime: Literal["auto", "engine", "torch"] = "auto"
+    """What runs the target: that engine, or torch on the training's device; `auto`: torch on
+    CUDA."""
     max_rows: Count = 32
-    """Rows generated at a time."""
+    """Rows that the engine generates at a time."""
     max_tokens: Annotated[int, Field(ge=16)] = 2048
     """Prompt and response of one row."""
 
@@ -86,17 +89,19 @@ class ResponsesSection(_Section):
     max_new_tokens: Count = 256
     seed: int = 0
 
+    def params(self, sample: int = 0) -> SamplingParams:
+        """What decoding takes, for the given one of the samples."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed + sample,
+        )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problem = invalid_params(
-            SamplingParams(
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                seed=self.seed,
-            )
-        )
+        problem = invalid_params(self.params())
         if problem:
             raise ValueError(problem)
         if not self.temperature and self.samples > 1:

@@ -183,6 +183,8 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self._update_average()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # or only the launches would be timed
         self.seconds += time.monotonic() - begin
         return terms, norm
 
