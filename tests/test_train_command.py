@@ -427,6 +427,82 @@ def test_responses_in_torch_go_on_where_they_were_stopped(
     assert max(longest(tables)) == 23
 
 
+@pytest.fixture(scope="module")
+def jobs(workspace: Workspace, trained: dict[str, Any]) -> dict[str, Path]:
+    """The same job with token ids and without; two of its rows failed. Stop tokens are no text."""
+    path = talking_target(workspace.folder / "target-quiet") / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] = [
+        {"id": STOP, "content": f"w{STOP}", "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+    ]
+    path.write_text(json.dumps(tokenizer))
+    engine = '[target]\nweights = "target-quiet"\n[engine]\nprecision = "fp32"\nmax_tokens = 96\n'
+    (workspace.folder / "export" / "plain.toml").write_text(engine)
+    output = workspace.folder / "engines" / "plain"
+    recipe = workspace.folder / "export" / "plain.toml"
+    done = command("export", recipe, "-o", output, "--progress", "none")
+    assert done.exit_code == 0, done.output
+    table = pq.read_table(workspace.folder / "prompts.parquet")
+    texts = [None, *table["prompt"].to_pylist(), None]
+    pq.write_table(pa.table({"text": texts}), workspace.folder / "night.parquet")
+    found = {}
+    for kind, flags in (("ids", ["--token-ids"]), ("text", [])):
+        found[kind] = workspace.folder / f"night-{kind}"
+        done = command(
+            *("run", workspace.folder / "night.parquet", "--engine", output, "-o", found[kind]),
+            *("--prompt-column", "text", "--max-new-tokens", "24", "--progress", "none", *flags),
+        )
+        assert done.exit_code == 0, done.output
+    return found
+
+
+def test_a_draft_is_tuned_on_the_rows_of_a_job(workspace: Workspace, jobs: dict[str, Path]) -> None:
+    """From its own weights; text and token ids of the same rows give the same draft."""
+    weights, found = {}, {}
+    for kind, output in jobs.items():
+        recipe = workspace.recipe(f"nightly-{kind}", target="target-quiet", data="")
+        status, message = fails(recipe)
+        assert status == 2
+        assert f"dspark-batch train {recipe} --from-job" in message
+        shutil.copytree(workspace.draft("whole"), workspace.draft(f"nightly-{kind}"))
+        found[kind] = train(recipe, "--from-job", str(output))
+        assert found[kind]["draft"].endswith(f"nightly-{kind}-tuned")
+        state = workspace.draft(f"nightly-{kind}-tuned.training") / "training" / "state.pt"
+        weights[kind] = torch.load(state, weights_only=True)["parameters"]
+    own, old = (workspace.draft(name) / "model.safetensors" for name in ("nightly-ids", "whole"))
+    assert own.read_bytes() == old.read_bytes()
+    for name, tensor in weights["ids"].items():
+        assert torch.equal(tensor, weights["text"][name])
+    assert not torch.equal(
+        weights["ids"]["fc.weight"].half(), torch.tensor(load_file(old)["fc.weight"])
+    )
+    (part,) = (jobs["ids"] / "data").glob("*.parquet")
+    rows = pq.read_table(part)
+    responses = [ids for ids in rows["output_token_ids"].to_pylist() if len(ids or ()) >= 2]
+    assert rows["finish_reason"].to_pylist().count("error") == 2
+    assert any(ids[-1] == STOP for ids in responses)
+    sizes = [(f["num_responses"] + f["num_held_out"]) for f in found.values()]
+    assert sizes == [len(responses)] * 2
+    # It starts where the recipe's draft is, which knows the target already.
+    assert found["ids"]["tau_at_start"] > 1.2
+
+
+def test_only_a_finished_job_tunes_a_draft(workspace: Workspace, jobs: dict[str, Path]) -> None:
+    recipe = workspace.recipe("unfinished", data="")
+    status, message = fails(recipe, "--from-job", str(workspace.folder))
+    assert status == 2
+    assert "is not the output of a run" in message
+    cut = workspace.folder / "night-cut"
+    shutil.copytree(jobs["text"], cut)
+    record = json.loads((cut / "run" / "record.json").read_text())
+    (cut / "run" / "record.json").write_text(json.dumps({**record, "state": "stopped"}))
+    status, message = fails(recipe, "--from-job", str(cut))
+    assert status == 2
+    assert "its last run is stopped" in message
+    assert f"dspark-batch status {cut}" in message
+
+
 def test_features_stay_below_their_cap(workspace: Workspace, trained: dict[str, Any]) -> None:
     training = "steps = 30\nbatch_size = 4\nmemory_gb = 0.0004\npasses = 1\nlog_every = 1\n"
     train(workspace.recipe("small", training=training))

@@ -65,11 +65,13 @@ def train(
     argv: Sequence[str],
     overwrite: bool = False,
     deadline: float | None = None,
+    from_job: Path | None = None,
 ) -> TrainingSummary:
     """Train the draft of a recipe, or what is left of it, and say what came of it.
 
-    With `overwrite` training starts again; the engine and the responses are kept as far as the
-    recipe still asks for the same.
+    With `from_job`, the output of a finished job, the recipe's draft is tuned on its rows, as
+    `NAME-tuned`. With `overwrite` training starts again; the engine and the responses are kept as
+    far as the recipe still asks for the same.
 
     Raises:
         UsageError: the recipe is wrong, or not the one that the work folder was begun with.
@@ -78,6 +80,8 @@ def train(
         StoppedEarly: SIGTERM or the deadline; what was trained is kept.
     """
     recipe = load_training_recipe(recipe_path)
+    if from_job is not None:
+        recipe = recipe.tuned_on(from_job)
     stop = Stop(deadline=deadline, clock=time.monotonic)
     end = None if deadline is None else time.monotonic() + deadline
     with stop.on_sigterm(), _locked(recipe):

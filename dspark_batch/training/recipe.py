@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dspark_batch.decode import SamplingParams
 from dspark_batch.errors import InputError, UsageError
 from dspark_batch.export import RECIPE_FOLDER, read_sections
-from dspark_batch.job import invalid_params
+from dspark_batch.job import invalid_params, read_finished_job
 from dspark_batch.models.weights import PACKAGE_PREFIX
 from dspark_batch.training.losses import LossWeights
 from dspark_batch.training.options import TrainingOptions
@@ -74,9 +74,12 @@ class PromptsSection(_Rows):
 
 
 class ImportedSection(_Rows):
-    """`[[imported]]`: prompts with the target's responses, as `run --token-ids` writes them."""
+    """`[[imported]]`: prompts with the target's responses, as `run` writes them."""
 
     output_column: Text = "output_token_ids"
+    """Token ids of the response, or its text."""
+    finish_column: str | None = None
+    """Says `stop` where the target ended a text itself, which does not show its stop token."""
 
 
 class ResponsesSection(_Section):
@@ -208,6 +211,7 @@ class HeldOutSection(_Section):
     source_column: str | None = None
     limit: Count | None = None
     output_column: Text = "output_token_ids"
+    finish_column: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -241,11 +245,11 @@ class TrainingRecipe(_Section):
     held_out: HeldOutSection = HeldOutSection()
     path: Path = Field(exclude=True)
     """The file it was read from; no key of it."""
+    variant: str = Field("", exclude=True)
+    """Behind the names of its folders; no key either."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.prompts is None and not self.imported:
-            raise ValueError("[prompts] or [[imported]] must say what to train on")
         if self.prompts is None and self.responses:
             raise ValueError("[[responses]] needs [prompts] to respond to")
         return self
@@ -260,12 +264,12 @@ class TrainingRecipe(_Section):
     @property
     def draft_folder(self) -> Path:
         """Where the draft goes."""
-        return self.path.with_suffix("")
+        return self.path.with_name(f"{self.path.stem}{self.variant}")
 
     @property
     def work_folder(self) -> Path:
         """Where everything on the way to it is kept."""
-        return self.path.with_suffix(".training")
+        return self.path.with_name(f"{self.path.stem}{self.variant}.training")
 
     @property
     def workspace(self) -> Path:
@@ -306,8 +310,45 @@ class TrainingRecipe(_Section):
                 return candidate
         raise InputError(f"{self.path}: {key}: no file {' and none '.join(candidates)}")
 
+    def tuned_on(self, output: Path) -> TrainingRecipe:
+        """The recipe that trains this one's draft on the rows of a finished job, as `NAME-tuned`.
+
+        Raises `UsageError` where `output` is not that of a finished job.
+        """
+        job = read_finished_job(output)
+        ids = job.token_ids
+        imported = ImportedSection(
+            files=(str(output.resolve() / "data"),),
+            prompt_column=job.prompt_column,
+            messages_column=job.messages_column,
+            token_ids_column=job.token_ids_column,
+            chat_template=job.chat_template,
+            system=job.system,
+            output_column=f"{job.output_prefix}{'output_token_ids' if ids else 'completion'}",
+            # A stop string ends a text too, and then there is no token that did.
+            finish_column=None if ids or job.stop else f"{job.output_prefix}finish_reason",
+        )
+        start = self.training.start
+        if self.draft_folder.exists():
+            start = str(self.draft_folder.resolve())
+        return self.model_copy(
+            update={
+                "prompts": None,
+                "responses": (),
+                "imported": (imported,),
+                "training": self.training.model_copy(update={"start": start}),
+                "variant": "-tuned",
+            }
+        )
+
     def check_files(self) -> None:
-        """Raise for the first file or folder that is not there."""
+        """Raise for the first file or folder that is not there, and where there is no data."""
+        if self.prompts is None and not self.imported:
+            raise UsageError(
+                f"{self.path}: [prompts] or [[imported]] must say what to train on",
+                hint=f"or give the output of a job: dspark-batch train {self.path} --from-job "
+                "jobs/prompts.completions",
+            )
         assert self.target_source
         _ = self.start_folder
         for key, section in (
