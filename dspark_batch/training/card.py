@@ -230,7 +230,9 @@ def _card(recipe: TrainingRecipe, facts: Facts, draft: DSparkDraft, num_bytes: i
         f"{training.max_grad_norm:g}, {'bf16 autocast' if training.bf16 else 'fp32'}, "
         f"average {training.ema_decay:g}, dropout {training.dropout:g}, seed {training.seed}.",
         f"- Loss: {training.cross_entropy:g} cross-entropy + {training.l1:g} L1 + "
-        f"{training.confidence:g} confidence, slots weighted by exp(-k/{training.decay:g}).",
+        f"{training.lk:g} LK + {training.confidence:g} confidence, slots weighted by "
+        f"exp(-k/{training.decay:g}). Anchors where a lookup would propose: "
+        f"{training.lookup_weight:g} of the others' chance.",
         "",
         "Of the checkpoints, this is the one with the highest greedy τ on the held-out responses:",
         "",

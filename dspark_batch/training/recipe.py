@@ -138,6 +138,8 @@ class TrainingSection(_Section):
     batch_size: Count = _OPTIONS.batch_size
     anchors: Count = 64
     """Blocks per sequence and step."""
+    lookup_weight: Annotated[float, Field(gt=0, le=1)] = _OPTIONS.lookup_weight
+    """How likely an anchor is drawn where prompt lookup would propose, against others."""
     passes: Count = 4
     """Times that captured sequences are trained on, with fresh anchors, before they are dropped."""
     memory_gb: Positive = 2.0
@@ -147,6 +149,7 @@ class TrainingSection(_Section):
     max_grad_norm: Positive = _OPTIONS.max_grad_norm
     cross_entropy: Annotated[float, Field(ge=0)] = _LOSS.cross_entropy
     l1: Annotated[float, Field(ge=0)] = _LOSS.l1
+    lk: Annotated[float, Field(ge=0)] = _LOSS.lk
     confidence: Annotated[float, Field(ge=0)] = _LOSS.confidence
     decay: Positive = _LOSS.decay
     dropout: Share = 0.0
@@ -180,11 +183,12 @@ class TrainingSection(_Section):
             seconds=seconds,
             batch_size=self.batch_size,
             num_anchors=self.anchors,
+            lookup_weight=self.lookup_weight,
             num_passes=self.passes,
             learning_rate=self.learning_rate,
             warmup_share=self.warmup_share,
             max_grad_norm=self.max_grad_norm,
-            loss=LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay),
+            loss=LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay, self.lk),
             bf16=self.bf16,
             compile=self.compile,
             ema_decay=self.ema_decay or None,
