@@ -26,12 +26,13 @@ from dspark_batch.engine.engine import open_engine  # noqa: E402
 from dspark_batch.export.pipeline import build  # noqa: E402
 from dspark_batch.export.recipe import Recipe  # noqa: E402
 from dspark_batch.models.weights import open_weights  # noqa: E402
-from dspark_batch.training import generation, responders  # noqa: E402
+from dspark_batch.training import generation, responders, responses, self_written  # noqa: E402
 from dspark_batch.training.features import capped  # noqa: E402
 from dspark_batch.training.recipe import (  # noqa: E402
     DraftSection,
     HeldOutSection,
     ImportedSection,
+    PromptsSection,
     ResponsesSection,
     TargetSection,
     TrainingSection,
@@ -346,13 +347,13 @@ def test_the_target_in_torch_does_what_the_engine_does(
     """The same greedy responses, the same draft to rounding; and no engine is built for it."""
     data = PROMPTS[: PROMPTS.rindex("[[responses]]")]
     training = "steps = 40\nlearning_rate = 5e-3\ncross_entropy = 1.0\n"
-    found, responses = {}, {}
+    found, said = {}, {}
     for runtime in ("engine", "torch"):
         recipe = workspace.recipe(runtime, data=data, training=training, runtime=runtime)
         found[runtime] = train(recipe)
         work = workspace.draft(f"{runtime}.training")
         parts = [pq.read_table(part) for part in work.glob("responses*/prompts-*/data/*.parquet")]
-        responses[runtime] = {
+        said[runtime] = {
             tuple(prompt): tuple(response)
             for part in parts
             for prompt, response in zip(
@@ -362,7 +363,7 @@ def test_the_target_in_torch_does_what_the_engine_does(
             )
         }
     assert not (work / "engine").exists()
-    assert responses["torch"] == responses["engine"]
+    assert said["torch"] == said["engine"]
     for key in ("num_responses", "num_response_tokens"):
         assert found["torch"][key] == found["engine"][key]
     assert found["torch"]["tau_greedy"] == pytest.approx(found["engine"]["tau_greedy"], abs=0.1)
@@ -427,16 +428,21 @@ def test_responses_in_torch_go_on_where_they_were_stopped(
     assert max(longest(tables)) == 23
 
 
-@pytest.fixture(scope="module")
-def jobs(workspace: Workspace, trained: dict[str, Any]) -> dict[str, Path]:
-    """The same job with token ids and without; two of its rows failed. Stop tokens are no text."""
-    path = talking_target(workspace.folder / "target-quiet") / "tokenizer.json"
+def make_special(target: Path, token: int) -> None:
+    """Let a token of the target be a special one, which no text shows."""
+    path = target / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["added_tokens"] = [
-        {"id": STOP, "content": f"w{STOP}", "special": True, "normalized": False}
+        {"id": token, "content": f"w{token}", "special": True, "normalized": False}
         | {"single_word": False, "lstrip": False, "rstrip": False}
     ]
     path.write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def jobs(workspace: Workspace, trained: dict[str, Any]) -> dict[str, Path]:
+    """The same job with token ids and without; two of its rows failed. Stop tokens are no text."""
+    make_special(talking_target(workspace.folder / "target-quiet"), STOP)
     engine = '[target]\nweights = "target-quiet"\n[engine]\nprecision = "fp32"\nmax_tokens = 96\n'
     (workspace.folder / "export" / "plain.toml").write_text(engine)
     output = workspace.folder / "engines" / "plain"
@@ -479,11 +485,11 @@ def test_a_draft_is_tuned_on_the_rows_of_a_job(workspace: Workspace, jobs: dict[
     )
     (part,) = (jobs["ids"] / "data").glob("*.parquet")
     rows = pq.read_table(part)
-    responses = [ids for ids in rows["output_token_ids"].to_pylist() if len(ids or ()) >= 2]
+    kept = [ids for ids in rows["output_token_ids"].to_pylist() if len(ids or ()) >= 2]
     assert rows["finish_reason"].to_pylist().count("error") == 2
-    assert any(ids[-1] == STOP for ids in responses)
+    assert any(ids[-1] == STOP for ids in kept)
     sizes = [(f["num_responses"] + f["num_held_out"]) for f in found.values()]
-    assert sizes == [len(responses)] * 2
+    assert sizes == [len(kept)] * 2
     # It starts where the recipe's draft is, which knows the target already.
     assert found["ids"]["tau_at_start"] > 1.2
 
@@ -501,6 +507,58 @@ def test_only_a_finished_job_tunes_a_draft(workspace: Workspace, jobs: dict[str,
     assert status == 2
     assert "its last run is stopped" in message
     assert f"dspark-batch status {cut}" in message
+
+
+@pytest.mark.parametrize("runtime", ["engine", "torch"])
+def test_a_target_writes_its_own_prompts(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    """A user turn is what the template puts between w1 and w0; the answer comes after w2."""
+    monkeypatch.setattr(self_written, "OPENINGS", ("w3 w4", "w5"))
+    monkeypatch.setattr(responses, "MOST_TOKENS", 24)
+    target = talking_target(workspace.folder / f"target-chatting-{runtime}")
+    make_special(target, MASK)  # said now and then, as anything at temperature 1
+    (target / "chat_template.jinja").write_text(
+        "{% for m in messages %}w1 {{ m.content }} w0 {% endfor %}"
+        "{% if add_generation_prompt %}w2{% endif %}"
+    )
+    data = PROMPTS.replace('files = ["prompts.parquet"]', "self_written = 120")
+    data = data.replace('source_column = "source"\n', "")
+    found = []
+    for name in ("first", "second"):
+        recipe = workspace.recipe(
+            f"{name}-{runtime}", target=target.name, data=data, runtime=runtime
+        )
+        train(recipe)
+        work = workspace.draft(f"{name}-{runtime}.training")
+        tables = [pq.read_table(work / f"{kind}.parquet") for kind in ("prompts", "held-out")]
+        found.append([table["prompt_token_ids"].to_pylist() for table in tables])
+    assert found[0] == found[1]
+    prompts = [tuple(ids) for kind in found[0] for ids in kind]
+    assert len(prompts) == len(set(prompts)) > 20
+    parts = work.glob("responses*/user-turns-temperature-1-seed-42/data/*.parquet")
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert len(rows) == 120
+    turns = {
+        (*row["prompt_token_ids"], *(i for i in row["output_token_ids"][:-1] if i != MASK), 0, 2)
+        for row in rows
+        if row["output_token_ids"][-1] == STOP and len(row["output_token_ids"]) > 1
+    }
+    unknown = VOCAB - 1  # whose text would be read as three of it
+    assert {ids for ids in prompts if unknown not in ids} == {
+        turn for turn in turns if unknown not in turn
+    }
+    assert {ids[:2] for ids in prompts} == {(1, 3), (1, 5)}
+    assert len(rows) > len(prompts)  # some did not end, or were there before
+
+
+def test_a_target_without_a_chat_template_writes_no_prompts(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    data = PROMPTS.replace('files = ["prompts.parquet"]', "self_written = 120")
+    status, message = fails(workspace.recipe("silent", data=data))
+    assert status == 3
+    assert "no chat template" in message
 
 
 def test_features_stay_below_their_cap(workspace: Workspace, trained: dict[str, Any]) -> None:
@@ -636,6 +694,7 @@ def test_held_out_prompts_are_in_no_training_sequence(
         ),
         ({"data": IMPORTED.replace("responses/", "none/")}, 3, "[imported] files: no file"),
         ({"data": IMPORTED + 'output_column = "text"\n'}, 3, "no column 'text'"),
+        ({"data": "[prompts]"}, 2, "give files, self_written, or both"),
         ({"data": ""}, 2, "[prompts] or [[imported]] must say what to train on"),
         ({"mask": 5}, 3, "the mask token 5 appears in"),
         ({"mask": 99}, 3, "mask_token_id 99 is not in the target's vocabulary of 40"),
@@ -716,7 +775,14 @@ def test_the_documentation_lists_every_key_with_its_default() -> None:
     reference = page[page.index("## Recipe") : page.index("## Data")]
     rows = re.findall(r"^\| (`.+?) \| (.*?) \|", reference, re.MULTILINE)
     shown = {key: cell for keys, cell in rows for key in re.findall(r"`([a-z_0-9]+)`", keys)}
-    sections = (TargetSection, ImportedSection, ResponsesSection, DraftSection, TrainingSection)
+    sections = (
+        TargetSection,
+        PromptsSection,
+        ImportedSection,
+        ResponsesSection,
+        DraftSection,
+        TrainingSection,
+    )
     fields = {
         key: field
         for section in (*sections, HeldOutSection)

@@ -6,8 +6,8 @@ acceptance probability of sampling; it carries no gradient.
 
 A further term, off by default, is LK (Samarin et al., 2026, arXiv:2602.23881): λ KL(p_target ‖
 p_draft) + (1 - λ) ½‖p_draft - p_target‖₁ with λ = exp(-3 c*). KL leads where the two are far apart
-and L1 has little gradient, L1 where they are near. λ carries no gradient. Unlike in the paper, which
-averages c* over a batch, it is that of each slot. KL is over the draft's ids.
+and L1 has little gradient, L1 where they are near. λ carries no gradient. The paper averages c*
+over a batch; here it is that of each slot. KL is over the draft's ids.
 """
 
 from __future__ import annotations

@@ -72,6 +72,16 @@ class _Rows(_Section):
 class PromptsSection(_Rows):
     """`[prompts]`: what the target responds to."""
 
+    files: Files = ()
+    self_written: Annotated[int, Field(ge=0)] = 0
+    """User turns that the target writes itself; unfinished and repeated ones are dropped."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.files and not self.self_written:
+            raise ValueError("give files, self_written, or both")
+        return self
+
 
 class ImportedSection(_Rows):
     """`[[imported]]`: prompts with the target's responses, as `run` writes them."""

@@ -37,6 +37,7 @@ from dspark_batch.training.recipe import (
     TrainingRecipe,
 )
 from dspark_batch.training.responders import OUTPUT_COLUMN, PROMPT_COLUMN, Responder
+from dspark_batch.training.self_written import MOST_TOKENS, SelfWritten
 
 _COLUMN_KEYS = ("prompt_column", "messages_column", "token_ids_column", "chat_template", "system")
 _FLAG = re.compile("--([a-z-]+column)")
@@ -110,7 +111,9 @@ class Responses:
         held_section = self._recipe.held_out
         longest = max(settings.max_new_tokens for settings in self._recipe.sampled)
         self._progress.phase("reading prompts")
-        prompts = list(self._prepared(section, "prompts", max_new_tokens=longest))
+        prompts = list(self._self_written(section, max_new_tokens=longest))
+        if section.files:
+            prompts += self._prepared(section, "prompts", max_new_tokens=longest)
         if held_out:
             held_prompts = {row.prompt for row in held_out}
         else:
@@ -127,6 +130,31 @@ class Responses:
         own = list({row.prompt: row for row in prompts if row.prompt in held_prompts}.values())
         greedy = ResponsesSection(max_new_tokens=min(held_section.max_new_tokens, longest))
         return responses, self._run(own, greedy, 0, name="held-out")
+
+    def _self_written(self, section: PromptsSection, *, max_new_tokens: int) -> Iterator[Row]:
+        """The prompts that the target writes, of those asked for as many as are of use."""
+        if not section.self_written:
+            return
+        turns = SelfWritten(self._text.tokenizer, system=section.system)
+        starters = turns.starters(section.self_written)
+        room = self._text.max_tokens - max(map(len, starters))
+        if room < 1:
+            raise InputError(
+                f"{self._recipe.path}: {self._text.max_tokens} tokens have no room for a user turn",
+                hint="raise [target] max_tokens",
+            )
+        settings = ResponsesSection(
+            temperature=1.0,
+            max_new_tokens=min(room, MOST_TOKENS),
+            seed=self._recipe.training.seed,
+        )
+        written = self._run(
+            [Row(starter, "") for starter in starters], settings, 0, name="user-turns"
+        )
+        longest = self._text.max_tokens - max_new_tokens
+        for prompt in turns.prompts(written):
+            if len(prompt) <= longest:
+                yield Row(prompt, "self-written")
 
     def _run(
         self, rows: Sequence[Row], settings: ResponsesSection, sample: int, *, name: str
