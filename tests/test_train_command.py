@@ -683,6 +683,27 @@ def test_held_out_prompts_are_in_no_training_sequence(
     assert found["num_responses"] == trained["num_responses"]
 
 
+def test_held_out_prompts_may_come_from_a_file_of_their_own(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    """The greedy responses that they get are those of the other way; no prompt is on both sides."""
+    work = workspace.draft("whole.training")
+    table = pq.read_table(work / "held-out.parquet")
+    twice = pa.concat_tables([table, table.slice(0, 3)])
+    pq.write_table(twice, workspace.folder / "evaluation.parquet")
+    held_out = 'prompts = ["evaluation.parquet"]\ntoken_ids_column = "prompt_token_ids"\n'
+    held_out += 'source_column = "source"\nmax_new_tokens = 24'
+    found = train(workspace.recipe("evaluated", held_out=held_out))
+    assert found["num_held_out"] == 8
+    assert found["num_responses"] == trained["num_responses"]
+    assert set(found["tau_by_source"]) == {"even", "odd"}
+    assert found["tau_by_source"].keys() == trained["tau_by_source"].keys()
+    (part,) = workspace.draft("evaluated.training").glob("responses/held-out-*/data/*.parquet")
+    (first,) = work.glob("responses/held-out-*/data/*.parquet")
+    texts = [pq.read_table(path)["output_token_ids"].to_pylist() for path in (part, first)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "words"),
     [
@@ -694,6 +715,7 @@ def test_held_out_prompts_are_in_no_training_sequence(
         ),
         ({"data": IMPORTED.replace("responses/", "none/")}, 3, "[imported] files: no file"),
         ({"data": IMPORTED + 'output_column = "text"\n'}, 3, "no column 'text'"),
+        ({"held_out": 'prompts = ["none"]'}, 3, "[held_out] prompts: no file"),
         ({"data": "[prompts]"}, 2, "give files, self_written, or both"),
         ({"data": ""}, 2, "[prompts] or [[imported]] must say what to train on"),
         ({"mask": 5}, 3, "the mask token 5 appears in"),
@@ -706,7 +728,7 @@ def test_held_out_prompts_are_in_no_training_sequence(
         ({"training": 'start = "nowhere"'}, 2, "[training] start is not there"),
         ({"draft": "taps = [0, 7]"}, 5, "taps [0, 7] must increase within -1..2"),
         ({"target": "nothing"}, 2, "[target] weights is not there"),
-        ({"held_out": "count = 8\nshare = 0.5"}, 2, "give one of count, share and files"),
+        ({"held_out": "count = 8\nshare = 0.5"}, 2, "give one of count, share, files and prompts"),
         ({"training": SHORT + "memory_gb = 0.00001"}, 3, "raise [training] memory_gb"),
     ],
 )

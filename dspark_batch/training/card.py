@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -113,6 +113,8 @@ class TrainingSummary:
     tau_at_start: float
     survival: tuple[float, ...]
     next_command: str
+    tau_by_source: dict[str, float] = field(default_factory=dict)
+    """Greedy; empty where there is one source only."""
 
     def lines(self) -> list[str]:
         """Lines of text for a terminal."""
@@ -163,6 +165,7 @@ def write_draft_folder(
         tau_at_start=facts.history[0][2],
         survival=facts.evaluation.survival,
         next_command=command,
+        tau_by_source={name: found.tau_greedy for name, found in facts.by_source.items()},
     )
 
 

@@ -217,6 +217,8 @@ class HeldOutSection(_Section):
     max_new_tokens: Count = 256
     """Of the greedy responses that are generated for them."""
     files: Files = ()
+    prompts: Files = ()
+    """Files of prompts, which get greedy responses."""
     prompt_column: str | None = None
     messages_column: str | None = None
     token_ids_column: str | None = None
@@ -229,8 +231,8 @@ class HeldOutSection(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(bool(given) for given in (self.count, self.share, self.files)) > 1:
-            raise ValueError("give one of count, share and files")
+        if sum(bool(given) for given in (self.count, self.share, self.files, self.prompts)) > 1:
+            raise ValueError("give one of count, share, files and prompts")
         return self
 
     @property
@@ -238,7 +240,17 @@ class HeldOutSection(_Section):
         """The held-out responses that are there already."""
         if not self.files:
             return None
-        return ImportedSection(**self.model_dump(exclude={"count", "share", "max_new_tokens"}))
+        own = {"count", "share", "prompts", "max_new_tokens"}
+        return ImportedSection(**self.model_dump(exclude=own))
+
+    @property
+    def prompted(self) -> PromptsSection | None:
+        """The held-out prompts that responses are generated for, if they are in files."""
+        if not self.prompts:
+            return None
+        own = {"count", "share", "files", "prompts", "max_new_tokens"}
+        own |= {"output_column", "finish_column"}
+        return PromptsSection(files=self.prompts, **self.model_dump(exclude=own))
 
     def number(self, num_prompts: int) -> int:
         """How many of `num_prompts` are held out."""
@@ -372,6 +384,8 @@ class TrainingRecipe(_Section):
         ):
             for pattern in section.files if section is not None else ():
                 self.find_files(pattern, f"[{key}] files")
+        for pattern in self.held_out.prompts:
+            self.find_files(pattern, "[held_out] prompts")
 
     def _candidates(self, name: str) -> list[Path]:
         bases = dict.fromkeys([self.workspace, self.path.resolve().parent])

@@ -84,6 +84,17 @@ class Responses:
         held_out: list[Row] = []
         if held_section.imported is not None:
             held_out = self._imported(held_section.imported)
+        elif held_section.prompted is not None:
+            held_out = self._greedy(
+                list(
+                    self._prepared(
+                        held_section.prompted,
+                        "held_out",
+                        max_new_tokens=held_section.max_new_tokens,
+                    )
+                ),
+                held_section.max_new_tokens,
+            )
         if self._recipe.prompts is not None:
             generated, held_generated = self._generated(self._recipe.prompts, held_out)
         else:
@@ -127,9 +138,14 @@ class Responses:
         ]
         if held_out:
             return responses, []
-        own = list({row.prompt: row for row in prompts if row.prompt in held_prompts}.values())
-        greedy = ResponsesSection(max_new_tokens=min(held_section.max_new_tokens, longest))
-        return responses, self._run(own, greedy, 0, name="held-out")
+        own = [row for row in prompts if row.prompt in held_prompts]
+        return responses, self._greedy(own, min(held_section.max_new_tokens, longest))
+
+    def _greedy(self, rows: Sequence[Row], max_new_tokens: int) -> list[Row]:
+        """Greedy responses to held-out prompts, one to each prompt that is another."""
+        distinct = list({row.prompt: row for row in rows}.values())
+        settings = ResponsesSection(max_new_tokens=max_new_tokens)
+        return self._run(distinct, settings, 0, name="held-out")
 
     def _self_written(self, section: PromptsSection, *, max_new_tokens: int) -> Iterator[Row]:
         """The prompts that the target writes, of those asked for as many as are of use."""
