@@ -72,7 +72,7 @@ def test_a_cache_fed_in_pieces_gives_what_one_pass_gives(name: str, tmp_path: Pa
     rng = np.random.default_rng(1)
     rows = [rng.integers(1, VOCAB, 30).tolist() for _ in range(3)]
     whole = decoder.forward(padded(rows, CPU)).normed
-    cache = KeysValues(decoder.spec, 3, 32, device=CPU, dtype=torch.float32)
+    cache = KeysValues.empty(decoder.spec, 3, 32, device=CPU, dtype=torch.float32)
     lengths = torch.tensor([5, 17, 9])
     first = [row[:n] for row, n in zip(rows, lengths.tolist(), strict=True)]
     tokens = padded(first, CPU)
@@ -110,7 +110,7 @@ def test_a_pass_and_its_features_stay_on_their_device(name: str, tmp_path: Path)
     weights = open_weights(write(tmp_path / "target", name))
     spec = decoder_spec(weights.config)
     decoder = Decoder(spec, weights.tensor, device=meta, dtype=torch.bfloat16)
-    cache = KeysValues(spec, 2, 9, device=meta, dtype=torch.bfloat16)
+    cache = KeysValues.empty(spec, 2, 9, device=meta, dtype=torch.bfloat16)
     places = torch.arange(4, device=meta).expand(2, -1)
     tokens = padded([[1, 2], [3, 4, 5, 6]], meta)
     normed = decoder.forward(tokens, positions=places, cache=cache, end=4).normed
@@ -202,7 +202,7 @@ def test_generation_can_be_stopped_on_the_way(tmp_path: Path) -> None:
 def test_a_wave_fits_its_memory(tmp_path: Path) -> None:
     decoder, _ = opened(write_target(tmp_path / "target", target_config("llama")))
     position = KeysValues.num_bytes(decoder.spec, torch.float32)
-    cache = KeysValues(decoder.spec, 1, 1, device=CPU, dtype=torch.float32)
+    cache = KeysValues.empty(decoder.spec, 1, 1, device=CPU, dtype=torch.float32)
     assert position == sum(pair.nbytes for pair in cache._layers.values())
     prompts = [[1] * 10, [1] * 10, [1] * 30, [1] * 30]
     for room, count in ((0, 1), (39, 1), (40, 2), (119, 2), (120, 3), (160, 4), (999, 4)):

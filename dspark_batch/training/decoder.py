@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,28 +26,32 @@ class KeysValues:
     A position is written before a query may see it, so what padding left behind has no weight.
     """
 
-    def __init__(
-        self,
+    def __init__(self, layers: dict[int, Tensor]) -> None:
+        """`[2, b, heads, capacity, size]` of each layer that has keys and values of its own."""
+        self._layers = layers
+
+    @classmethod
+    def empty(
+        cls,
         spec: DecoderSpec,
         num_rows: int,
         capacity: int,
         *,
         device: torch.device,
         dtype: torch.dtype,
-    ) -> None:
-        self._layers = {  # zeros, as even without weight a NaN would spread
-            i: torch.zeros(
-                2,
-                num_rows,
-                layer.num_kv_heads,
-                capacity,
-                layer.head_dim,
-                device=device,
-                dtype=dtype,
-            )
-            for i, layer in enumerate(spec.layers)
-            if layer.shares_with is None
-        }
+    ) -> Self:
+        """Room for rows of a target. Zeros, as even without weight a NaN would spread."""
+        return cls(
+            {
+                i: torch.zeros(
+                    (2, num_rows, layer.num_kv_heads, capacity, layer.head_dim),
+                    device=device,
+                    dtype=dtype,
+                )
+                for i, layer in enumerate(spec.layers)
+                if layer.shares_with is None
+            }
+        )
 
     @staticmethod
     def num_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
@@ -55,9 +60,7 @@ class KeysValues:
 
     def rows(self, rows: slice) -> KeysValues:
         """A view of some rows."""
-        view = KeysValues.__new__(KeysValues)
-        view._layers = {i: pair[:, rows] for i, pair in self._layers.items()}
-        return view
+        return KeysValues({i: pair[:, rows] for i, pair in self._layers.items()})
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but those at the indices `[k]`."""

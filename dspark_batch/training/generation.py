@@ -44,7 +44,7 @@ def generate(
     """
     device, longest = decoder.device, max(map(len, prompts))
     random = torch.Generator(device).manual_seed(params.seed)
-    cache = KeysValues(
+    cache = KeysValues.empty(
         decoder.spec,
         len(prompts),
         longest + params.max_new_tokens,
