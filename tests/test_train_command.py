@@ -363,6 +363,10 @@ def test_the_target_in_torch_does_what_the_engine_does(
             )
         }
     assert not (work / "engine").exists()
+    status, message = fails(workspace.recipe("torch", data=data, training=training))
+    assert status == 2
+    assert 'target.runtime was "torch" and is "engine"' in message  # as on a CPU by default
+    workspace.recipe("torch", data=data, training=training, runtime="torch")
     assert said["torch"] == said["engine"]
     for key in ("num_responses", "num_response_tokens"):
         assert found["torch"][key] == found["engine"][key]

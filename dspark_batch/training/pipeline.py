@@ -209,7 +209,7 @@ class _Training:
         files, draft_folder = self._files, self._recipe.draft_folder
         self._recipe.check_files()
         settings = {key: json.dumps(value) for key, value in self._recipe.settings().items()}
-        settings["target.runtime"] = "torch" if self._in_torch else "engine"
+        settings["target.runtime"] = json.dumps("torch" if self._in_torch else "engine")
         if self._overwrite:
             check_replaceable(draft_folder, DRAFT_FILES, mark=LOG)  # before hours of work
             files.finished.unlink(missing_ok=True)
