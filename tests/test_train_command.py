@@ -26,11 +26,13 @@ from dspark_batch.engine.engine import open_engine  # noqa: E402
 from dspark_batch.export.pipeline import build  # noqa: E402
 from dspark_batch.export.recipe import Recipe  # noqa: E402
 from dspark_batch.models.weights import open_weights  # noqa: E402
+from dspark_batch.training import generation, responders, responses, self_written  # noqa: E402
 from dspark_batch.training.features import capped  # noqa: E402
 from dspark_batch.training.recipe import (  # noqa: E402
     DraftSection,
     HeldOutSection,
     ImportedSection,
+    PromptsSection,
     ResponsesSection,
     TargetSection,
     TrainingSection,
@@ -53,6 +55,7 @@ weights = "{target}"
 precision = "fp32"
 max_rows = 8
 max_tokens = 96
+runtime = "{runtime}"
 {data}
 [draft]
 layers = 1
@@ -137,6 +140,7 @@ class Workspace:
         training: str = SHORT,
         held_out: str = "count = 8",
         mask: int = MASK,
+        runtime: str = "auto",
     ) -> Path:
         path = self.folder / "export" / "drafts" / f"{name}.toml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +152,7 @@ class Workspace:
                 training=training,
                 held_out=held_out,
                 mask=mask,
+                runtime=runtime,
             )
         )
         return path
@@ -336,6 +341,230 @@ def test_a_killed_training_ends_with_the_weights_of_one_that_was_not(
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_the_target_in_torch_does_what_the_engine_does(
+    workspace: Workspace, trained: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same greedy responses, the same draft to rounding; and no engine is built for it."""
+    data = PROMPTS[: PROMPTS.rindex("[[responses]]")]
+    training = "steps = 40\nlearning_rate = 5e-3\ncross_entropy = 1.0\n"
+    found, said = {}, {}
+    for runtime in ("engine", "torch"):
+        recipe = workspace.recipe(runtime, data=data, training=training, runtime=runtime)
+        found[runtime] = train(recipe)
+        work = workspace.draft(f"{runtime}.training")
+        parts = [pq.read_table(part) for part in work.glob("responses*/prompts-*/data/*.parquet")]
+        said[runtime] = {
+            tuple(prompt): tuple(response)
+            for part in parts
+            for prompt, response in zip(
+                part["prompt_token_ids"].to_pylist(),
+                part["output_token_ids"].to_pylist(),
+                strict=True,
+            )
+        }
+    assert not (work / "engine").exists()
+    status, message = fails(workspace.recipe("torch", data=data, training=training))
+    assert status == 2
+    assert 'target.runtime was "torch" and is "engine"' in message  # as on a CPU by default
+    workspace.recipe("torch", data=data, training=training, runtime="torch")
+    assert said["torch"] == said["engine"]
+    for key in ("num_responses", "num_response_tokens"):
+        assert found["torch"][key] == found["engine"][key]
+    assert found["torch"]["tau_greedy"] == pytest.approx(found["engine"]["tau_greedy"], abs=0.1)
+    assert found["torch"]["tau_greedy"] > found["torch"]["tau_at_start"] + 0.1
+    card = (workspace.draft("torch") / "README.md").read_text()
+    assert "Features: the target in torch, fp32." in card
+    at_work = accepted_length_at_work(
+        workspace, "torch", found["torch"]["next_command"], monkeypatch
+    )
+    assert at_work == pytest.approx(found["torch"]["tau_greedy"], abs=0.1)
+
+
+def longest(parts: list[Any]) -> list[int]:
+    """Tokens of the longest response of each part."""
+    return [max(map(len, part["output_token_ids"].to_pylist())) for part in parts]
+
+
+def test_responses_in_torch_go_on_where_they_were_stopped(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "_MOST_ROWS", 20)
+    recipe = workspace.recipe("waves", data=PROMPTS, runtime="torch")
+    take, taken = responders.generate, []
+
+    def dying(decoder: Any, prompts: Any, *rest: Any, **options: Any) -> Any:
+        if len(taken) == 2:
+            raise Killed
+        taken.append(take(decoder, prompts, *rest, **options))
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responders, "generate", dying)
+        with pytest.raises(Killed):
+            CliRunner().invoke(
+                main, ["train", str(recipe), "--progress", "none"], catch_exceptions=False
+            )
+    folder = workspace.draft("waves.training") / "responses-torch"
+    parts = sorted(folder.glob("*/data/*.parquet"))
+    assert [part.name for part in parts] == ["part-00000000.parquet", "part-00000020.parquet"]
+    times = [part.stat().st_mtime_ns for part in parts]
+    shorter = workspace.recipe("waves", data=PROMPTS.replace("24", "23"), runtime="torch")
+    status, message = fails(shorter)
+    assert status == 3
+    assert "start again with --overwrite" in message
+    recipe = workspace.recipe("waves", data=PROMPTS, runtime="torch")
+    monkeypatch.setattr(generation, "_MOST_ROWS", 7)  # parts of another size fit beside them
+    status, message = fails(recipe, "--deadline", "0.001")
+    assert status == 75
+    assert f"continue with: dspark-batch train {recipe}" in message
+    train(recipe)
+    assert [part.stat().st_mtime_ns for part in parts] == times
+    tables = [pq.read_table(part) for part in sorted(parts[0].parent.glob("*.parquet"))]
+    assert [table.num_rows for table in tables] == [20, 20, 7, 5]
+    prompts = pq.read_table(workspace.draft("waves.training") / "prompts.parquet")
+    ids = [ids for table in tables for ids in table["prompt_token_ids"].to_pylist()]
+    assert sorted(ids) == sorted(prompts["prompt_token_ids"].to_pylist())
+    assert max(longest(tables)) == 24
+    train(
+        workspace.recipe("waves", data=PROMPTS.replace("24", "23"), runtime="torch"), "--overwrite"
+    )
+    tables = [pq.read_table(part) for part in sorted(parts[0].parent.glob("*.parquet"))]
+    assert max(longest(tables)) == 23
+
+
+def make_special(target: Path, token: int) -> None:
+    """Let a token of the target be a special one, which no text shows."""
+    path = target / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["added_tokens"] = [
+        {"id": token, "content": f"w{token}", "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+    ]
+    path.write_text(json.dumps(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def jobs(workspace: Workspace, trained: dict[str, Any]) -> dict[str, Path]:
+    """The same job with token ids and without; two of its rows failed. Stop tokens are no text."""
+    make_special(talking_target(workspace.folder / "target-quiet"), STOP)
+    engine = '[target]\nweights = "target-quiet"\n[engine]\nprecision = "fp32"\nmax_tokens = 96\n'
+    (workspace.folder / "export" / "plain.toml").write_text(engine)
+    output = workspace.folder / "engines" / "plain"
+    recipe = workspace.folder / "export" / "plain.toml"
+    done = command("export", recipe, "-o", output, "--progress", "none")
+    assert done.exit_code == 0, done.output
+    table = pq.read_table(workspace.folder / "prompts.parquet")
+    texts = [None, *table["prompt"].to_pylist(), None]
+    pq.write_table(pa.table({"text": texts}), workspace.folder / "night.parquet")
+    found = {}
+    for kind, flags in (("ids", ["--token-ids"]), ("text", [])):
+        found[kind] = workspace.folder / f"night-{kind}"
+        done = command(
+            *("run", workspace.folder / "night.parquet", "--engine", output, "-o", found[kind]),
+            *("--prompt-column", "text", "--max-new-tokens", "24", "--progress", "none", *flags),
+        )
+        assert done.exit_code == 0, done.output
+    return found
+
+
+def test_a_draft_is_tuned_on_the_rows_of_a_job(workspace: Workspace, jobs: dict[str, Path]) -> None:
+    """From its own weights; text and token ids of the same rows give the same draft."""
+    weights, found = {}, {}
+    for kind, output in jobs.items():
+        recipe = workspace.recipe(f"nightly-{kind}", target="target-quiet", data="")
+        status, message = fails(recipe)
+        assert status == 2
+        assert f"dspark-batch train {recipe} --from-job" in message
+        shutil.copytree(workspace.draft("whole"), workspace.draft(f"nightly-{kind}"))
+        found[kind] = train(recipe, "--from-job", str(output))
+        assert found[kind]["draft"].endswith(f"nightly-{kind}-tuned")
+        state = workspace.draft(f"nightly-{kind}-tuned.training") / "training" / "state.pt"
+        weights[kind] = torch.load(state, weights_only=True)["parameters"]
+    own, old = (workspace.draft(name) / "model.safetensors" for name in ("nightly-ids", "whole"))
+    assert own.read_bytes() == old.read_bytes()
+    for name, tensor in weights["ids"].items():
+        assert torch.equal(tensor, weights["text"][name])
+    assert not torch.equal(
+        weights["ids"]["fc.weight"].half(), torch.tensor(load_file(old)["fc.weight"])
+    )
+    (part,) = (jobs["ids"] / "data").glob("*.parquet")
+    rows = pq.read_table(part)
+    kept = [ids for ids in rows["output_token_ids"].to_pylist() if len(ids or ()) >= 2]
+    assert rows["finish_reason"].to_pylist().count("error") == 2
+    assert any(ids[-1] == STOP for ids in kept)
+    sizes = [(f["num_responses"] + f["num_held_out"]) for f in found.values()]
+    assert sizes == [len(kept)] * 2
+    # It starts where the recipe's draft is, which knows the target already.
+    assert found["ids"]["tau_at_start"] > 1.2
+
+
+def test_only_a_finished_job_tunes_a_draft(workspace: Workspace, jobs: dict[str, Path]) -> None:
+    recipe = workspace.recipe("unfinished", data="")
+    status, message = fails(recipe, "--from-job", str(workspace.folder))
+    assert status == 2
+    assert "is not the output of a run" in message
+    cut = workspace.folder / "night-cut"
+    shutil.copytree(jobs["text"], cut)
+    record = json.loads((cut / "run" / "record.json").read_text())
+    (cut / "run" / "record.json").write_text(json.dumps({**record, "state": "stopped"}))
+    status, message = fails(recipe, "--from-job", str(cut))
+    assert status == 2
+    assert "its last run is stopped" in message
+    assert f"dspark-batch status {cut}" in message
+
+
+@pytest.mark.parametrize("runtime", ["engine", "torch"])
+def test_a_target_writes_its_own_prompts(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, runtime: str
+) -> None:
+    """A user turn is what the template puts between w1 and w0; the answer comes after w2."""
+    monkeypatch.setattr(self_written, "OPENINGS", ("w3 w4", "w5"))
+    monkeypatch.setattr(responses, "MOST_TOKENS", 24)
+    target = talking_target(workspace.folder / f"target-chatting-{runtime}")
+    make_special(target, MASK)  # said now and then, as anything at temperature 1
+    (target / "chat_template.jinja").write_text(
+        "{% for m in messages %}w1 {{ m.content }} w0 {% endfor %}"
+        "{% if add_generation_prompt %}w2{% endif %}"
+    )
+    data = PROMPTS.replace('files = ["prompts.parquet"]', "self_written = 120")
+    data = data.replace('source_column = "source"\n', "")
+    found = []
+    for name in ("first", "second"):
+        recipe = workspace.recipe(
+            f"{name}-{runtime}", target=target.name, data=data, runtime=runtime
+        )
+        train(recipe)
+        work = workspace.draft(f"{name}-{runtime}.training")
+        tables = [pq.read_table(work / f"{kind}.parquet") for kind in ("prompts", "held-out")]
+        found.append([table["prompt_token_ids"].to_pylist() for table in tables])
+    assert found[0] == found[1]
+    prompts = [tuple(ids) for kind in found[0] for ids in kind]
+    assert len(prompts) == len(set(prompts)) > 20
+    parts = work.glob("responses*/user-turns-temperature-1-seed-42/data/*.parquet")
+    rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
+    assert len(rows) == 120
+    turns = {
+        (*row["prompt_token_ids"], *(i for i in row["output_token_ids"][:-1] if i != MASK), 0, 2)
+        for row in rows
+        if row["output_token_ids"][-1] == STOP and len(row["output_token_ids"]) > 1
+    }
+    unknown = VOCAB - 1  # whose text would be read as three of it
+    assert {ids for ids in prompts if unknown not in ids} == {
+        turn for turn in turns if unknown not in turn
+    }
+    assert {ids[:2] for ids in prompts} == {(1, 3), (1, 5)}
+    assert len(rows) > len(prompts)  # some did not end, or were there before
+
+
+def test_a_target_without_a_chat_template_writes_no_prompts(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    data = PROMPTS.replace('files = ["prompts.parquet"]', "self_written = 120")
+    status, message = fails(workspace.recipe("silent", data=data))
+    assert status == 3
+    assert "no chat template" in message
+
+
 def test_features_stay_below_their_cap(workspace: Workspace, trained: dict[str, Any]) -> None:
     training = "steps = 30\nbatch_size = 4\nmemory_gb = 0.0004\npasses = 1\nlog_every = 1\n"
     train(workspace.recipe("small", training=training))
@@ -458,6 +687,27 @@ def test_held_out_prompts_are_in_no_training_sequence(
     assert found["num_responses"] == trained["num_responses"]
 
 
+def test_held_out_prompts_may_come_from_a_file_of_their_own(
+    workspace: Workspace, trained: dict[str, Any]
+) -> None:
+    """The greedy responses that they get are those of the other way; no prompt is on both sides."""
+    work = workspace.draft("whole.training")
+    table = pq.read_table(work / "held-out.parquet")
+    twice = pa.concat_tables([table, table.slice(0, 3)])
+    pq.write_table(twice, workspace.folder / "evaluation.parquet")
+    held_out = 'prompts = ["evaluation.parquet"]\ntoken_ids_column = "prompt_token_ids"\n'
+    held_out += 'source_column = "source"\nmax_new_tokens = 24'
+    found = train(workspace.recipe("evaluated", held_out=held_out))
+    assert found["num_held_out"] == 8
+    assert found["num_responses"] == trained["num_responses"]
+    assert set(found["tau_by_source"]) == {"even", "odd"}
+    assert found["tau_by_source"].keys() == trained["tau_by_source"].keys()
+    (part,) = workspace.draft("evaluated.training").glob("responses/held-out-*/data/*.parquet")
+    (first,) = work.glob("responses/held-out-*/data/*.parquet")
+    texts = [pq.read_table(path)["output_token_ids"].to_pylist() for path in (part, first)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "words"),
     [
@@ -469,6 +719,8 @@ def test_held_out_prompts_are_in_no_training_sequence(
         ),
         ({"data": IMPORTED.replace("responses/", "none/")}, 3, "[imported] files: no file"),
         ({"data": IMPORTED + 'output_column = "text"\n'}, 3, "no column 'text'"),
+        ({"held_out": 'prompts = ["none"]'}, 3, "[held_out] prompts: no file"),
+        ({"data": "[prompts]"}, 2, "give files, self_written, or both"),
         ({"data": ""}, 2, "[prompts] or [[imported]] must say what to train on"),
         ({"mask": 5}, 3, "the mask token 5 appears in"),
         ({"mask": 99}, 3, "mask_token_id 99 is not in the target's vocabulary of 40"),
@@ -480,7 +732,7 @@ def test_held_out_prompts_are_in_no_training_sequence(
         ({"training": 'start = "nowhere"'}, 2, "[training] start is not there"),
         ({"draft": "taps = [0, 7]"}, 5, "taps [0, 7] must increase within -1..2"),
         ({"target": "nothing"}, 2, "[target] weights is not there"),
-        ({"held_out": "count = 8\nshare = 0.5"}, 2, "give one of count, share and files"),
+        ({"held_out": "count = 8\nshare = 0.5"}, 2, "give one of count, share, files and prompts"),
         ({"training": SHORT + "memory_gb = 0.00001"}, 3, "raise [training] memory_gb"),
     ],
 )
@@ -549,7 +801,14 @@ def test_the_documentation_lists_every_key_with_its_default() -> None:
     reference = page[page.index("## Recipe") : page.index("## Data")]
     rows = re.findall(r"^\| (`.+?) \| (.*?) \|", reference, re.MULTILINE)
     shown = {key: cell for keys, cell in rows for key in re.findall(r"`([a-z_0-9]+)`", keys)}
-    sections = (TargetSection, ImportedSection, ResponsesSection, DraftSection, TrainingSection)
+    sections = (
+        TargetSection,
+        PromptsSection,
+        ImportedSection,
+        ResponsesSection,
+        DraftSection,
+        TrainingSection,
+    )
     fields = {
         key: field
         for section in (*sections, HeldOutSection)

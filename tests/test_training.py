@@ -21,6 +21,7 @@ from dspark_batch.training import fused_loss as fused  # noqa: E402
 from dspark_batch.training.anchors import (  # noqa: E402
     aligned_target_probs,
     anchor_batch,
+    repeated,
     sample_anchors,
     valid_anchors,
 )
@@ -411,10 +412,28 @@ def test_slots_that_do_not_count_change_nothing() -> None:
     assert torch.equal(total_loss(inputs, LossWeights()).total, before)
 
 
+def test_lk_is_its_formula_and_its_mixture_carries_no_gradient() -> None:
+    inputs = loss_inputs(4)
+    inputs["logits"].requires_grad_()
+    terms = total_loss(inputs, LossWeights(0.0, 0.0, 0.0, 2.0, lk=1.5))
+    probs, wanted = inputs["logits"].softmax(-1), inputs["target_probs"]
+    shares = inputs["mask"] * torch.exp(-torch.arange(4) / 2.0)
+    shares = shares / shares.sum()
+    distance = 0.5 * (probs - wanted).abs().sum(-1)
+    mixing = torch.exp(-3.0 * (1.0 - distance)).detach()
+    kl = torch.nn.functional.kl_div(probs.log(), wanted, reduction="none").sum(-1)
+    expected = (shares * (mixing * kl + (1.0 - mixing) * distance)).sum()
+    torch.testing.assert_close(terms.lk, expected)
+    torch.testing.assert_close(terms.total, 1.5 * expected)
+    found = torch.autograd.grad(terms.total, inputs["logits"], retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(1.5 * expected, inputs["logits"]))
+
+
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("markov", [True, False])
+@pytest.mark.parametrize("lk", [0.0, 0.7])
 def test_the_fused_loss_equals_the_loss_over_whole_logits(
-    monkeypatch: pytest.MonkeyPatch, markov: bool, cap: float | None
+    monkeypatch: pytest.MonkeyPatch, lk: float, markov: bool, cap: float | None
 ) -> None:
     monkeypatch.setattr(fused, "_CHUNK_VALUES", 9 * 5)  # several chunks, the last one shorter
     generator, shape = torch.Generator().manual_seed(7), (3, 4)
@@ -431,7 +450,7 @@ def test_the_fused_loss_equals_the_loss_over_whole_logits(
     labels = torch.randint(-1, 9, shape, generator=generator)
     target_logits = capped(target_hidden @ head.T, cap)
     normalizer = target_logits.logsumexp(-1) + 0.3  # some mass is outside
-    weights = LossWeights(0.3, 0.8, 0.5, 3.0)
+    weights = LossWeights(0.3, 0.8, 0.5, 3.0, lk)
     logits = hidden @ head.T + (rows @ w2.T if markov else 0.0)
     slow = dspark_loss(
         logits,
@@ -452,7 +471,8 @@ def test_the_fused_loss_equals_the_loss_over_whole_logits(
         weights=weights,
         dtype=torch.float32,
     )
-    for term in ("total", "cross_entropy", "l1", "confidence"):
+    assert bool(slow.lk > 0) == bool(lk)
+    for term in ("total", "cross_entropy", "l1", "lk", "confidence"):
         torch.testing.assert_close(getattr(fast, term), getattr(slow, term))
     torch.testing.assert_close(fast.acceptance, slow.acceptance[mask])
     used = leaves if markov else [hidden, confidence]
@@ -521,6 +541,49 @@ def test_anchors_are_valid_distinct_and_sorted() -> None:
         assert all(valid[row, position] for position in kept)
     everywhere = sample_anchors(mask, 30, generator)[0]
     assert everywhere[everywhere >= 0].tolist() == list(range(10, 24))
+
+
+def test_a_place_is_repeated_where_its_last_two_tokens_stood_before() -> None:
+    rows = [[7, 8, 7, 8, 8, 8, 3, 7, 8], [1, 2, 1, 3, 2, 1, 2, 2, 1]]
+    wanted = [
+        [
+            p > 0 and any(row[q - 1 : q + 1] == row[p - 1 : p + 1] for q in range(1, p))
+            for p in range(9)
+        ]
+        for row in rows
+    ]
+    assert sum(wanted[0]) == 3
+    assert repeated(torch.tensor(rows)).tolist() == wanted
+
+
+def test_weights_say_how_likely_an_anchor_is_drawn() -> None:
+    mask = torch.ones(4000, 9, dtype=torch.bool)
+    weights = torch.where(torch.arange(9) < 4, 0.25, 1.0).expand(4000, -1)
+    drawn = sample_anchors(mask, 1, torch.Generator().manual_seed(0), weights=weights)
+    shares = drawn.flatten().bincount(minlength=8) / 4000
+    torch.testing.assert_close(shares[:4], torch.full((4,), 0.05), atol=0.015, rtol=0)
+    torch.testing.assert_close(shares[4:], torch.full((4,), 0.2), atol=0.03, rtol=0)
+
+
+def test_a_lookup_weight_changes_what_is_trained_on(
+    target: Any, sequences: list[TrainingSequence], tmp_path: Path
+) -> None:
+    source = FeatureSource(HFFeatures(target, (-1, 1)), sequences, max_bytes=1 << 24)
+    drawn = {}
+    for weight in (1.0, 1e-6):
+        options = TrainingOptions(num_steps=1, num_anchors=4, lookup_weight=weight)
+        trainer = Trainer(fitted_draft(target), source, options=options, folder=tmp_path)
+        batch = source.batch(range(20))
+        with pytest.MonkeyPatch.context() as patch:
+            seen: list[Any] = []
+            patch.setattr(
+                "dspark_batch.training.trainer.anchor_batch",
+                lambda *given, seen=seen: seen.append(given[1]) or anchor_batch(*given),
+            )
+            trainer.train_step(batch)
+        places = repeated(batch.token_ids).gather(1, seen[0].clamp(min=0)) & (seen[0] >= 0)
+        drawn[weight] = int(places.sum())
+    assert drawn[1e-6] < drawn[1.0]
 
 
 def test_blocks_see_the_tokens_after_their_anchor_and_stop_at_the_end() -> None:

@@ -139,6 +139,12 @@ def export(
 
 @main.command()
 @click.argument("recipe")
+@click.option(
+    "--from-job",
+    metavar="OUTPUT",
+    type=click.Path(path_type=Path),
+    help="Tune the draft on the rows of a finished job.",
+)
 @click.option("--overwrite", is_flag=True, help="Train from the start, and replace the old draft.")
 @click.option("--deadline", type=float, help="Stop after this many seconds; continue later.")
 @progress_option
@@ -148,6 +154,7 @@ def train(
     ctx: click.Context,
     /,
     recipe: str,
+    from_job: Path | None,
     overwrite: bool,
     deadline: float | None,
     progress_mode: str,
@@ -156,12 +163,13 @@ def train(
     """Train a draft model from RECIPE.
 
     RECIPE is a TOML file, or the name of one in export/drafts/. The draft of
-    export/drafts/NAME.toml goes to export/drafts/NAME. Stopped, the same command
-    continues.
+    export/drafts/NAME.toml goes to export/drafts/NAME, and with --from-job to
+    export/drafts/NAME-tuned. Stopped, the same command continues.
 
     \b
-    Example:
+    Examples:
       dspark-batch train export/drafts/tutorial.toml
+      dspark-batch train tutorial --from-job jobs/prompts.completions
     """
     from dspark_batch.job import open_progress
 
@@ -182,6 +190,7 @@ def train(
             argv=ctx.meta[_ARGV],
             overwrite=overwrite,
             deadline=deadline,
+            from_job=from_job,
         )
     show(summary, as_json=as_json)
 

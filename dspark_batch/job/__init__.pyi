@@ -18,6 +18,7 @@ from .runner import run as run
 from .shard_plan import difference as difference
 from .shard_plan import plan_shards as plan_shards
 from .shards import Shard as Shard
+from .status import read_finished_job as read_finished_job
 from .status import read_status as read_status
 from .stop import Stop as Stop
 from .summary import duration as duration

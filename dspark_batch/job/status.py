@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dspark_batch.errors import UsageError
+from dspark_batch.job.definition import RESULT_FIELDS, Job
 from dspark_batch.job.output import OutputFolder
 from dspark_batch.job.summary import Counts, rows_line
+
+_CONTENT_FIELDS = (
+    *("input", "prompt_column", "messages_column", "token_ids_column"),
+    *RESULT_FIELDS,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +76,18 @@ def read_status(folder: Path) -> Status:
         record["num_input_rows"],
         counts,
     )
+
+
+def read_finished_job(folder: Path) -> Job:
+    """The job of a finished output, as far as it says what the prompts and results are.
+
+    Raises `UsageError` for any other folder.
+    """
+    status = read_status(folder)
+    record = OutputFolder(folder).read_record()
+    if status.state != "finished" or record is None:
+        raise UsageError(
+            f"the job of {folder} is not finished: its last run is {status.state}",
+            hint=f"dspark-batch status {folder}",
+        )
+    return Job.model_validate({key: record["job"][key] for key in _CONTENT_FIELDS})

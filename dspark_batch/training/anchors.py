@@ -40,13 +40,37 @@ def valid_anchors(loss_mask: Tensor) -> Tensor:
     return loss_mask & functional.pad(loss_mask[:, 1:], (0, 1))
 
 
-def sample_anchors(loss_mask: Tensor, num_anchors: int, generator: torch.Generator) -> Tensor:
+def repeated(token_ids: Tensor) -> Tensor:
+    """`[b, S]` bool: the two tokens that end here stood together before in the row.
+
+    There prompt lookup proposes, whose shortest match ahead of a network has two tokens.
+    """
+    pairs = (token_ids[:, :-1] << 32) | token_ids[:, 1:]
+    ranked, places = pairs.sort(dim=1, stable=True)  # of equal pairs the first place comes first
+    again = functional.pad(ranked[:, 1:] == ranked[:, :-1], (1, 0))
+    return functional.pad(torch.zeros_like(again).scatter_(1, places, again), (1, 0))
+
+
+def sample_anchors(
+    loss_mask: Tensor,
+    num_anchors: int,
+    generator: torch.Generator,
+    *,
+    weights: Tensor | None = None,
+) -> Tensor:
     """Up to `num_anchors` valid positions per row of `[b, S]`, drawn without replacement.
 
-    Returns `[b, A]`, sorted, with -1 in place of missing ones.
+    `weights [b, S]`, above 0, say how likely a position is drawn next, against the others
+    (Efraimidis and Spirakis, 2006).
+
+    Returns `[b, A]`, sorted, with -1 in place of missing ones. `generator` is the CPU's, so that
+    every device draws the same.
     """
     valid = valid_anchors(loss_mask)
-    keys = torch.rand(valid.shape, generator=generator).masked_fill(~valid, -1.0)
+    keys = torch.rand(valid.shape, generator=generator).to(valid.device)
+    if weights is not None:
+        keys = keys.pow(1.0 / weights)
+    keys = keys.masked_fill(~valid, -1.0)
     values, positions = keys.topk(min(num_anchors, valid.shape[1]), dim=-1)
     return positions.masked_fill(values < 0, -1).sort(dim=-1).values
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +45,8 @@ class Facts:
     num_steps: int
     seconds: float
     device: str
+    features: str
+    """Where they came from, in words."""
     history: tuple[tuple[int, float, float], ...]
     """Step, loss and greedy τ of every evaluation."""
     evaluation: Evaluation
@@ -63,6 +65,7 @@ class Facts:
         num_steps: int,
         seconds: float,
         device: str,
+        features: str,
         evaluation: Evaluation,
         by_source: dict[str, Evaluation],
         temperatures: NDArray[np.float64] | None,
@@ -83,6 +86,7 @@ class Facts:
             num_steps=num_steps,
             seconds=seconds,
             device=device,
+            features=features,
             history=tuple(
                 (event["step"], event["loss"], event["tau_greedy"])
                 for event in events
@@ -109,6 +113,8 @@ class TrainingSummary:
     tau_at_start: float
     survival: tuple[float, ...]
     next_command: str
+    tau_by_source: dict[str, float] = field(default_factory=dict)
+    """Greedy; empty where there is one source only."""
 
     def lines(self) -> list[str]:
         """Lines of text for a terminal."""
@@ -159,6 +165,7 @@ def write_draft_folder(
         tau_at_start=facts.history[0][2],
         survival=facts.evaluation.survival,
         next_command=command,
+        tau_by_source={name: found.tau_greedy for name, found in facts.by_source.items()},
     )
 
 
@@ -219,14 +226,16 @@ def _card(recipe: TrainingRecipe, facts: Facts, draft: DSparkDraft, num_bytes: i
         "",
         f"- Data: {facts.num_responses:,} responses, {facts.num_response_tokens:,} tokens; "
         f"{facts.num_held_out:,} held out. {_data(recipe)}",
-        f"- Start: {_portable(training.start)}. Features: the {recipe.target.precision} engine.",
+        f"- Start: {_portable(training.start)}. Features: {facts.features}.",
         f"- {facts.num_steps:,} steps of {training.batch_size} sequences with up to "
         f"{training.anchors} blocks each, {duration(facts.seconds)} on {facts.device}; AdamW, peak "
         f"learning rate {training.learning_rate:g}, cosine, gradient clip "
         f"{training.max_grad_norm:g}, {'bf16 autocast' if training.bf16 else 'fp32'}, "
         f"average {training.ema_decay:g}, dropout {training.dropout:g}, seed {training.seed}.",
         f"- Loss: {training.cross_entropy:g} cross-entropy + {training.l1:g} L1 + "
-        f"{training.confidence:g} confidence, slots weighted by exp(-k/{training.decay:g}).",
+        f"{training.lk:g} LK + {training.confidence:g} confidence, slots weighted by "
+        f"exp(-k/{training.decay:g}). Anchors where a lookup would propose: "
+        f"{training.lookup_weight:g} of the others' chance.",
         "",
         "Of the checkpoints, this is the one with the highest greedy τ on the held-out responses:",
         "",

@@ -1,8 +1,8 @@
 """What the frozen target says about training sequences: tapped layers and final hidden rows.
 
 Captured on the way, in chunks that fit a byte limit: a chunk is captured, trained on, dropped. One
-position costs (m + 1)·d elements; nothing goes to disk. Symbols: b sequences, S positions
-(right-padded), m tapped layers, d hidden size, V' draft ids.
+position costs (m + 1)·d elements, on the device of the training; nothing goes to disk.
+Symbols: b sequences, S positions (right-padded), m tapped layers, d hidden size, V' draft ids.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class FeatureBatch:
 
 
 class TargetFeatures(Protocol):
-    """What the target gives: `training.target.EngineFeatures`, or another model in tests."""
+    """What the target gives: `training.target.EngineFeatures` or `TorchFeatures`."""
 
     head_weight: Tensor
     """[V, d]"""
@@ -107,14 +107,15 @@ class FeatureSource:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        """`dtype` is what features are kept in; logits are computed on `device`."""
+        """Features are kept in `dtype` on `device`, the CPU by default."""
         self.target = target
         self.sequences = sequences
         self.max_bytes = max_bytes
         self.dtype = dtype
         self.num_captured = 0
         """Positions captured so far."""
-        self._head = target.head_weight.to(device or torch.device("cpu"), dtype)
+        self.device = device or torch.device("cpu")
+        self._head = target.head_weight.to(self.device, dtype)
         self._rows: dict[int, _Row] = {}
 
     def __len__(self) -> int:
@@ -181,9 +182,10 @@ class FeatureSource:
         chosen = [self.sequences[index] for index in indices]
         lengths = [len(sequence.token_ids) for sequence in chosen]
         tails = [sequence.num_response_tokens for sequence in chosen]
-        features = torch.empty(sum(lengths), self.target.feature_size, dtype=self.dtype)
-        last_hidden = torch.empty(sum(tails), self.target.hidden_size, dtype=self.dtype)
-        log_normalizer = torch.empty(sum(tails))
+        width, size = self.target.feature_size, self.target.hidden_size
+        features = torch.empty(sum(lengths), width, dtype=self.dtype, device=self.device)
+        last_hidden = torch.empty(sum(tails), size, dtype=self.dtype, device=self.device)
+        log_normalizer = torch.empty(sum(tails), device=self.device)
         return [
             _Row(*pieces)
             for pieces in zip(
@@ -202,10 +204,10 @@ class FeatureSource:
         which are normalised with it, and cancels.
         """
         parts = []
-        for rows in torch.split(last_hidden.to(self._head.device), LOGIT_ROWS):
+        for rows in torch.split(last_hidden, LOGIT_ROWS):
             logits = functional.linear(rows, self._head)
             parts.append(capped(logits.float(), self.target.logit_cap).logsumexp(-1))
-        return torch.cat(parts).cpu()
+        return torch.cat(parts)
 
     def batch(self, indices: Sequence[int]) -> FeatureBatch:
         """The sequences at `indices`, in that order; captured now where they are not held."""
@@ -214,8 +216,10 @@ class FeatureSource:
         rows = [self._rows[index] for index in indices]
         chosen = [self.sequences[i] for i in indices]
         prompts = [s.num_prompt_tokens for s in chosen]
-        tokens = [torch.tensor(s.token_ids) for s in chosen]
-        masks = [torch.arange(len(s.token_ids)) >= s.num_prompt_tokens for s in chosen]
+        tokens = pad_sequence([torch.tensor(s.token_ids) for s in chosen], batch_first=True)
+        places = torch.arange(tokens.shape[1])
+        ends = torch.tensor([[len(s.token_ids)] for s in chosen])
+        masks = (places >= torch.tensor(prompts)[:, None]) & (places < ends)
         hidden = [
             functional.pad(row.last_hidden, (0, 0, prompt, 0))
             for row, prompt in zip(rows, prompts, strict=True)
@@ -225,8 +229,8 @@ class FeatureSource:
             for row, prompt in zip(rows, prompts, strict=True)
         ]
         return FeatureBatch(
-            pad_sequence(tokens, batch_first=True),
-            pad_sequence(masks, batch_first=True),
+            tokens.to(self.device),
+            masks.to(self.device),
             pad_sequence([row.features for row in rows], batch_first=True),
             pad_sequence(hidden, batch_first=True),
             pad_sequence(normalizers, batch_first=True),

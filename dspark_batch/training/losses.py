@@ -3,6 +3,11 @@
 Slot k weighs exp(-k / 4). Every term is Σ(w·x) / (Σw + 1e-6) over the slots that count. All
 softmaxes are fp32 at temperature 1. The confidence target c* = 1 - ½‖p_draft - p_target‖₁ is the
 acceptance probability of sampling; it carries no gradient.
+
+A further term, off by default, is LK (Samarin et al., 2026, arXiv:2602.23881): λ KL(p_target ‖
+p_draft) + (1 - λ) ½‖p_draft - p_target‖₁ with λ = exp(-3 c*). KL leads where the two are far apart
+and L1 has little gradient, L1 where they are near. λ carries no gradient. The paper averages c*
+over a batch; here it is that of each slot. KL is over the draft's ids.
 """
 
 from __future__ import annotations
@@ -22,6 +27,11 @@ class LossWeights:
     l1: float = 0.9
     confidence: float = 1.0
     decay: float = 4.0
+    lk: float = 0.0
+
+
+LK_RATE = 3.0
+"""Of λ = exp(-rate · c*)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,8 @@ class LossTerms:
     total: Tensor
     cross_entropy: Tensor
     l1: Tensor
+    lk: Tensor
+    """Zero where it has no weight."""
     confidence: Tensor
     acceptance: Tensor
     """[..., γ] c*, detached."""
@@ -62,7 +74,13 @@ def dspark_loss(
     l1 = weighted_mean(distance, shares)
     acceptance = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
 
-    total = weights.cross_entropy * cross_entropy + weights.l1 * l1
+    lk = l1.new_zeros(())
+    if weights.lk:
+        entropy = (target_probs * (target_probs.clamp(min=1e-30).log() - log_probs)).sum(-1)
+        mixing = torch.exp(-LK_RATE * acceptance)
+        lk = weighted_mean(mixing * entropy + (1 - mixing) * 0.5 * distance, shares)
+
+    total = weights.cross_entropy * cross_entropy + weights.l1 * l1 + weights.lk * lk
     confidence = total.new_zeros(())
     if confidence_logits is not None:
         entropy = functional.binary_cross_entropy_with_logits(
@@ -70,7 +88,7 @@ def dspark_loss(
         )
         confidence = weighted_mean(entropy, shares)
         total = total + weights.confidence * confidence
-    return LossTerms(total, cross_entropy, l1, confidence, acceptance)
+    return LossTerms(total, cross_entropy, l1, lk, confidence, acceptance)
 
 
 def slot_weights(slots: Tensor, weights: LossWeights) -> Tensor:

@@ -22,6 +22,8 @@ class TrainingOptions:
     """Wall clock of the steps themselves: capturing features and evaluating come on top."""
     batch_size: int = 8
     num_anchors: int = 32
+    lookup_weight: float = 1.0
+    """How likely an anchor is drawn where prompt lookup would propose, against others."""
     num_passes: int = 1
     """Times that a chunk of captured sequences is trained on before the next is captured."""
     learning_rate: float = 6e-4

@@ -1,6 +1,7 @@
 """From a training recipe to a draft, step by step; the same command goes on where one stopped.
 
-engine      the target with the training's taps       `engine/`      kept while it fits the recipe
+target      the engine with the training's taps       `engine/`      kept while it fits the recipe
+            or the target in torch                    in memory
 responses   the target's answers to the prompts       `responses/`   kept part by part
 start       the draft that training starts from       `start/`       written once
 training    steps, evaluations, checkpoints           `training/`    kept every few minutes
@@ -23,20 +24,34 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from dspark_batch.engine import Engine, check_replaceable, open_engine, write_json
+from dspark_batch.engine import (
+    Tokenizer,
+    check_replaceable,
+    open_engine,
+    write_json,
+    write_tokenizer,
+)
 from dspark_batch.errors import OutputLocked, StoppedEarly, UsageError
 from dspark_batch.export import Recipe, build
-from dspark_batch.job import Progress, Stop, difference
+from dspark_batch.job import EngineText, Progress, Stop, difference
 from dspark_batch.models.weights import Weights, open_weights
 from dspark_batch.training.card import DRAFT_FILES, LOG, Facts, TrainingSummary, write_draft_folder
 from dspark_batch.training.checkpoint import CONFIG, WEIGHTS, load_draft, save_draft
+from dspark_batch.training.decoder import Decoder
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import calibrate, evaluation_of, score_sequences
-from dspark_batch.training.features import FeatureSource
+from dspark_batch.training.features import FeatureSource, TargetFeatures
 from dspark_batch.training.recipe import TrainingRecipe, load_training_recipe
+from dspark_batch.training.responders import JobResponder, Responder, TorchResponder
 from dspark_batch.training.responses import Responses, Sequences
 from dspark_batch.training.start import check_start, resolved_taps, start_draft
-from dspark_batch.training.target import EngineFeatures, TargetTables, context_layer_ids
+from dspark_batch.training.target import (
+    EngineFeatures,
+    TargetTables,
+    TargetText,
+    TorchFeatures,
+    context_layer_ids,
+)
 from dspark_batch.training.trainer import Trainer
 
 _CAPTURE_ROWS = 4  # more would not run faster, and every row reserves cache
@@ -50,11 +65,13 @@ def train(
     argv: Sequence[str],
     overwrite: bool = False,
     deadline: float | None = None,
+    from_job: Path | None = None,
 ) -> TrainingSummary:
     """Train the draft of a recipe, or what is left of it, and say what came of it.
 
-    With `overwrite` training starts again; the engine and the responses are kept as far as the
-    recipe still asks for the same.
+    With `from_job`, the output of a finished job, the recipe's draft is tuned on its rows, as
+    `NAME-tuned`. With `overwrite` training starts again; the engine and the responses are kept as
+    far as the recipe still asks for the same.
 
     Raises:
         UsageError: the recipe is wrong, or not the one that the work folder was begun with.
@@ -63,6 +80,8 @@ def train(
         StoppedEarly: SIGTERM or the deadline; what was trained is kept.
     """
     recipe = load_training_recipe(recipe_path)
+    if from_job is not None:
+        recipe = recipe.tuned_on(from_job)
     stop = Stop(deadline=deadline, clock=time.monotonic)
     end = None if deadline is None else time.monotonic() + deadline
     with stop.on_sigterm(), _locked(recipe):
@@ -91,6 +110,16 @@ def _locked(recipe: TrainingRecipe) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
+class _OpenTarget:
+    """What a training asks of its target, and the folder with its tokenizer."""
+
+    text: EngineText
+    text_folder: Path
+    respond: Responder
+    features: TargetFeatures
+
+
+@dataclass(frozen=True, slots=True)
 class _Files:
     """The names in a work folder."""
 
@@ -103,6 +132,10 @@ class _Files:
     @property
     def engine(self) -> Path:
         return self.folder / "engine"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer"
 
     @property
     def start(self) -> Path:
@@ -135,6 +168,9 @@ class _Training:
         self._files = _Files(recipe.work_folder)
         self._options = recipe.training.options
         self._device = _device(recipe.training.device)
+        self._in_torch = recipe.target.runtime == "torch" or (
+            recipe.target.runtime == "auto" and self._device.type == "cuda"
+        )
 
     def run(self) -> TrainingSummary:
         """Every step that is not done yet."""
@@ -147,16 +183,22 @@ class _Training:
             taps, tables = resolved_taps(self._recipe, weights), TargetTables.from_weights(weights)
             if not self._has_started:
                 check_start(self._recipe, weights, tables)
-            self._build_engine(taps, num_layers=weights.config["num_hidden_layers"])
-            sequences = self._sequences()
-            if not self._has_started:
-                self._progress.phase("making the draft to start from")
-                draft = start_draft(
-                    self._recipe, weights, tables, sequences, engine_folder=self._files.engine
+            with self._open_target(weights, tables, taps) as target:
+                responses = Responses(
+                    self._recipe,
+                    target.text,
+                    target.respond,
+                    progress=self._progress,
+                    overwrite=self._overwrite,
                 )
-                save_draft(draft, self._files.start, dtype=torch.float32)
-            with closing(self._open_engine()) as engine:
-                return self._train(weights, engine, tables, sequences, num_taps=len(taps))
+                sequences = responses.sequences()
+                if not self._has_started:
+                    self._progress.phase("making the draft to start from")
+                    draft = start_draft(
+                        self._recipe, weights, tables, sequences, text_folder=target.text_folder
+                    )
+                    save_draft(draft, self._files.start, dtype=torch.float32)
+                return self._train(weights, target.features, tables, sequences)
 
     @property
     def _has_started(self) -> bool:
@@ -167,6 +209,7 @@ class _Training:
         files, draft_folder = self._files, self._recipe.draft_folder
         self._recipe.check_files()
         settings = {key: json.dumps(value) for key, value in self._recipe.settings().items()}
+        settings["target.runtime"] = json.dumps("torch" if self._in_torch else "engine")
         if self._overwrite:
             check_replaceable(draft_folder, DRAFT_FILES, mark=LOG)  # before hours of work
             files.finished.unlink(missing_ok=True)
@@ -190,6 +233,25 @@ class _Training:
         else:
             write_json(files.settings, settings)
 
+    @contextmanager
+    def _open_target(
+        self, weights: Weights, tables: TargetTables, taps: Sequence[int]
+    ) -> Iterator[_OpenTarget]:
+        if self._in_torch:
+            yield self._torch_target(weights, tables, taps)
+            return
+        self._build_engine(taps, num_layers=tables.spec.num_layers)
+        with closing(open_engine(self._files.engine, max_rows=_CAPTURE_ROWS)) as engine:
+            respond = JobResponder(
+                self._files.engine,
+                progress=self._progress,
+                argv=self._argv,
+                end=self._end,
+                overwrite=self._overwrite,
+            )
+            features = EngineFeatures(engine, tables, num_taps=len(taps))
+            yield _OpenTarget(engine, self._files.engine, respond, features)
+
     def _build_engine(self, taps: Sequence[int], *, num_layers: int) -> None:
         target = self._recipe.target
         recipe = Recipe.model_validate(
@@ -211,33 +273,41 @@ class _Training:
             context_layer_ids=context_layer_ids(taps, num_layers),
         )
 
-    def _open_engine(self) -> Engine:
-        return open_engine(self._files.engine, max_rows=_CAPTURE_ROWS)
+    def _torch_target(
+        self, weights: Weights, tables: TargetTables, taps: Sequence[int]
+    ) -> _OpenTarget:
+        self._progress.phase(f"loading the target to {self._device}")
+        folder = self._files.tokenizer
+        folder.mkdir(exist_ok=True)
+        write_tokenizer(weights, folder)
+        text = TargetText(
+            Tokenizer.open(folder) if Tokenizer.present(folder) else None,
+            self._recipe.target.max_tokens,
+            tables.spec.vocab_size,
+        )
+        decoder = Decoder(tables.spec, weights.tensor, device=self._device, dtype=self._dtype)
+        respond = TorchResponder(
+            decoder,
+            weights,
+            num_bytes=round(self._recipe.training.memory_gb * 1e9),
+            progress=self._progress,
+            check=self._check_stop,
+            overwrite=self._overwrite,
+        )
+        return _OpenTarget(text, folder, respond, TorchFeatures(decoder, taps))
 
-    def _sequences(self) -> Sequences:
-        with closing(self._open_engine()) as engine:
-            responses = Responses(
-                self._recipe,
-                self._files.engine,
-                engine,
-                progress=self._progress,
-                argv=self._argv,
-                end=self._end,
-                overwrite=self._overwrite,
-            )
-            return responses.sequences()
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._options.bf16 else torch.float32
 
     def _train(
         self,
         weights: Weights,
-        engine: Engine,
+        features: TargetFeatures,
         tables: TargetTables,
         sequences: Sequences,
-        *,
-        num_taps: int,
     ) -> TrainingSummary:
-        features = EngineFeatures(engine, tables, num_taps=num_taps)
-        dtype = torch.bfloat16 if self._options.bf16 else torch.float32
+        dtype = self._dtype
         limit = round(self._recipe.training.memory_gb * 1e9)
         held_limit = round(limit * _HELD_OUT_SHARE)
         held_out = FeatureSource(
@@ -264,7 +334,7 @@ class _Training:
         self._progress.phase(f"training on {words}")
         trainer.run(stopped=lambda: self._stop.reason is not None)
         if trainer.progress < 1.0:
-            raise self._stopped_early(trainer)
+            raise self._stopped_early(f"at step {trainer.step:,} ({trainer.progress:.0%})")
         self._progress.phase("evaluating and calibrating")
         best = self._load(self._files.training / "export", tables)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._options.bf16):
@@ -278,6 +348,7 @@ class _Training:
             num_steps=trainer.step,
             seconds=trainer.seconds,
             device=str(self._device),
+            features=self._features_words(),
             evaluation=evaluation_of(scores),
             by_source={
                 name: evaluation_of([scores[index] for index in indices])
@@ -291,16 +362,24 @@ class _Training:
         write_json(self._files.finished, summary.to_json())
         return summary
 
+    def _features_words(self) -> str:
+        if self._in_torch:
+            return f"the target in torch, {'bf16' if self._options.bf16 else 'fp32'}"
+        return f"the {self._recipe.target.precision} engine"
+
     def _load(self, folder: Path, tables: TargetTables) -> DSparkDraft:
         draft = load_draft(folder, embed_tokens=tables.embed, lm_head=tables.head)
         return draft.to(self._device)
 
-    def _stopped_early(self, trainer: Trainer) -> StoppedEarly:
+    def _check_stop(self) -> None:
+        if self._stop.reason is not None:
+            raise self._stopped_early("while responses were generated")
+
+    def _stopped_early(self, where: str) -> StoppedEarly:
         words = [word for word in self._argv if word != "--overwrite"]
         again = shlex.join(["dspark-batch", *words])
         return StoppedEarly(
-            f"stopped early for {self._stop.reason} at step {trainer.step:,} "
-            f"({trainer.progress:.0%}); continue with: {again}"
+            f"stopped early for {self._stop.reason} {where}; continue with: {again}"
         )
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dspark_batch.decode import SamplingParams
 from dspark_batch.errors import InputError, UsageError
 from dspark_batch.export import RECIPE_FOLDER, read_sections
-from dspark_batch.job import invalid_params
+from dspark_batch.job import invalid_params, read_finished_job
 from dspark_batch.models.weights import PACKAGE_PREFIX
 from dspark_batch.training.losses import LossWeights
 from dspark_batch.training.options import TrainingOptions
@@ -44,8 +44,11 @@ class TargetSection(_Section):
     license: str | None = None
     precision: Literal["fp32", "int8"] = "int8"
     """Of the engine that the draft will serve in: its features are what the draft sees."""
+    runtime: Literal["auto", "engine", "torch"] = "auto"
+    """What runs the target: that engine, or torch on the training's device; `auto`: torch on
+    CUDA."""
     max_rows: Count = 32
-    """Rows generated at a time."""
+    """Rows that the engine generates at a time."""
     max_tokens: Annotated[int, Field(ge=16)] = 2048
     """Prompt and response of one row."""
 
@@ -69,11 +72,24 @@ class _Rows(_Section):
 class PromptsSection(_Rows):
     """`[prompts]`: what the target responds to."""
 
+    files: Files = ()
+    self_written: Annotated[int, Field(ge=0)] = 0
+    """User turns that the target writes itself; unfinished and repeated ones are dropped."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.files and not self.self_written:
+            raise ValueError("give files, self_written, or both")
+        return self
+
 
 class ImportedSection(_Rows):
-    """`[[imported]]`: prompts with the target's responses, as `run --token-ids` writes them."""
+    """`[[imported]]`: prompts with the target's responses, as `run` writes them."""
 
     output_column: Text = "output_token_ids"
+    """Token ids of the response, or its text."""
+    finish_column: str | None = None
+    """Says `stop` where the target ended a text itself, which does not show its stop token."""
 
 
 class ResponsesSection(_Section):
@@ -86,17 +102,19 @@ class ResponsesSection(_Section):
     max_new_tokens: Count = 256
     seed: int = 0
 
+    def params(self, sample: int = 0) -> SamplingParams:
+        """What decoding takes, for the given one of the samples."""
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed + sample,
+        )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problem = invalid_params(
-            SamplingParams(
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                seed=self.seed,
-            )
-        )
+        problem = invalid_params(self.params())
         if problem:
             raise ValueError(problem)
         if not self.temperature and self.samples > 1:
@@ -130,6 +148,8 @@ class TrainingSection(_Section):
     batch_size: Count = _OPTIONS.batch_size
     anchors: Count = 64
     """Blocks per sequence and step."""
+    lookup_weight: Annotated[float, Field(gt=0, le=1)] = _OPTIONS.lookup_weight
+    """How likely an anchor is drawn where prompt lookup would propose, against others."""
     passes: Count = 4
     """Times that captured sequences are trained on, with fresh anchors, before they are dropped."""
     memory_gb: Positive = 2.0
@@ -139,6 +159,7 @@ class TrainingSection(_Section):
     max_grad_norm: Positive = _OPTIONS.max_grad_norm
     cross_entropy: Annotated[float, Field(ge=0)] = _LOSS.cross_entropy
     l1: Annotated[float, Field(ge=0)] = _LOSS.l1
+    lk: Annotated[float, Field(ge=0)] = _LOSS.lk
     confidence: Annotated[float, Field(ge=0)] = _LOSS.confidence
     decay: Positive = _LOSS.decay
     dropout: Share = 0.0
@@ -172,11 +193,12 @@ class TrainingSection(_Section):
             seconds=seconds,
             batch_size=self.batch_size,
             num_anchors=self.anchors,
+            lookup_weight=self.lookup_weight,
             num_passes=self.passes,
             learning_rate=self.learning_rate,
             warmup_share=self.warmup_share,
             max_grad_norm=self.max_grad_norm,
-            loss=LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay),
+            loss=LossWeights(self.cross_entropy, self.l1, self.confidence, self.decay, self.lk),
             bf16=self.bf16,
             compile=self.compile,
             ema_decay=self.ema_decay or None,
@@ -195,6 +217,8 @@ class HeldOutSection(_Section):
     max_new_tokens: Count = 256
     """Of the greedy responses that are generated for them."""
     files: Files = ()
+    prompts: Files = ()
+    """Files of prompts, which get greedy responses."""
     prompt_column: str | None = None
     messages_column: str | None = None
     token_ids_column: str | None = None
@@ -203,11 +227,12 @@ class HeldOutSection(_Section):
     source_column: str | None = None
     limit: Count | None = None
     output_column: Text = "output_token_ids"
+    finish_column: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if sum(bool(given) for given in (self.count, self.share, self.files)) > 1:
-            raise ValueError("give one of count, share and files")
+        if sum(bool(given) for given in (self.count, self.share, self.files, self.prompts)) > 1:
+            raise ValueError("give one of count, share, files and prompts")
         return self
 
     @property
@@ -215,7 +240,17 @@ class HeldOutSection(_Section):
         """The held-out responses that are there already."""
         if not self.files:
             return None
-        return ImportedSection(**self.model_dump(exclude={"count", "share", "max_new_tokens"}))
+        own = {"count", "share", "prompts", "max_new_tokens"}
+        return ImportedSection(**self.model_dump(exclude=own))
+
+    @property
+    def prompted(self) -> PromptsSection | None:
+        """The held-out prompts that responses are generated for, if they are in files."""
+        if not self.prompts:
+            return None
+        own = {"count", "share", "files", "prompts", "max_new_tokens"}
+        own |= {"output_column", "finish_column"}
+        return PromptsSection(files=self.prompts, **self.model_dump(exclude=own))
 
     def number(self, num_prompts: int) -> int:
         """How many of `num_prompts` are held out."""
@@ -236,11 +271,11 @@ class TrainingRecipe(_Section):
     held_out: HeldOutSection = HeldOutSection()
     path: Path = Field(exclude=True)
     """The file it was read from; no key of it."""
+    variant: str = Field("", exclude=True)
+    """Behind the names of its folders; no key either."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.prompts is None and not self.imported:
-            raise ValueError("[prompts] or [[imported]] must say what to train on")
         if self.prompts is None and self.responses:
             raise ValueError("[[responses]] needs [prompts] to respond to")
         return self
@@ -255,12 +290,12 @@ class TrainingRecipe(_Section):
     @property
     def draft_folder(self) -> Path:
         """Where the draft goes."""
-        return self.path.with_suffix("")
+        return self.path.with_name(f"{self.path.stem}{self.variant}")
 
     @property
     def work_folder(self) -> Path:
         """Where everything on the way to it is kept."""
-        return self.path.with_suffix(".training")
+        return self.path.with_name(f"{self.path.stem}{self.variant}.training")
 
     @property
     def workspace(self) -> Path:
@@ -301,8 +336,45 @@ class TrainingRecipe(_Section):
                 return candidate
         raise InputError(f"{self.path}: {key}: no file {' and none '.join(candidates)}")
 
+    def tuned_on(self, output: Path) -> TrainingRecipe:
+        """The recipe that trains this one's draft on the rows of a finished job, as `NAME-tuned`.
+
+        Raises `UsageError` where `output` is not that of a finished job.
+        """
+        job = read_finished_job(output)
+        ids = job.token_ids
+        imported = ImportedSection(
+            files=(str(output.resolve() / "data"),),
+            prompt_column=job.prompt_column,
+            messages_column=job.messages_column,
+            token_ids_column=job.token_ids_column,
+            chat_template=job.chat_template,
+            system=job.system,
+            output_column=f"{job.output_prefix}{'output_token_ids' if ids else 'completion'}",
+            # A stop string ends a text too, and then there is no token that did.
+            finish_column=None if ids or job.stop else f"{job.output_prefix}finish_reason",
+        )
+        start = self.training.start
+        if self.draft_folder.exists():
+            start = str(self.draft_folder.resolve())
+        return self.model_copy(
+            update={
+                "prompts": None,
+                "responses": (),
+                "imported": (imported,),
+                "training": self.training.model_copy(update={"start": start}),
+                "variant": "-tuned",
+            }
+        )
+
     def check_files(self) -> None:
-        """Raise for the first file or folder that is not there."""
+        """Raise for the first file or folder that is not there, and where there is no data."""
+        if self.prompts is None and not self.imported:
+            raise UsageError(
+                f"{self.path}: [prompts] or [[imported]] must say what to train on",
+                hint=f"or give the output of a job: dspark-batch train {self.path} --from-job "
+                "jobs/prompts.completions",
+            )
         assert self.target_source
         _ = self.start_folder
         for key, section in (
@@ -312,6 +384,8 @@ class TrainingRecipe(_Section):
         ):
             for pattern in section.files if section is not None else ():
                 self.find_files(pattern, f"[{key}] files")
+        for pattern in self.held_out.prompts:
+            self.find_files(pattern, "[held_out] prompts")
 
     def _candidates(self, name: str) -> list[Path]:
         bases = dict.fromkeys([self.workspace, self.path.resolve().parent])

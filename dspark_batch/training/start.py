@@ -67,7 +67,7 @@ def start_draft(
     tables: TargetTables,
     sequences: Sequences,
     *,
-    engine_folder: Path,
+    text_folder: Path,
 ) -> DSparkDraft:
     """Build the draft of a recipe with its first weights."""
     start = _started_from(recipe, tables)
@@ -76,7 +76,7 @@ def start_draft(
         config = replace(config, block_size=recipe.draft.block_size)
     mask = recipe.draft.mask_token_id
     if mask is None and start is None:
-        mask = unused_token_id(engine_folder, weights, sequences)
+        mask = unused_token_id(text_folder, weights, sequences)
     if mask is not None:
         config = replace(config, mask_token_id=mask)
     check_mask(config, sequences, recipe)
@@ -158,12 +158,12 @@ def _from_scratch(recipe: TrainingRecipe, weights: Weights, tables: TargetTables
     )
 
 
-def unused_token_id(engine_folder: Path, weights: Weights, sequences: Sequences) -> int:
+def unused_token_id(text_folder: Path, weights: Weights, sequences: Sequences) -> int:
     """A mask token: an id beyond the tokenizer's, or else a special token that no text has.
 
     Raises `InputError` where there is none.
     """
-    path = engine_folder / "tokenizer.json"
+    path = text_folder / "tokenizer.json"
     if not path.exists():
         raise InputError(
             "the target has no tokenizer to find a mask token in",

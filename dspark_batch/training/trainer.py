@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dspark_batch.engine import replacing
 from dspark_batch.job import duration
-from dspark_batch.training.anchors import AnchorBatch, anchor_batch, sample_anchors
+from dspark_batch.training.anchors import AnchorBatch, anchor_batch, repeated, sample_anchors
 from dspark_batch.training.checkpoint import save_draft
 from dspark_batch.training.draft import DSparkDraft
 from dspark_batch.training.evaluation import Evaluation, evaluate
@@ -164,7 +164,10 @@ class Trainer:
         rate = learning_rate_at(self.progress, options)
         seed = options.seed * 1_000_003 + self.step
         generator = torch.Generator().manual_seed(seed)
-        anchors = sample_anchors(batch.loss_mask, options.num_anchors, generator)
+        weights = None
+        if options.lookup_weight < 1.0:
+            weights = torch.where(repeated(batch.token_ids), options.lookup_weight, 1.0)
+        anchors = sample_anchors(batch.loss_mask, options.num_anchors, generator, weights=weights)
         blocks = anchor_batch(batch, anchors, draft.config.block_size).to(self.device)
         batch = batch.to(self.device)
         draft.train()
@@ -183,6 +186,8 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
         self._update_average()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # or only the launches would be timed
         self.seconds += time.monotonic() - begin
         return terms, norm
 
@@ -358,6 +363,7 @@ class Trainer:
                 "loss": float(terms.total.detach()),
                 "cross_entropy": float(terms.cross_entropy.detach()),
                 "l1": float(terms.l1.detach()),
+                "lk": float(terms.lk.detach()),
                 "confidence": float(terms.confidence.detach()),
                 "grad_norm": float(norm),
                 "learning_rate": self.optimizer.param_groups[0]["lr"],
