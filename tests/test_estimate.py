@@ -45,6 +45,17 @@ def test_before_anything_was_seen_confidence_is_what_was_given() -> None:
         np.testing.assert_allclose(found, confidence, atol=1e-9)
 
 
+def test_what_can_never_be_accepted_stays_so() -> None:
+    estimator = Estimator(GAMMA)
+    confidence = np.array([[0.0, np.nan, 0.5, 0.9]] * 2)
+    for _ in range(20):
+        estimator.learn(confidence, None, np.full(2, GAMMA), np.full(2, GAMMA))
+    found = estimator.corrected(confidence, None)[0]
+    assert found[0] == 0
+    assert np.isnan(found[1])
+    assert 0.5 < found[2] < 1
+
+
 @pytest.mark.parametrize("evidence", [0, 3])
 @pytest.mark.parametrize(("given", "truth"), [(0.5, 0.9), (0.9, 0.3), (0.55, 0.6)])
 def test_it_comes_to_what_is_accepted(given: float, truth: float, evidence: int) -> None:
@@ -122,4 +133,8 @@ def test_what_drafting_saved_is_against_plain_rounds_of_as_many_rows() -> None:
     assert saving.seconds == pytest.approx(11 / 4 * 2.0 - 2.0)
     saving.add(8, 8, 4.0, drafted=False)
     saving.add(6, 6, 5.0, drafted=True)  # between 4 rows and 8: a plain round takes 3 s
-    assert saving.seconds == pytest.approx(11 / 4 * 2.0 - 2.0 + 3.0 - 5.0)
+    expected = 11 / 4 * 2.0 - 2.0 + 3.0 - 5.0
+    assert saving.seconds == pytest.approx(expected)
+    for num_rows in (1, 64):  # what plain rounds of so many rows take was not seen
+        saving.add(num_rows, 7 * num_rows, 0.1, drafted=True)
+    assert saving.seconds == pytest.approx(expected)

@@ -70,9 +70,9 @@ def test_the_wheel_runs_the_two_commands_in_a_bare_environment(tmp_path: Path) -
 
 
 def test_the_wheel_has_what_is_no_module() -> None:
-    """Doors, the mark of a typed package, and data lie beside the modules, so hatch takes them."""
+    """Doors and the mark of a typed package lie beside the modules, so hatch takes them."""
     package = ROOT / "dspark_batch"
     assert (package / "py.typed").exists()
     assert 'packages = ["dspark_batch"]' in (ROOT / "pyproject.toml").read_text()
     others = {path.suffix for path in package.rglob("*") if path.is_file()} - {".py", ".pyc"}
-    assert others == {".pyi", ".typed", ".onnx"}
+    assert others == {".pyi", ".typed"}

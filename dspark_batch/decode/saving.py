@@ -23,7 +23,8 @@ class Saving:
         """What the tokens of drafted rounds would have taken plainly, less what they took.
 
         A plain round takes what those with as many rows took on average, or what lies between those
-        with the next numbers of rows. 0 where no plain round was measured.
+        with the next numbers of rows. Rounds with more or fewer rows than any plain one are left
+        out; 0 where no plain round was measured.
         """
         if not self._plain:
             return 0.0
@@ -32,4 +33,5 @@ class Saving:
         return sum(
             num_tokens / num_rows * float(np.interp(num_rows, sizes, means)) - seconds
             for num_rows, (num_tokens, seconds) in self._drafted.items()
+            if sizes[0] <= num_rows <= sizes[-1]
         )

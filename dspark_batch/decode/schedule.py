@@ -252,7 +252,9 @@ class Weighed(Schedule):
         if block is None:
             return VerifyPlan(np.zeros(len(running), np.int64))
         proposed = np.arange(block.confidence.shape[1]) < block.lengths[:, None]
-        confidence = self._estimator.corrected(block.confidence, block.evidence)
+        confidence: Confidence = block.confidence
+        if self._is_priced or self._looking:
+            confidence = self._estimator.corrected(confidence, block.evidence)
         confidence = np.where(proposed, confidence, 0.0)
         self._block = block
         passing = self._passing(running, block)

@@ -396,12 +396,11 @@ class _Export:
             assert self._draft_info is not None
             assert self._draft_info.cache is not None
             self._progress("checking draft.onnx")
-            specs = [self._draft_spec]
+            graphs = {"draft.onnx": self._draft_spec}
             narrow = narrow_spec(self._draft_spec, precision)
             if narrow is not None:
-                specs.insert(0, narrow)
-            for spec in specs:
-                name = "draft.onnx" if spec is self._draft_spec else "draft-narrow.onnx"
+                graphs["draft-narrow.onnx"] = narrow
+            for name, spec in graphs.items():
                 found = check_draft(
                     folder / name,
                     self._draft_info.cache,
@@ -410,7 +409,7 @@ class _Export:
                     precision=precision,
                     paged=self._paged,
                 )
-            parity |= found  # of whole blocks
+                parity = found | parity  # the manifest has the figures of whole blocks
         return parity
 
     def _reference_draft(self, spec: DraftSpec) -> ReferenceDraft:

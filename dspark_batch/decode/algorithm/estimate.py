@@ -44,14 +44,19 @@ class Estimator:
         self._shift = np.zeros(shape)
 
     def corrected(self, confidence: Floats, evidence: Ints | None) -> NDArray[np.float64]:
-        """`confidence` [R, γ] as this job has shown it; `evidence` [R] as in `DraftBlock`."""
+        """`confidence` [R, γ] as this job has shown it; `evidence` [R] as in `DraftBlock`.
+
+        What is 0 or not a number stays so: it is never admitted.
+        """
         groups = self._groups(confidence, evidence)
-        return _probability(_log_odds(confidence) + self._shift[groups, self._positions])
+        found = _probability(_log_odds(confidence) + self._shift[groups, self._positions])
+        return np.where(confidence > 0, found, confidence)
 
     def learn(
         self, confidence: Floats, evidence: Ints | None, lengths: Ints, num_accepted: Ints
     ) -> None:
         """Take in a round: confidence [R, γ] as it was given, verified and accepted tokens [R]."""
+        confidence = np.nan_to_num(confidence)
         groups = self._groups(confidence, evidence)
         passed = self._positions < num_accepted[:, None]
         judged = self._positions < np.minimum(num_accepted + 1, lengths)[:, None]
@@ -72,7 +77,7 @@ class Estimator:
 
     def _groups(self, confidence: Floats, evidence: Ints | None) -> Ints:
         """[R, γ]"""
-        bins = np.clip(confidence * _BINS, 0, _BINS - 1).astype(np.int64)
+        bins = np.clip(np.nan_to_num(confidence) * _BINS, 0, _BINS - 1).astype(np.int64)
         if evidence is None:
             return bins
         levels = _BINS + np.minimum(evidence, _LEVELS) - 1
