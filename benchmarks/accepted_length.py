@@ -192,7 +192,7 @@ def _figures(counts: SpecCounts, num_rows: int) -> dict[str, Any]:
             counts.accepted_histogram
         ).tolist(),
         "num_rounds": counts.num_rounds,
-        "num_drafted_rounds": metrics.drafted_rounds(counts),
+        "num_drafted_rounds": counts.num_drafted_rounds,
     }
 
 

@@ -109,7 +109,7 @@ class FakeDecode:
     def answer(self, prompt: Prompt, engine: FakeEngine) -> Completion:
         token_ids = prompt.token_ids[::-1][: prompt.params.max_new_tokens]
         text = engine.tokenizer.decode(token_ids) if engine.tokenizer else None
-        spec = SpecCounts(4, 12, 10, 6, (1, 1, 1, 1))
+        spec = SpecCounts(4, 12, 10, 6, (1, 1, 1, 1), num_drafted_rounds=4)
         error = self.failing(prompt)
         reason = FinishReason.ERROR if error else FinishReason.STOP
         num_prompt_tokens = len(prompt.token_ids)

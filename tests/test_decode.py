@@ -198,7 +198,8 @@ def test_text_is_that_of_plain_decoding_and_rows_in_are_rows_out(
         weighed = sum(a * n for a, n in enumerate(counts.accepted_histogram))
         assert weighed == counts.num_accepted_tokens <= counts.num_verified_tokens
         assert counts.num_verified_tokens <= counts.num_draft_tokens
-        assert counts.num_draft_tokens <= counts.num_rounds * block_size
+        assert counts.num_draft_tokens <= counts.num_drafted_rounds * block_size
+        assert counts.num_drafted_rounds <= counts.num_rounds
         if not ended:
             total = 1 + counts.num_rounds + counts.num_accepted_tokens
             assert len(completion.token_ids) == total == prompt.params.max_new_tokens
@@ -366,6 +367,7 @@ def test_a_block_reaches_the_rows_that_it_was_drafted_for() -> None:
     assert waiting == [3, 4, 3, 4, 4]
     counts = [slots.counts.of(s.slot) for s in slots.running]
     assert [c.num_draft_tokens for c in counts] == [0, 3, 0, 3, 3]
+    assert [c.num_drafted_rounds for c in counts] == [0, 1, 0, 1, 1]
     assert slots.draft([]) is None
 
 

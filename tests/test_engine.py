@@ -280,7 +280,11 @@ def test_int8_text_is_the_same_with_and_without_drafts(tmp_path: Path) -> None:
     prompts = make_prompts((70, 1, 17, 64, 5, 33))
     plain = texts(run(exported.engine, prompts, "off"))
     assert texts(run(exported.engine, prompts[::-1], "on")) == plain
-    assert texts(run(Narrow(exported.engine), prompts, "on")) == plain
+    narrow = run(Narrow(exported.engine), prompts, "on")
+    assert texts(narrow) == plain
+    for counts in (completion.spec for completion in narrow.values()):
+        assert counts.num_drafted_rounds == counts.num_rounds
+        assert counts.num_draft_tokens == NARROW_BLOCK * counts.num_rounds
     guided = run(Guided(exported.engine, plain), prompts, "on")
     assert texts(guided) == plain
     assert sum(c.spec.num_accepted_tokens for c in guided.values()) > 50

@@ -8,7 +8,6 @@ import pytest
 from dspark_batch.decode.algorithm.metrics import (
     acceptance_by_position,
     add,
-    drafted_rounds,
 )
 from dspark_batch.decode.types import SpecCounts
 
@@ -33,7 +32,7 @@ def test_acceptance_by_position_is_the_share_of_rounds_that_got_there() -> None:
 
 def test_counts_add_up_also_over_different_block_sizes() -> None:
     parts = [
-        SpecCounts(2, 4, 3, 2, (1, 0, 1), 2),
+        SpecCounts(2, 4, 3, 2, (1, 0, 1), 2, 1),
         COUNTS,
         SpecCounts(0, 0, 0, 0, (0, 0, 0, 0)),
     ]
@@ -44,6 +43,7 @@ def test_counts_add_up_also_over_different_block_sizes() -> None:
         num_accepted_tokens=11,
         accepted_histogram=(3, 1, 2, 2, 0),
         num_looked_up_tokens=2,
+        num_drafted_rounds=1,
     )
     assert add(iter(parts)) == add(reversed(parts))
 
@@ -53,9 +53,7 @@ def test_no_rounds_have_no_figures() -> None:
     assert acceptance_by_position((0, 0, 0)).tolist() == [0, 0]
 
 
-def test_rounds_that_drafted_are_told_from_plain_ones() -> None:
-    counts = SpecCounts(10, 8, 6, 4, (8, 0, 2))  # γ = 2: four rounds drafted, six were plain
-    assert drafted_rounds(counts) == 4
-    shares = acceptance_by_position(counts.accepted_histogram, num_rounds=4)
+def test_shares_can_be_those_of_the_rounds_that_drafted() -> None:
+    counts = SpecCounts(10, 6, 6, 4, (8, 0, 2), num_drafted_rounds=4)
+    shares = acceptance_by_position(counts.accepted_histogram, num_rounds=counts.num_drafted_rounds)
     assert shares.tolist() == [0.5, 0.5]
-    assert drafted_rounds(SpecCounts(3, 0, 0, 0, (3,))) == 0

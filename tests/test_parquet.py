@@ -26,7 +26,7 @@ from dspark_batch.job.shards import OutputRow, Shard
 WHEN = datetime.datetime(2026, 11, 23, 6, 0, tzinfo=datetime.UTC)
 
 OK = OutputRow(
-    "yes", FinishReason.STOP, None, 5, (1, 2, 3), SpecCounts(4, 12, 10, 6, (1, 1, 1, 1)), 11
+    "yes", FinishReason.STOP, None, 5, (1, 2, 3), SpecCounts(4, 12, 10, 6, (1, 1, 1, 1), 0, 4), 11
 )
 BAD = OutputRow(
     None,
@@ -393,7 +393,7 @@ def test_the_footer_says_where_a_part_comes_from(tmp_path):
     assert part.counts.num_rows == 3
     assert part.counts.errors == {"invalid_row": 1}
     assert (part.counts.num_prompt_tokens, part.counts.num_new_tokens) == (10, 6)
-    assert part.counts.spec == SpecCounts(8, 24, 20, 12, (2, 2, 2, 2))
+    assert part.counts.spec == SpecCounts(8, 24, 20, 12, (2, 2, 2, 2), 0, 8)
     metadata = pq.read_metadata(path).metadata
     assert json.loads(metadata[b"dspark_batch.fingerprint"]) == {"input.rows": "0-2"}
     assert b"dspark_batch.version" in metadata

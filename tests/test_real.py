@@ -51,8 +51,6 @@ def recipe() -> Recipe:
     """The default recipe, whose draft is there."""
     recipe = load_recipe(str(ROOT / "export" / "model.toml"))
     assert recipe.draft is not None
-    if not (ROOT / recipe.draft.weights / "config.json").exists():
-        pytest.skip(f"the recipe's draft {recipe.draft.weights} is not in this checkout")
     return recipe
 
 

@@ -12,13 +12,15 @@ class RunningCounts:
 
     def __init__(self, num_slots: int, block_size: int) -> None:
         self._drafted = np.zeros(num_slots, np.int64)
+        self._rounds = np.zeros(num_slots, np.int64)  # that drafted
         self._looked_up = np.zeros(num_slots, np.int64)
         self._verified = np.zeros(num_slots, np.int64)
         self._histogram = np.zeros((num_slots, block_size + 1), np.int64)
 
     def reset(self, slot: int) -> None:
         """A row begins in the slot."""
-        for array in (self._drafted, self._looked_up, self._verified, self._histogram):
+        counts = (self._drafted, self._rounds, self._looked_up, self._verified, self._histogram)
+        for array in counts:
             array[slot] = 0
 
     def add(
@@ -30,6 +32,7 @@ class RunningCounts:
             return
         self._verified[slots] += plan.lengths
         self._drafted[slots] += block.lengths
+        self._rounds[slots] += block.lengths > 0
         if block.evidence is not None:
             self._looked_up[slots] += block.lengths * block.looked_up
 
@@ -43,4 +46,5 @@ class RunningCounts:
             num_accepted_tokens=int(histogram @ np.arange(len(histogram))),
             accepted_histogram=tuple(histogram.tolist()),
             num_looked_up_tokens=int(self._looked_up[slot]),
+            num_drafted_rounds=int(self._rounds[slot]),
         )

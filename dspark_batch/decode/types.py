@@ -88,6 +88,8 @@ class SpecCounts:
     accepted_histogram: tuple[int, ...]
     num_looked_up_tokens: int = 0
     """Of `num_draft_tokens`: those of a lookup beside a network."""
+    num_drafted_rounds: int = 0
+    """Of `num_rounds`: those in which something was drafted for the row."""
 
     @property
     def accepted_length(self) -> float:

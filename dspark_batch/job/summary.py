@@ -57,7 +57,7 @@ class Counts:
                 "num_accepted_tokens": self.spec.num_accepted_tokens,
                 "accepted_length": self.spec.accepted_length,
                 "acceptance_rate": self.spec.acceptance_rate,
-                "num_drafted_rounds": metrics.drafted_rounds(self.spec),
+                "num_drafted_rounds": self.spec.num_drafted_rounds,
                 "acceptance_by_position": _by_position(self.spec),
                 "accepted_histogram": list(self.spec.accepted_histogram),
             },
@@ -79,6 +79,7 @@ class Counts:
                 spec["num_accepted_tokens"],
                 tuple(spec["accepted_histogram"]),
                 spec.get("num_looked_up_tokens", 0),  # not in parts from before it was counted
+                spec["num_drafted_rounds"],
             ),
         )
 
@@ -176,7 +177,7 @@ class Summary:
                 for name, seconds in self.phase_seconds.items()
             )
             lines.append(f"time      {', '.join(shares)}")
-        drafted = metrics.drafted_rounds(spec)
+        drafted = spec.num_drafted_rounds
         if drafted:
             length = 1 + spec.num_accepted_tokens / drafted
             lookups = ""
@@ -207,7 +208,7 @@ class Summary:
 
 def _by_position(spec: SpecCounts) -> list[float]:
     """[γ] share of the rounds that drafted whose block was accepted up to each position."""
-    drafted = metrics.drafted_rounds(spec)
+    drafted = spec.num_drafted_rounds
     shares = metrics.acceptance_by_position(spec.accepted_histogram, num_rounds=drafted)
     return [float(share) for share in shares]
 

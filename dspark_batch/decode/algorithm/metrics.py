@@ -26,6 +26,7 @@ def add(counts: Iterable[SpecCounts]) -> SpecCounts:
         num_accepted_tokens=sum(c.num_accepted_tokens for c in every),
         accepted_histogram=tuple(sum(column) for column in histograms),
         num_looked_up_tokens=sum(c.num_looked_up_tokens for c in every),
+        num_drafted_rounds=sum(c.num_drafted_rounds for c in every),
     )
 
 
@@ -43,9 +44,3 @@ def acceptance_by_position(
     of = rounds.sum() if num_rounds is None else num_rounds
     shares: NDArray[np.float64] = at_least[1:] / max(of, 1.0)
     return shares
-
-
-def drafted_rounds(counts: SpecCounts) -> int:
-    """Rounds that drafted: a drafted block always has γ tokens."""
-    block_size = len(counts.accepted_histogram) - 1
-    return counts.num_draft_tokens // block_size if block_size > 0 else 0
