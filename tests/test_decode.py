@@ -335,6 +335,47 @@ def test_auto_drafts_where_it_pays_and_not_where_it_loses() -> None:
     assert losing.num_drafted_rounds <= 2
 
 
+class Timed(Fake):
+    """A draft takes a second, a plain step two, a verification three and a prefill ten."""
+
+    now = 0.0
+
+    def prefill(self, sequences: list[RunningRow]) -> NDArray[np.int64]:
+        self.now += 10.0
+        return super().prefill(sequences)
+
+    def draft(self, sequences: list[RunningRow], width: int | None = None) -> DraftBlock:
+        self.now += 1.0
+        return super().draft(sequences)
+
+    def verify(
+        self, sequences: list[RunningRow], block: DraftBlock | None, plan: VerifyPlan
+    ) -> VerifyResult:
+        self.now += 2.0 if block is None else 3.0
+        return super().verify(sequences, block, plan)
+
+
+def test_what_drafting_saved_is_measured_by_the_run_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds of two rows, every second one with drafts that are all right."""
+    fake, stats = Timed(max_rows=2, accuracy=1.0, stops=False), DecodeStats()
+    monkeypatch.setattr("dspark_batch.decode.loop.time.perf_counter", lambda: fake.now)
+    slots = Slots(fake, stats)  # type: ignore[arg-type]
+    slots.fill(iter(make_prompts(2, new_tokens=60)))
+    for drafts in (True, False) * 3:
+        block = slots.draft(slots.running if drafts else [])
+        plan = VerifyPlan(np.zeros(2, np.int64) if block is None else block.lengths)
+        slots.commit(block, plan, slots.verify(block, plan))
+    assert stats.saved_seconds == pytest.approx(3 * (4 * 2.0 - 4.0))
+
+
+def test_a_run_that_always_drafts_has_plain_rounds_to_compare_with() -> None:
+    fake, stats = Fake(max_rows=1, accuracy=0.8, costs=CHEAP_DRAFT, stops=False), DecodeStats()
+    run(make_prompts(12, new_tokens=200), fake, "auto", stats)
+    assert stats.num_rounds > 600
+    num_plain = stats.num_rounds - stats.num_drafted_rounds
+    assert stats.num_rounds // 256 <= num_plain <= stats.num_rounds // 256 + 1
+
+
 @pytest.mark.parametrize("boast", [False, True])
 def test_auto_gives_up_a_draft_that_turns_out_bad(boast: bool) -> None:
     """The export promised 0.8. The draft's own confidence says as much, or the truth."""

@@ -322,6 +322,18 @@ def test_narrow_and_whole_blocks_take_turns(llama: Pair) -> None:
     np.testing.assert_allclose(blocks[0].confidence, blocks[1].confidence, atol=1e-4)
 
 
+def test_sampled_rows_of_narrow_blocks_and_of_none_are_verified_together(llama: Pair) -> None:
+    """As when a lookup has proposed for some."""
+    engine = llama.engine
+    rows = start(engine, (20, 3, 9), temperature=1.0)
+    drafted = engine.draft(rows[:2], NARROW_BLOCK)
+    block = DraftBlock.empty(3, engine.block_size).updated([0, 1], drafted)
+    result = engine.verify(rows, block, VerifyPlan(block.lengths))
+    assert (result.num_accepted <= block.lengths).all()
+    assert (result.bonus >= 0).all()
+    stop(engine, rows)
+
+
 def test_rows_may_draft_again_before_they_have_new_context(llama: Pair) -> None:
     """As after a prefill that made the draft take in what was there."""
     engine = llama.engine
