@@ -425,9 +425,13 @@ def test_responses_in_torch_go_on_where_they_were_stopped(
     ids = [ids for table in tables for ids in table["prompt_token_ids"].to_pylist()]
     assert sorted(ids) == sorted(prompts["prompt_token_ids"].to_pylist())
     assert max(longest(tables)) == 24
-    train(
-        workspace.recipe("waves", data=PROMPTS.replace("24", "23"), runtime="torch"), "--overwrite"
-    )
+    shorter = workspace.recipe("waves", data=PROMPTS.replace("24", "23"), runtime="torch")
+    foreign = parts[0].with_name("part-mine.parquet")
+    pq.write_table(pa.table({"prompt_token_ids": [[1]]}), foreign)
+    status, message = fails(shorter, "--overwrite")
+    assert f"{foreign} was not written by a training" in message
+    foreign.unlink()  # it was left where it is
+    train(shorter, "--overwrite")
     tables = [pq.read_table(part) for part in sorted(parts[0].parent.glob("*.parquet"))]
     assert max(longest(tables)) == 23
 

@@ -163,6 +163,10 @@ class TorchResponder:
         for part in sorted(data.glob("part-*.parquet")):
             found, metadata = read_columns(part)
             if metadata != about:
+                if metadata.keys() != about.keys():
+                    raise InputError(
+                        f"{part} was not written by a training", hint="move it elsewhere"
+                    )
                 if not self._overwrite:
                     raise InputError(
                         f"the responses in {data} are to other prompts, or of another target",
